@@ -1,0 +1,32 @@
+"""checkpoints/last after every epoch, checkpoints/best when the monitored accuracy rose; without a folder, the best in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import checkpoint
+from .base import Callback
+
+
+class Checkpoints(Callback):
+    """Writes both checkpoints atomically. `every`: epochs between two of checkpoints/last (the end is always written)."""
+
+    def __init__(self, every: int = 1):
+        if every < 1:
+            raise ValueError(f"every is {every}, checkpoints are written each 1, 2, ... epochs")
+        self.every = every
+        self.best_weights: dict[str, Any] | None = None
+
+    def on_epoch_end(self, run: Any, metrics: dict[str, float]) -> None:
+        run.check_finite()  # a checkpoint of broken weights never takes the place of a good one
+        improved = bool(metrics.get("improved"))
+        if run.output_dir is None:
+            if improved:
+                self.best_weights = {k: v.detach().cpu().clone() for k, v in run.method.state_dict().items()}
+            return
+        over = run.clock.step >= run.clock.total_steps or run.stop
+        if improved or over or run.clock.epoch % self.every == 0:
+            last = run.save("last")
+            if improved and run.accelerator.is_main_process:
+                checkpoint.copy(last, last.with_name("best"))
+            run.accelerator.wait_for_everyone()

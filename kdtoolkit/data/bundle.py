@@ -1,0 +1,121 @@
+"""Data and Split: what the engine asks of the data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ..types import Batch
+from .augment import BatchAugment
+from .workers import Stream
+
+
+@dataclasses.dataclass(eq=False)
+class Split:
+    """One split. len: rows, None where unknown. stable_index: a sample has the same index in each epoch.
+
+    origin: where the rows came from, for people. own_loader: the user's DataLoader; it keeps its batch size and order.
+    """
+
+    name: str
+    dataset: Dataset
+    len: int | None
+    stable_index: bool = True
+    num_workers: int = 0
+    origin: str = ""
+    own_loader: DataLoader | None = None
+
+    def __len__(self) -> int:
+        if self.len is None:
+            raise TypeError(f"the length of split {self.name!r} is not known")
+        return self.len
+
+    def __bool__(self) -> bool:
+        return True
+
+    def loader(self, batch_size: int, *, shuffle: bool = False, drop_last: bool = False) -> DataLoader:
+        """Batches of dict(x (B, 3, H, W) uint8 or float in [0, 1], y (B,) int64, index (B,) int64), on the CPU."""
+        if self.own_loader is not None:
+            return self.own_loader
+        pin = torch.cuda.is_available()
+        if isinstance(self.dataset, IterableDataset):
+            stream = self.dataset.shuffled() if shuffle and isinstance(self.dataset, Stream) else self.dataset
+            return DataLoader(stream, batch_size, drop_last=drop_last, num_workers=self.num_workers, pin_memory=pin)
+        return DataLoader(
+            self.dataset,
+            batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            collate_fn=as_is,
+            pin_memory=pin,
+        )
+
+
+def as_is(batch: Any) -> Any:
+    """The data set's __getitems__ has already made the batch."""
+    return batch
+
+
+@dataclasses.dataclass(eq=False)
+class Data:
+    """Splits, classes and augmentation. Nothing here is normalised: each model normalises its own input."""
+
+    name: str
+    num_classes: int
+    class_names: list[str] | None
+    image_size: tuple[int, int]
+    train: Split
+    val: Split | None
+    test: Split | None
+    augment: BatchAugment | None = None
+    seed: int = 0
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def finish(self, batch: Batch | dict[str, Tensor], *, epoch: int, train: bool, views: int = 1) -> Batch:
+        """A loader's batch, already on the training device -> x float in [0, 1], augmented when `train`.
+
+        views > 1 with `train` adds batch["views"] (B, views, 3, H, W), independent augmentations; the first is x.
+        """
+        x, index = batch["x"], batch["index"]
+        if train and views > 1:
+            if self.augment is None:
+                has = self.notes.get("augmentation", "none")
+                raise ValueError(
+                    f"{views} views need a batched augmentation, the data has {has!r}: "
+                    "pass transforms='crop-flip' or transforms=BatchAugment(...)"
+                )
+            draws = [self.augment(x, index, seed=self.seed, epoch=epoch, view=v) for v in range(views)]
+            stacked = as_float(torch.stack(draws, 1))
+            return Batch(x=stacked[:, 0], y=batch["y"], index=index, views=stacked)
+        if train and self.augment is not None:
+            x = self.augment(x, index, seed=self.seed, epoch=epoch)
+        return Batch(x=as_float(x), y=batch["y"], index=index)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell data sets that draw per sample in workers or shuffle a stream; call before iterating a loader."""
+        set_epoch = getattr(self.train.dataset, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for config.yaml: where everything came from and what is done to it."""
+        splits = {s.name: s for s in (self.train, self.val, self.test) if s is not None}
+        return {
+            "name": self.name,
+            "num_classes": self.num_classes,
+            "image_size": list(self.image_size),
+            "rows": {name: split.len for name, split in splits.items()},
+            "origin": {name: split.origin for name, split in splits.items()},
+            "workers": self.train.num_workers,
+            **self.notes,
+        }
+
+
+def as_float(x: Tensor) -> Tensor:
+    """uint8 0 .. 255 -> float32 0 .. 1; floats stay as they are."""
+    return x.to(torch.float32).div_(255) if x.dtype == torch.uint8 else x

@@ -1,0 +1,47 @@
+"""Data sets known by name: where they live on the Hub and the augmentation their papers use."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from .augment import BatchAugment
+from .splits import draw_stratified
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """hub: the repository on the Hub, None for embedded data. augment: what is done to training batches."""
+
+    hub: str | None
+    augment: BatchAugment
+
+
+PRESETS = {
+    "cifar10": Preset("uoft-cs/cifar10", BatchAugment(padding=4)),
+    "cifar100": Preset("uoft-cs/cifar100", BatchAugment(padding=4)),
+    "tiny-imagenet": Preset("zh-plus/tiny-imagenet", BatchAugment(padding=8)),
+    "fashion-mnist": Preset("zalando-datasets/fashion_mnist", BatchAugment(padding=4)),
+    "digits": Preset(None, BatchAugment(padding=2, flip=0.0)),  # a mirrored 2 is not a 2
+}
+
+
+@functools.cache
+def digits() -> datasets.DatasetDict:
+    """1,797 handwritten digits of scikit-learn (UCI, Alpaydin & Kaynak 1998): 1,297 train, 500 test, for any seed.
+
+    Grey levels 0 .. 16 become 0 .. 255; 8x8 pixels become 16x16 by nearest neighbour (each pixel a 2x2 block).
+    """
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    grey = np.round(raw.images * (255 / 16)).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)  # (N, 16, 16)
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(d) for d in range(10)]))
+    rows = {"image": [Image.fromarray(g) for g in grey], "label": raw.target.tolist()}
+    whole = datasets.Dataset.from_dict(rows, features=features)
+    train, test = draw_stratified(len(grey), 500, raw.target, seed=0)
+    return datasets.DatasetDict(train=whole.select(train), test=whole.select(test))

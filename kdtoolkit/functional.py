@@ -1,0 +1,110 @@
+"""The mathematics of distillation as pure functions of tensors: no state, no device code.
+
+Students' tensors come first, then teachers', then labels, then hyper-parameters by keyword with the papers' defaults.
+Half-precision inputs are taken to float32; float64 stays float64. Logits have classes in dimension 1 and losses are
+means over every other position, so (B, C) and (B, C, H, W) both work. Every function returns a scalar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def full(x: Tensor) -> Tensor:
+    """At least float32: bfloat16 and float16 are taken up, float32 and float64 stay."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def ce(student_logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy, mean over the batch. Logits (B, C, ...), labels (B, ...) int64."""
+    return F.cross_entropy(full(student_logits), labels, label_smoothing=label_smoothing)
+
+
+def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
+    """T^2 KL(softmax(z_t / T) || softmax(z_s / T)), summed over classes, mean over the batch. Logits (B, C, ...).
+
+    Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network".
+    """
+    log_s = F.log_softmax(full(student_logits) / temperature, dim=1)
+    log_t = F.log_softmax(full(teacher_logits) / temperature, dim=1)
+    return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1).mean() * temperature**2
+
+
+def logits_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Mean squared difference of logits, (B, C, ...). Ba & Caruana 2014, "Do Deep Nets Really Need to be Deep?"."""
+    return F.mse_loss(full(student_logits), full(teacher_logits))
+
+
+def fitnet(student_features: Tensor, teacher_features: Tensor) -> Tensor:
+    """Mean squared difference of the regressed student map and the teacher's, equal shapes (B, C, H, W).
+
+    Romero et al. 2015, "FitNets: Hints for Thin Deep Nets"; the regressor is `objectives.fitnet.Regressor`.
+    """
+    if student_features.shape != teacher_features.shape:
+        raise ValueError(
+            f"hint losses compare equal shapes, got {tuple(student_features.shape)} and "
+            f"{tuple(teacher_features.shape)}: put an Adapter on the student's feature"
+        )
+    return F.mse_loss(full(student_features), full(teacher_features))
+
+
+def smaller_grid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps (B, C, H, W) average-pooled to the smaller height and width of the two."""
+    grid = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
+    a, b = (f if tuple(f.shape[2:]) == grid else F.adaptive_avg_pool2d(f, grid) for f in (a, b))
+    return a, b
+
+
+def attention(feature: Tensor, *, p: float = 2.0) -> Tensor:
+    """Spatial attention of a map (B, C, H, W): channel mean of its p-th power, flattened, unit length. (B, H * W)"""
+    return F.normalize(full(feature).pow(p).mean(1).flatten(1), dim=1)
+
+
+def at(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], *, p: float = 2.0) -> Tensor:
+    """Sum over taps of the mean squared difference of attention maps; each map (B, C, H, W), channels may differ.
+
+    Zagoruyko & Komodakis 2017, "Paying More Attention to Attention"; sizes are matched by average pooling.
+    """
+    _same_number(student_features, teacher_features)
+    loss = full(student_features[0]).new_zeros(())
+    for s, t in zip(student_features, teacher_features, strict=True):
+        s, t = smaller_grid(full(s), full(t))
+        loss = loss + F.mse_loss(attention(s, p=p), attention(t, p=p))
+    return loss
+
+
+def sp(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
+    """Sum over taps of ||G_t - G_s||_F^2 / B^2, G the row-normalised Gram matrix (B, B) of flattened features.
+
+    Tung & Mori 2019, "Similarity-Preserving Knowledge Distillation". Features (B, ...), any shapes.
+    """
+    _same_number(student_features, teacher_features)
+    loss = full(student_features[0]).new_zeros(())
+    for s, t in zip(student_features, teacher_features, strict=True):
+        gram_s, gram_t = (F.normalize(f @ f.T, dim=1) for f in (full(s).flatten(1), full(t).flatten(1)))
+        loss = loss + (gram_t - gram_s).square().sum() / len(s) ** 2
+    return loss
+
+
+def srkd(student_features: Sequence[Tensor], reset_features: Sequence[Tensor]) -> Tensor:
+    """Sum over stages of the mean squared difference of the student's stage output and the teacher's stage run on
+    the student's previous output; equal shapes per stage.
+
+    Chen & Sun 2024, "Design and Simulation of Stage Reset Knowledge Distillation Method".
+    """
+    _same_number(student_features, reset_features)
+    loss = full(student_features[0]).new_zeros(())
+    for s, t in zip(student_features, reset_features, strict=True):
+        loss = loss + fitnet(s, t)
+    return loss
+
+
+def _same_number(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> None:
+    if len(students) != len(teachers) or not students:
+        raise ValueError(
+            f"as many student features as teacher features are compared, got {len(students)} and {len(teachers)}"
+        )

@@ -1,0 +1,110 @@
+"""Objective and Method: one loss between two outputs, and the module that owns every trained parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .registry import Registry
+from .taps import Frozen, Taps
+from .types import Batch, Clock, Out, Shape, Stage, Step, Weight
+
+
+class Objective(nn.Module):
+    """One paper's loss between two outputs: `objective(student, teacher, batch) -> unweighted scalar`.
+
+    A subclass gets `(student: Taps, teacher: Frozen, pairs)` and its options by keyword, builds everything from their shapes,
+    and leaves in `self.pairs` the (student tap, teacher tap) pairs that it reads. `needs_teacher` is False for losses on
+    labels alone, `needs_taps` for losses on logits alone.
+    """
+
+    needs_teacher = True
+    needs_taps = True
+
+    def __init__(self, student: Taps, teacher: Frozen | None, pairs: Sequence[tuple[Stage, Stage]] = ()):
+        super().__init__()
+        self.pairs = list(pairs)
+
+    def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def features(self, student: Out, teacher: Out) -> tuple[list[Tensor], list[Tensor]]:
+        """The paired features, students' and teachers'."""
+        return [student.feats[s] for s, _ in self.pairs], [teacher.feats[t] for _, t in self.pairs]
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Rows for the plan: student tap, teacher tap, what stands between them."""
+        adapters = getattr(self, "adapters", None)
+        rows = []
+        for i, (s, t) in enumerate(self.pairs):
+            adapter = adapters[i] if adapters is not None and i < len(adapters) else None
+            rows.append({"student": s, "teacher": t, "adapter": adapter})
+        return rows
+
+
+def shapes_of(taps: Taps, keys: Sequence[Stage]) -> list[Shape]:
+    """Shapes of taps before any hook is placed."""
+    return [taps.end(k).shape for k in keys]
+
+
+class Method(nn.Module):
+    """Owns every trained parameter: `method(batch, clock) -> Step(losses, logits, logs)`, losses weighted.
+
+    The only thing that accelerate prepares. `teachers` are outside of the module tree: no gradient, no checkpoint.
+    """
+
+    teachers: tuple[Frozen, ...] = ()
+    num_views: int = 1
+
+    def forward(self, batch: Batch, clock: Clock) -> Step:
+        raise NotImplementedError
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network that is trained, by name. The first is the product."""
+        raise NotImplementedError
+
+    def logits(self, name: str, x: Tensor) -> Tensor:
+        """Logits (B, C) of one network for images in [0, 1], for evaluation."""
+        raise NotImplementedError
+
+    def place(self, device: torch.device, memory_format: torch.memory_format = torch.preserve_format) -> None:
+        """Put the teachers on the device; the engine moves the module itself."""
+        for teacher in self.teachers:
+            teacher.to(device=device, memory_format=memory_format)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Take all hooks off, give the teachers back as they were."""
+
+    def plan(self) -> dict[str, Any]:
+        """What the plan prints: rows of losses, taps, shapes, adapters; parameter counts."""
+        return {}
+
+
+class Recipe:
+    """What a registered name stands for: which losses with which weights by default."""
+
+    def __init__(self, losses: dict[str, Weight], title: str):
+        self.losses, self.title = losses, title
+
+
+OBJECTIVES: Registry[type[Objective]] = Registry("loss")
+METHODS: Registry[Recipe] = Registry("method")
+
+
+def objective(name: str, *, losses: dict[str, Weight] | None = None, title: str = "") -> Any:
+    """Class decorator: register an Objective as a loss, and, with `losses`, as a method with these default weights."""
+
+    def register(cls: type[Objective]) -> type[Objective]:
+        OBJECTIVES.add(name)(cls)
+        cls.registered = name  # type: ignore[attr-defined]
+        if losses is not None:
+            METHODS.add(name)(Recipe(losses, title or (cls.__doc__ or "").strip().split("\n")[0]))
+        return cls
+
+    return register

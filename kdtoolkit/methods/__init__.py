@@ -1,0 +1,5 @@
+"""Methods by name: from names, weights and options to the module that trains."""
+
+from .create import create_method, default_losses, list_methods
+
+__all__ = ["create_method", "default_losses", "list_methods"]

@@ -1,0 +1,130 @@
+"""Builds a Method from names and numbers, and refuses what it does not know before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .. import objectives as _objectives  # noqa: F401  (registers every loss)
+from ..method import METHODS, OBJECTIVES, Method, Objective, Recipe
+from ..offline import Offline, build_objectives
+from ..preprocess import Preprocess
+from ..registry import options_of
+from ..taps import Frozen, Taps
+from ..trace import pair_stages
+from ..types import Stage, Weight
+
+if "none" not in METHODS:
+    METHODS.add("none")(Recipe({"ce": 1.0}, "Plain training on labels, without a teacher"))
+
+Named = str | Sequence[str | Objective]
+Layers = str | Sequence[tuple[Stage, Stage]]
+
+
+def list_methods() -> list[str]:
+    """Names that `distill(method=...)` takes."""
+    return METHODS.names()
+
+
+def default_losses(method: Named) -> dict[str, Weight]:
+    """The losses of a method and their default weights; of several, all of them, a loss that two share with the weight of
+    the first. ValueError for a name that is not known, with the nearest ones."""
+    names = [method] if isinstance(method, str) else list(method)
+    if not names:
+        raise ValueError(f"method=[] names nothing; known: {', '.join(list_methods())}")
+    losses: dict[str, Weight] = {}
+    for name in names:
+        if isinstance(name, Objective):
+            losses.setdefault("ce", 1.0)
+            losses[_name_of(name)] = 1.0
+        else:
+            losses = {**METHODS[name].losses, **losses}
+    return losses
+
+
+def check_losses(losses: Mapping[str, Weight], given: Sequence[Objective] = ()) -> None:
+    """ValueError for an unknown loss, a weight that is no number or schedule, or nothing to train on."""
+    own = {_name_of(o) for o in given}
+    for name, weight in losses.items():
+        if name not in own:
+            OBJECTIVES[name]
+        if not callable(weight) and (isinstance(weight, (bool, str)) or not isinstance(weight, (int, float)) or weight < 0):
+            raise ValueError(f"the weight of loss {name!r} is {weight!r}: a number >= 0, or a schedule (kdtoolkit.schedules)")
+    if not losses or all(not callable(w) and w == 0 for w in losses.values()):
+        raise ValueError(f"losses={dict(losses)}: every weight is zero, nothing would be trained")
+
+
+def check_options(losses: Mapping[str, Weight], options: Mapping[str, Any]) -> None:
+    """ValueError for an option that no loss of this run takes."""
+    allowed = sorted({o for name in losses if name in OBJECTIVES for o in options_of(OBJECTIVES[name].__init__)})
+    unknown = [o for o in options if o not in allowed]
+    if unknown:
+        raise ValueError(
+            f"unknown option {unknown[0]!r} for the losses {', '.join(losses)}; "
+            f"allowed besides the arguments of distill(): {', '.join(allowed) or 'none'}"
+        )
+
+
+def needs_teacher(losses: Mapping[str, Weight], given: Sequence[Objective] = ()) -> list[str]:
+    """Names of the losses that read a teacher."""
+    own = {_name_of(o): o for o in given}
+    return [name for name in losses if (own[name] if name in own else OBJECTIVES[name]).needs_teacher]
+
+
+def create_method(
+    method: Named,
+    student: Taps,
+    teachers: Sequence[Frozen] = (),
+    *,
+    losses: Mapping[str, Weight] | None = None,
+    layers: Layers = "auto",
+    preprocess: Preprocess | None = None,
+    image: tuple[int, int] | None = None,
+    **options: Any,
+) -> Method:
+    """A Method that trains `student` (Taps) from `teachers` (Frozen).
+
+    method   registered name, several names, or Objectives that are already built
+    losses   {loss: weight}, the whole sum; default the method's own
+    layers   "auto" pairs stages by stride, then depth; or [(student tap, teacher tap), ...]
+    options  what the losses take: temperature, reset, detach, hint, p, ...
+    """
+    given = [] if isinstance(method, str) else [m for m in method if isinstance(m, Objective)]
+    chosen = dict(losses) if losses is not None else default_losses(method)
+    check_losses(chosen, given)
+    check_options(chosen, options)
+    own = {_name_of(o): o for o in given}
+    names = {name: weight for name, weight in chosen.items() if name not in own}
+
+    def options_for(name: str, cls: type[Objective]) -> dict[str, Any]:
+        return {o: options[o] for o in options_of(cls.__init__) if o in options}
+
+    def pairs(teacher: Frozen) -> list[tuple[Stage, Stage]]:
+        return pair(student, teacher, layers)
+
+    built, weights, whose = build_objectives(names, student, teachers, OBJECTIVES.__getitem__, pairs, options_for)
+    for name, part in own.items():
+        built[name], weights[name], whose[name] = part, chosen.get(name, 1.0), 0
+    return Offline(student, teachers, built, weights, preprocess=preprocess, image=image, share_teacher=whose)
+
+
+def pair(student: Taps, teacher: Taps, layers: Layers) -> list[tuple[Stage, Stage]]:
+    """Pairs of taps; every tap is checked."""
+    if layers == "auto":
+        found = pair_stages(student.stages, teacher.stages)
+        if not found:
+            side = student if not student.stages else teacher
+            raise ValueError(
+                f"no stages were found in {type(side.model).__name__}: name the taps with layers=[(student tap, teacher tap), ...]"
+            )
+        return list(found)
+    if isinstance(layers, str) or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in layers):
+        raise ValueError(f"layers={layers!r}: 'auto' or a list of (student tap, teacher tap)")
+    for s, t in layers:
+        student.end(s)
+        teacher.end(t)
+    return [(student.key(s), teacher.key(t)) for s, t in layers]
+
+
+def _name_of(part: Objective) -> str:
+    return getattr(part, "registered", type(part).__name__.lower())

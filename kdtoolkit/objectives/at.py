@@ -1,0 +1,37 @@
+"""Attention transfer (Zagoruyko & Komodakis 2017, arXiv 1612.03928).
+
+Loss     sum over taps of mean((a(f_s) - a(f_t))^2), a(f) = channel mean of f^2, flattened, unit length; weight 1000
+Differs  grids of different size are average-pooled to the smaller one (the authors use equal sizes); the squared norm
+         and the mean over positions as in the authors' code, not the paper's unsquared norm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import functional
+from ..method import Objective, objective, shapes_of
+from ..modules import as_map
+from ..taps import Frozen, Taps
+from ..types import Batch, Out, Stage
+
+
+@objective("at", losses={"ce": 1.0, "at": 1000.0})
+class AT(Objective):
+    """Attention maps of every pair of stages; no parameters. `p` is the power, > 0."""
+
+    def __init__(self, student: Taps, teacher: Frozen, pairs: Sequence[tuple[Stage, Stage]] = (), *, p: float = 2.0):
+        super().__init__(student, teacher, pairs)
+        if not p > 0:
+            raise ValueError(f"p is {p}, the power of attention must be positive")
+        self.p = p
+        self.src = shapes_of(student, [s for s, _ in self.pairs])
+        self.dst = shapes_of(teacher, [t for _, t in self.pairs])
+
+    def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:
+        students, teachers = self.features(student, teacher)
+        students = [as_map(f, shape) for f, shape in zip(students, self.src, strict=True)]
+        teachers = [as_map(f, shape) for f, shape in zip(teachers, self.dst, strict=True)]
+        return functional.at(students, teachers, p=self.p)

@@ -1,0 +1,53 @@
+"""Knowledge distillation (Hinton, Vinyals, Dean 2015, arXiv 1503.02531), and regression of logits (Ba & Caruana 2014).
+
+Loss     T^2 KL(softmax(z_t / T) || softmax(z_s / T)), summed over classes, mean over the batch; T = 4
+         logits: mean squared difference of the logits
+Differs  nothing; default weights 0.1 cross-entropy + 0.9 KD are those of Tian et al. 2020
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import functional
+from ..method import Objective, objective
+from ..taps import Frozen, Taps
+from ..types import Batch, Out, Stage
+
+
+@objective("kd", losses={"ce": 0.1, "kd": 0.9})
+class KD(Objective):
+    """Softened teacher probabilities as targets. `temperature` has no unit, > 0."""
+
+    needs_taps = False
+
+    def __init__(
+        self,
+        student: Taps,
+        teacher: Frozen,
+        pairs: Sequence[tuple[Stage, Stage]] = (),
+        *,
+        temperature: float = 4.0,
+    ):
+        super().__init__(student, teacher)
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}, it must be positive")
+        self.temperature = temperature
+
+    def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:
+        return functional.kd(student.logits, teacher.logits, temperature=self.temperature)
+
+
+@objective("logits", losses={"ce": 1.0, "logits": 0.1})
+class Logits(Objective):
+    """Squared difference of logits."""
+
+    needs_taps = False
+
+    def __init__(self, student: Taps, teacher: Frozen, pairs: Sequence[tuple[Stage, Stage]] = ()):
+        super().__init__(student, teacher)
+
+    def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:
+        return functional.logits_mse(student.logits, teacher.logits)

@@ -1,0 +1,166 @@
+"""Offline distillation: frozen teachers, one student, any sum of named objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .method import Method, Objective
+from .preprocess import Preprocess
+from .schedules import value
+from .taps import Frozen, Taps
+from .types import Batch, Clock, Out, Stage, Step, Weight
+
+
+class Offline(Method):
+    """A student under named, weighted objectives, each between the student and one frozen teacher (or none).
+
+    objectives  {loss name: Objective}; with several teachers one per teacher, named "kd/0", "kd/1", ...
+    weights     {loss name: number or schedule}
+    """
+
+    def __init__(
+        self,
+        student: Taps,
+        teachers: Sequence[Frozen],
+        objectives: Mapping[str, Objective],
+        weights: Mapping[str, Weight],
+        *,
+        preprocess: Preprocess | None = None,
+        image: tuple[int, int] | None = None,
+        share_teacher: Mapping[str, int] | None = None,
+    ):
+        super().__init__()
+        missing = [name for name in objectives if name not in weights]
+        if missing:
+            raise ValueError(f"no weight for {', '.join(missing)}; weights given: {dict(weights)}")
+        self.student = student.model
+        self.objectives = nn.ModuleDict({name.replace(".", "_"): o for name, o in objectives.items()})
+        self.taps = student
+        self.teachers = tuple(teachers)
+        self.weights = dict(weights)
+        self.teacher_of = dict(share_teacher or {name: 0 for name in objectives})
+        self.preprocess = preprocess or Preprocess.of(student.model, image)
+        self._select()
+
+    def _select(self) -> None:
+        """Taps only where an objective reads: a feature that nobody reads is not kept alive."""
+        parts = list(self._parts())
+        self.taps.select(list(dict.fromkeys(s for _, o in parts for s, _ in o.pairs)))
+        for number, teacher in enumerate(self.teachers):
+            keys = [t for name, o in parts if self.teacher_of[name] == number for _, t in o.pairs]
+            teacher.select(list(dict.fromkeys(keys)))
+
+    def _parts(self) -> list[tuple[str, Objective]]:
+        return list(self.objectives.items())  # type: ignore[arg-type]
+
+    def forward(self, batch: Batch, clock: Clock) -> Step:
+        weights = {name: value(self.weights[name], clock) for name in self.objectives}
+        student = self.taps(self.preprocess(batch["x"]))
+        teachers: dict[int, Out] = {}
+        losses: dict[str, Tensor] = {}
+        for name, part in self._parts():
+            if weights[name] == 0.0:  # switched off is off: no forward of the teacher either
+                losses[name] = _touch(part, student.logits)
+                continue
+            number = self.teacher_of[name]
+            if part.needs_teacher and number not in teachers:
+                teachers[number] = self.teachers[number](batch["x"])
+            teacher = teachers.get(number, student)
+            losses[name] = weights[name] * part(student, teacher, batch)
+        return Step(losses, {"student": student.logits})
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student": self.student}
+
+    def logits(self, name: str, x: Tensor) -> Tensor:
+        return self.student(self.preprocess(x))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        for taps in (self.taps, *self.teachers):
+            taps.compile()
+
+    def release(self) -> None:
+        self.taps.remove()
+        for teacher in self.teachers:
+            teacher.release()
+
+    def plan(self) -> dict[str, Any]:
+        rows = []
+        for name, part in self._parts():
+            teacher = self.teachers[self.teacher_of[name]] if part.needs_teacher and self.teachers else None
+            for row in part.describe() or [{}]:
+                rows.append(_plan_row(name, self.weights[name], part, row, self.taps, teacher))
+        counts = {"student": _count(self.student)}
+        for number, teacher in enumerate(self.teachers):
+            counts["teacher" if len(self.teachers) == 1 else f"teacher/{number}"] = _count(teacher.model)
+        counts["adapters"] = _count(self.objectives)
+        return {"losses": rows, "parameters": counts}
+
+
+def _touch(part: nn.Module, logits: Tensor) -> Tensor:
+    """Zero that hangs on the parameters of a part that is switched off: DistributedDataParallel expects their gradient."""
+    zero = logits.float().sum() * 0.0
+    return sum((p.float().sum() * 0.0 for p in part.parameters()), zero)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _plan_row(
+    name: str, weight: Weight, part: Objective, row: dict[str, Any], student: Taps, teacher: Frozen | None
+) -> dict[str, Any]:
+    plan: dict[str, Any] = {"loss": name, "weight": weight if isinstance(weight, (int, float)) else repr(weight)}
+    if not row:
+        return {**plan, "student": "logits", "teacher": "logits" if teacher is not None else "labels"}
+    for side, taps in (("student", student), ("teacher", teacher)):
+        if taps is not None:
+            end = taps.end(row[side])
+            plan |= {side: end.name, f"{side}_shape": list(end.shape), f"{side}_layout": end.shape.layout}
+    adapter = row.get("adapter")
+    if adapter is not None:
+        identity = getattr(adapter, "is_identity", False)
+        plan |= {"adapter": "identity" if identity else type(adapter).__name__, "adapter_parameters": _count(adapter)}
+    return plan
+
+
+def build_objectives(
+    names: Mapping[str, Weight],
+    student: Taps,
+    teachers: Sequence[Frozen],
+    find: Callable[[str], type[Objective]],
+    pairs: Callable[[Frozen], list[tuple[Stage, Stage]]],
+    options: Callable[[str, type[Objective]], dict[str, Any]],
+) -> tuple[dict[str, Objective], dict[str, Weight], dict[str, int]]:
+    """Objectives by name for every teacher, their weights (shared out equally over teachers) and whose they are."""
+    objectives: dict[str, Objective] = {}
+    weights: dict[str, Weight] = {}
+    whose: dict[str, int] = {}
+    for name, weight in names.items():
+        cls = find(name)
+        given = options(name, cls)
+        if not cls.needs_teacher:
+            objectives[name], weights[name], whose[name] = cls(student, None, (), **given), weight, 0
+            continue
+        if not teachers:
+            raise ValueError(
+                f"the loss {name!r} needs a teacher, teacher=None was given: pass a teacher, or method='none'"
+            )
+        for number, teacher in enumerate(teachers):
+            key = name if len(teachers) == 1 else f"{name}/{number}"
+            objectives[key] = cls(student, teacher, pairs(teacher) if cls.needs_taps else (), **given)
+            weights[key] = _share(weight, len(teachers))
+            whose[key] = number
+    return objectives, weights, whose
+
+
+def _share(weight: Weight, teachers: int) -> Weight:
+    if teachers == 1:
+        return weight
+    if callable(weight):
+        schedule = weight
+        return lambda clock: schedule(clock) / teachers
+    return weight / teachers

@@ -1,0 +1,100 @@
+"""Weights and learning rates over time: pure functions of a Clock.
+
+A weight is a number or any callable of a Clock; the classes here print well and compare equal, so that they can stand
+in a configuration. Positions are shares of the run, 0 to 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .types import Clock, Weight
+
+
+@dataclass(frozen=True)
+class Linear:
+    """From `start` to `end` between the shares `begin` and `until` of the run, constant before and after."""
+
+    start: float
+    end: float
+    begin: float = 0.0
+    until: float = 1.0
+
+    def __call__(self, clock: Clock) -> float:
+        return self.start + (self.end - self.start) * _share(clock, self.begin, self.until)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from `start` to `end` between the shares `begin` and `until` of the run."""
+
+    start: float
+    end: float
+    begin: float = 0.0
+    until: float = 1.0
+
+    def __call__(self, clock: Clock) -> float:
+        share = _share(clock, self.begin, self.until)
+        return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """`values[0]` until share `at[0]` of the run, then `values[1]` until `at[1]`, and so on."""
+
+    at: tuple[float, ...]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.values) != len(self.at) + 1:
+            raise ValueError(f"Steps needs one value more than positions, got {len(self.values)} and {len(self.at)}")
+
+    def __call__(self, clock: Clock) -> float:
+        return self.values[sum(clock.progress >= a for a in self.at)]
+
+
+def _share(clock: Clock, begin: float, until: float) -> float:
+    return min(max((clock.progress - begin) / max(until - begin, 1e-12), 0.0), 1.0)
+
+
+def value(weight: Weight, clock: Clock) -> float:
+    """The weight at this moment."""
+    return float(weight(clock)) if callable(weight) else float(weight)
+
+
+SCHEDULERS = ("cosine", "multistep", "onecycle", "linear", "constant")
+
+
+def lr_factor(
+    name: str, total: int, *, warmup: int = 0, milestones: Sequence[float] = (0.5, 2 / 3, 5 / 6), gamma: float = 0.1
+) -> Callable[[int], float]:
+    """Learning-rate factor (0 to 1) of optimizer step number n, 0-based, of a run of `total` steps.
+
+    name        "cosine" to 0; "multistep" times `gamma` at each milestone; "onecycle" linear up over the first 30 %, down
+                to 0; "linear" down to 0; "constant"
+    warmup      optimizer steps of linear warm-up from 0 in front of any of them
+    milestones  shares of the run; the default is SRKD's 90, 120 and 150 of 180 epochs
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"unknown scheduler {name!r}; known: {', '.join(SCHEDULERS)}")
+    if total < 1 or warmup < 0 or warmup > total:
+        raise ValueError(f"a run of {total} steps cannot warm up for {warmup}: use fewer warm-up epochs")
+    marks = [round(m * total) for m in milestones]
+
+    def factor(n: int) -> float:
+        if n < warmup:
+            return (n + 1) / warmup
+        share = min((n - warmup) / max(total - warmup, 1), 1.0)
+        if name == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * share))
+        if name == "linear":
+            return 1.0 - share
+        if name == "onecycle":
+            return max(share / 0.3, 1 / max(total, 25)) if share < 0.3 else (1.0 - share) / 0.7
+        if name == "multistep":
+            return gamma ** sum(n >= m for m in marks)
+        return 1.0
+
+    return factor

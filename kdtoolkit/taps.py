@@ -1,0 +1,373 @@
+"""Taps: what a model gives away between its stages, and stage-reset forwarding.
+
+One forward hook on the module that ends a stage stores its output and, in a reset pass, returns the replacement in its
+place. Nothing else of the model is touched: whatever comes next takes what the hook returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .preprocess import Preprocess, config_of
+from .registry import nearest
+from .trace import Stage as StageEnd
+from .trace import Trace, chain, find_stages, stage_at, trace
+from .types import Out, Shape, Stage
+
+
+class _Stop(Exception):
+    """Raised by the last tap of a reset pass: what follows is not needed."""
+
+
+class _Store:
+    """What the hooks of one model share during a forward."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.feats: dict[Stage, Tensor] = {}
+        self.versions: dict[Stage, int] = {}
+        self.fired: dict[Stage, int] = {}
+        self.replace: Mapping[Stage, Tensor] = {}
+        self.last: Stage | None = None
+
+    def begin(self, replace: Mapping[Stage, Tensor], last: Stage | None = None) -> None:
+        self.feats, self.versions, self.fired, self.replace, self.last = {}, {}, {}, replace, last
+        self.active = True
+
+
+def _inert(*_: Any) -> None:
+    """What a hook becomes in a pickled copy of its model."""
+
+
+class _Hook:
+    """The hook of one tap. It belongs to one module of one model: a deep copy (an EMA of the model) carries it along
+    without effect, and so does a pickled copy."""
+
+    def __init__(self, key: Stage, module: nn.Module, store: _Store):
+        self.key, self.module, self.store = key, module, store
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        store = self.store
+        if module is not self.module or not store.active:
+            return None
+        store.fired[self.key] = store.fired.get(self.key, 0) + 1
+        store.feats[self.key] = output
+        if isinstance(output, Tensor) and not torch.compiler.is_compiling():
+            store.versions[self.key] = output._version
+        if self.key == store.last:
+            raise _Stop
+        return store.replace.get(self.key)
+
+    def __deepcopy__(self, memo: dict) -> _Hook:
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _make_inert, ()
+
+
+def _make_inert() -> Any:
+    return _inert
+
+
+class Taps:
+    """A model with taps. Not an nn.Module: it adds no parameters, no state and no prefix to the model's names.
+
+    model  any nn.Module that maps images (B, 3, H, W) to logits (B, C)
+    at     stage numbers (1 is the first, -1 the last) or module names; () taps every stage, None nothing
+    size   image size: (3, H, W), (H, W) or H; default the model's own, else 224
+
+    `shapes[key]` is a Shape per tap, without the batch; `names[key]` the module that ends the stage; `strides[key]` the
+    image's height over the feature's. They are measured by one pass on the meta device where the model can run there.
+    ValueError for a tap that does not exist, does not fire, fires twice or returns anything but one tensor.
+    """
+
+    def __init__(self, model: nn.Module, at: Sequence[Stage] | None = (), size: Any = None):
+        self.model = model
+        self.size = image_size(model, size)
+        self._store = _Store()
+        self._handles: list[Any] = []
+        self._trace: Trace | None = None
+        self._stages: list[StageEnd] | None = None
+        self._ends: dict[Stage, StageEnd] = {}
+        self._chains: dict[tuple[Stage, Stage], list[nn.Module] | None] = {}
+        self._forward: Any = self._plain
+        if at is not None:
+            self.select(list(at) if at else list(range(1, len(self.stages) + 1)))
+
+    # ---------------------------------------------------------------------------------------------------- structure
+    @property
+    def trace(self) -> Trace:
+        if self._trace is None:
+            self._trace = trace(self.model, self.size)
+        return self._trace
+
+    @property
+    def stages(self) -> list[StageEnd]:
+        """Every stage that was found, tapped or not."""
+        if self._stages is None:
+            self._stages = find_stages(self.trace)
+        return self._stages
+
+    @property
+    def keys(self) -> list[Stage]:
+        return list(self._ends)
+
+    @property
+    def shapes(self) -> dict[Stage, Shape]:
+        return {key: end.shape for key, end in self._ends.items()}
+
+    @property
+    def names(self) -> dict[Stage, str]:
+        return {key: end.name for key, end in self._ends.items()}
+
+    @property
+    def strides(self) -> dict[Stage, float]:
+        return {key: end.stride for key, end in self._ends.items()}
+
+    def end(self, key: Stage) -> StageEnd:
+        """The stage end that `key` (a number or a module's name) means, tapped or not."""
+        if isinstance(key, int):
+            if not self.stages or not 1 <= abs(key) <= len(self.stages):
+                raise ValueError(
+                    f"{type(self.model).__name__} has {len(self.stages)} stages, stage {key} is none of them; "
+                    "give a number from 1 (or -1 for the last), or a module's name"
+                )
+            return self.stages[key - 1 if key > 0 else key]
+        modules = dict(self.model.named_modules())
+        if key not in modules:
+            children = [n for n, _ in self.model.named_children()]
+            hint = nearest(key, [*children, *modules])
+            raise ValueError(
+                f"tap {key!r} is not a module of {type(self.model).__name__}; its children: {', '.join(children)}{hint}"
+            )
+        calls = self.trace.calls.get(key, [])
+        if len(calls) != 1:
+            often = "never fired" if not calls else f"fired {len(calls)} times in one forward"
+            raise ValueError(f"tap {key!r} {often}: {self._why(key)}")
+        if not calls[0].bare:
+            raise ValueError(
+                f"tap {key!r} returns {len(calls[0].tensors)} tensors in a tuple, list or dict, a tap needs one tensor: "
+                f"tap a module inside it or after it ({self._nearby(key)})"
+            )
+        end = stage_at(self.trace, key)
+        if end is None:
+            raise ValueError(
+                f"tap {key!r} returns no feature of the image: shape {[tuple(t.shape) for t in calls[0].tensors]}; "
+                "expected (B, C, H, W), (B, H, W, C), (B, L, C) or (B, C)"
+            )
+        return end
+
+    def _nearby(self, key: str) -> str:
+        inside = [n for n, c in self.trace.calls.items() if n.startswith(key + ".") and c[0].bare and len(c) == 1]
+        return "for instance " + ", ".join(repr(n) for n in inside[-3:]) if inside else "none inside returns one tensor"
+
+    def _why(self, key: str) -> str:
+        if len(self.trace.calls.get(key, [])) > 1:
+            return "the model uses it several times; tap a module that runs once"
+        if isinstance(self.model.get_submodule(key), (nn.ModuleList, nn.ModuleDict)):
+            return f"it is a list that the model iterates over and never calls; {self._nearby(key)}"
+        return f"the model does not call it (fused or skipped); {self._nearby(key)}"
+
+    def select(self, keys: Sequence[Stage]) -> Taps:
+        """Put hooks on these taps and no others. Negative stage numbers become positive ones."""
+        ends = {self.key(k): self.end(k) for k in keys}
+        self.remove()
+        self._ends = ends
+        for key, end in ends.items():
+            module = self.model.get_submodule(end.name)
+            self._handles.append(module.register_forward_hook(_Hook(key, module, self._store)))
+        return self
+
+    def key(self, key: Stage) -> Stage:
+        """The key under which a tap's feature is returned: -1 becomes the number of the last stage."""
+        return key + len(self.stages) + 1 if isinstance(key, int) and key < 0 else key
+
+    def remove(self) -> None:
+        """Take every hook off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._ends, self._chains = [], {}, {}
+
+    def compile(self) -> None:
+        """Compile the forward; hooks must not be changed afterwards."""
+        self._forward = torch.compile(self._plain)
+
+    # ------------------------------------------------------------------------------------------------------ forward
+    def __call__(self, x: Tensor, replace: Mapping[Stage, Tensor] | None = None) -> Out:
+        """Logits (B, C) and the features of the taps. `replace` {tap: feature} gives the rest of the network another
+        output of that stage; what is stored is still the model's own."""
+        replace = self._checked(replace)
+        logits, feats = self._forward(self.prepare(x), replace)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"{type(self.model).__name__} returns {type(logits).__name__}, logits must be one tensor (B, C); "
+                "wrap the model or set the option that makes it return logits alone"
+            )
+        self._check_feats()
+        return Out(logits, feats)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """What is done to the image before the model: nothing here."""
+        return x
+
+    def _plain(self, x: Tensor, replace: Mapping[Stage, Tensor]) -> tuple[Any, dict[Stage, Tensor]]:
+        store = self._store
+        store.begin(replace)
+        try:
+            logits = self.model(x)
+        finally:
+            store.active = False
+        return logits, store.feats
+
+    def _checked(self, replace: Mapping[Stage, Tensor] | None) -> dict[Stage, Tensor]:
+        replace = {self.key(k): v for k, v in (replace or {}).items()}
+        for key in replace:
+            if key not in self._ends:
+                raise ValueError(f"cannot replace {key!r}, no tap is there; taps: {', '.join(map(repr, self._ends))}")
+            if not self._ends[key].cut:
+                raise ValueError(
+                    f"cannot reset {type(self.model).__name__} at {key!r} ({self._ends[key].name}): other paths lead past it "
+                    "from the image to the logits; choose a tap where the whole network passes through one tensor"
+                )
+        return replace
+
+    def _check_feats(self) -> None:
+        store = self._store
+        for key, end in self._ends.items():
+            fired = store.fired.get(key, 0)
+            if fired != 1:
+                often = "never fired" if not fired else f"fired {fired} times"
+                raise RuntimeError(
+                    f"tap {key!r} ({end.name}) {often}: gradient checkpointing calls the children of a block directly, and "
+                    "some options fuse blocks. Tap a module inside it or turn the option off"
+                )
+            feature = store.feats[key]
+            if store.versions.get(key, -1) not in (-1, feature._version):
+                raise RuntimeError(
+                    f"tap {key!r} ({end.name}) was overwritten in place after it was stored: the feature is no longer what "
+                    "the stage returned. Tap the module that overwrites it, or build the model with inplace=False"
+                )
+
+    # -------------------------------------------------------------------------------------------------------- reset
+    def reset(self, x: Tensor, replace: Mapping[Stage, Tensor], want: Sequence[Stage]) -> dict[Stage, Tensor]:
+        """Stage-reset forwarding: {tap: the model's own stage run on the replacement of the tap before it}.
+
+        x        (B, 3, H, W) the image, needed only where a stage cannot be run alone
+        replace  {tap: feature in the shape of that tap}
+        want     taps whose features are returned, each after a replaced one
+
+        A stage that is a chain of called modules is run by itself. Where that holds for every wanted tap, nothing in front
+        of the first replacement, between the stages or behind the last is computed; else it is one forward that stops
+        after the last wanted tap.
+        """
+        replace = self._checked(replace)
+        order = sorted(self._ends, key=lambda k: self._ends[k].left)
+        before: dict[Stage, Stage] = {}
+        for key in want:
+            earlier = [k for k in order if self._ends[k].left < self._ends[key].left and k in replace]
+            if not earlier:
+                raise ValueError(f"nothing is replaced in front of {key!r}, its reset output would be the plain one")
+            before[key] = earlier[-1]
+        chains = {key: self._chain(before[key], key) for key in want}
+        if all(c is not None for c in chains.values()):
+            outputs = {}
+            for key, modules in chains.items():
+                feature = replace[before[key]]
+                for module in modules or ():
+                    feature = module(feature)
+                outputs[key] = feature
+            return outputs
+        last = max(want, key=order.index)
+        self._store.begin(replace, last)
+        try:
+            self.model(self.prepare(x))
+        except _Stop:
+            pass
+        finally:
+            self._store.active = False
+        return {key: self._store.feats[key] for key in want}
+
+    def _chain(self, start: Stage, end: Stage) -> list[nn.Module] | None:
+        if (start, end) not in self._chains:
+            names = chain(self.trace, self._ends[start], self._ends[end])
+            modules = None if names is None else [self.model.get_submodule(n) for n in names]
+            self._chains[start, end] = modules
+        return self._chains[start, end]
+
+
+class Frozen(Taps):
+    """A teacher: a tapped model in eval mode, without gradients for its parameters, with its own normalisation.
+
+    Takes images (B, 3, H, W) in [0, 1] and normalises them with the model's `pretrained_cfg` (`preprocess` overrides). The
+    plain pass builds no graph. It stays in eval mode whatever is done to the student, and is in no checkpoint, because it is
+    not an nn.Module. `release()` takes off the hooks and gives the model back as it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        at: Sequence[Stage] | None = (),
+        size: Any = None,
+        *,
+        preprocess: Preprocess | None = None,
+        image: tuple[int, int] | None = None,
+    ):
+        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        self._modes = [(m, m.training) for m in model.modules()]
+        model.eval().requires_grad_(False)
+        self.preprocess = preprocess or Preprocess.of(model, image)
+        super().__init__(model, at, size)
+
+    def __call__(self, x: Tensor, replace: Mapping[Stage, Tensor] | None = None) -> Out:
+        self._stay_in_eval()
+        with torch.set_grad_enabled(_wants_grad(replace)):
+            return super().__call__(x, replace)
+
+    def reset(self, x: Tensor, replace: Mapping[Stage, Tensor], want: Sequence[Stage]) -> dict[Stage, Tensor]:
+        self._stay_in_eval()
+        with torch.set_grad_enabled(_wants_grad(replace)):
+            return super().reset(x, replace, want)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return self.preprocess(x)
+
+    def _stay_in_eval(self) -> None:
+        for module, _ in self._modes:
+            if module.training:
+                module.training = False
+
+    def to(self, *args: Any, **kwargs: Any) -> Frozen:
+        self.model.to(*args, **kwargs)
+        return self
+
+    def release(self) -> nn.Module:
+        """The model without hooks, its modes and flags as they were."""
+        self.remove()
+        for p, flag in self._flags:
+            p.requires_grad_(flag)
+        for m, mode in self._modes:
+            m.training = mode
+        return self.model
+
+
+def _wants_grad(replace: Mapping[Stage, Tensor] | None) -> bool:
+    return torch.is_grad_enabled() and any(f.requires_grad for f in (replace or {}).values())
+
+
+def image_size(model: nn.Module, size: Any = None) -> tuple[int, int, int]:
+    """(channels, H, W) from H, (H, W), (3, H, W) or, by default, the model's own configuration."""
+    if size is None:
+        size = config_of(model).get("input_size") or 224
+    if isinstance(size, int):
+        size = (size, size)
+    size = tuple(int(s) for s in size)
+    if len(size) == 2:
+        channels = (config_of(model).get("input_size") or (3,))[0]
+        size = (int(channels), *size)
+    if len(size) != 3 or min(size) < 1:
+        raise ValueError(f"image size {size} is not H, (H, W) or (3, H, W)")
+    return size

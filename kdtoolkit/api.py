@@ -16,7 +16,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import nn
 
-from . import checkpoint, data as data_room, metrics as numbers, models, report as report_room
+from . import checkpoint, models
+from . import data as data_room
+from . import metrics as numbers
+from . import report as report_room
 from .callbacks import Callback, Checkpoints, ProgressLog, Trackers
 from .callbacks.trackers import choose
 from .engine import Run, Settings
@@ -178,7 +181,10 @@ def distill(
             write_json(folder / "env.json", environment(accelerator))
             write_json(folder / "plan.json", plan)
         accelerator.wait_for_everyone()
-        card = {"method": method if isinstance(method, str) else repr(method), "losses": {k: str(v) for k, v in chosen.items()}}
+        card = {
+            "method": method if isinstance(method, str) else repr(method),
+            "losses": {k: str(v) for k, v in chosen.items()},
+        }
         card["networks"] = {"student": str(config["student"])}
         watchers = [Checkpoints(), ProgressLog(_mode(progress), label=label)]
         if trackers:
@@ -234,7 +240,12 @@ def _settings(
 ) -> Settings:  # fmt: skip
     if epochs is not None and max_steps is not None:
         raise ValueError(f"epochs={epochs} and max_steps={max_steps}: give one of them")
-    for name, number in (("batch_size", batch_size), ("grad_accum", grad_accum), ("log_every", log_every), ("eval_every", eval_every)):
+    for name, number in (
+        ("batch_size", batch_size),
+        ("grad_accum", grad_accum),
+        ("log_every", log_every),
+        ("eval_every", eval_every),
+    ):
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} is {number!r}, it must be a whole number from 1")
     papers = optimizer in ("sgd", "nesterov", "momentum")
@@ -255,7 +266,9 @@ def _claim(folder: Path | None, resume: Any, overwrite: bool) -> Path | None:
         return None
     if isinstance(resume, (str, os.PathLike)) and resume != "auto":
         if not Path(resume).is_dir():
-            raise ValueError(f"resume={str(resume)!r} is no folder: give a checkpoint such as {folder}/checkpoints/last, or 'auto'")
+            raise ValueError(
+                f"resume={str(resume)!r} is no folder: give a checkpoint such as {folder}/checkpoints/last, or 'auto'"
+            )
         return Path(resume)
     last = folder / "checkpoints" / "last"
     recover(last)
@@ -267,7 +280,9 @@ def _claim(folder: Path | None, resume: Any, overwrite: bool) -> Path | None:
         raise ValueError(f"output_dir {folder} is a file: give a folder")
     if folder.exists() and any(p.name not in ("baseline", "teacher") for p in folder.iterdir()):
         if not overwrite and not (resume == "auto" and not (folder / "checkpoints").exists()):
-            holds = f"checkpoints/last ({checkpoint.where(checkpoint.read_card(last))})" if last.exists() else "other files"
+            holds = (
+                f"checkpoints/last ({checkpoint.where(checkpoint.read_card(last))})" if last.exists() else "other files"
+            )
             raise ValueError(f"{folder} holds {holds}: pass resume='auto' or overwrite=True, or another output_dir")
         for name in ("checkpoints", "student", "figures", "baseline"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -291,7 +306,9 @@ class _Facts:
         preset = data_room.PRESETS.get(train_data) if isinstance(train_data, str) else None
         if dry_run and preset is not None and options["image_size"] is None:
             classes = options["num_classes"] or preset.num_classes
-            return cls(classes, preset.size, None, {"name": train_data, "num_classes": classes, "image_size": preset.size})
+            return cls(
+                classes, preset.size, None, {"name": train_data, "num_classes": classes, "image_size": preset.size}
+            )
         loaded = data_room.load(train_data, eval_data, **options)
         return cls(loaded.num_classes, loaded.image_size, loaded, loaded.describe())
 
@@ -314,7 +331,9 @@ def _teachers(
     for one in specs:
         named = isinstance(one, str) and not one.endswith(".safetensors") and ":" not in one and not Path(one).exists()
         classes = {"num_classes": facts.classes} if dry_run and named and "." not in one else {}
-        net = models.build(one, role="teacher", pretrained=False if dry_run else True if named else None, **classes, **args)
+        net = models.build(
+            one, role="teacher", pretrained=False if dry_run else True if named else None, **classes, **args
+        )
         pre = Preprocess.of(net, facts.image)
         teacher = Frozen(net, None, pre.size or facts.image, preprocess=pre)
         outputs = _outputs(teacher)
@@ -348,13 +367,17 @@ def _outputs(taps: Taps) -> int:
 def _same_classes(net: nn.Module, facts: _Facts, role: str) -> None:
     outputs = _outputs(Taps(net, None, facts.image))
     if outputs != facts.classes:
-        raise ValueError(f"the {role} has {outputs} classes, the data {facts.classes}: build it with num_classes={facts.classes}")
+        raise ValueError(
+            f"the {role} has {outputs} classes, the data {facts.classes}: build it with num_classes={facts.classes}"
+        )
 
 
 def _accelerator(precision: str | None, s: Settings, trackers: list[str], folder: Path | None) -> Accelerator:
     """accelerate keeps one state per process: a second run with another precision starts from a fresh one."""
     AcceleratorState._reset_state()
-    loading = DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=s.seed, non_blocking=True)
+    loading = DataLoaderConfiguration(
+        split_batches=True, use_seedable_sampler=True, data_seed=s.seed, non_blocking=True
+    )
     return Accelerator(
         mixed_precision=precision,  # type: ignore[arg-type]
         gradient_accumulation_steps=s.grad_accum,
@@ -382,7 +405,9 @@ def _plan(method: Method, net: nn.Module, teachers: list[Frozen], facts: _Facts,
     named = {"student": getattr(net, "pretrained_cfg", {}).get("architecture") or type(net).__name__}
     for i, teacher in enumerate(teachers):
         cfg = getattr(teacher.model, "pretrained_cfg", {})
-        named["teacher" if len(teachers) == 1 else f"teacher/{i}"] = cfg.get("architecture") or type(teacher.model).__name__
+        named["teacher" if len(teachers) == 1 else f"teacher/{i}"] = (
+            cfg.get("architecture") or type(teacher.model).__name__
+        )
     length = f"{s.max_steps} steps" if s.max_steps else f"{s.epochs} epochs"
     plan |= {"models": named, "data": facts.describe}
     plan["schedule"] = {
@@ -395,7 +420,9 @@ def _plan(method: Method, net: nn.Module, teachers: list[Frozen], facts: _Facts,
 def _config(given: dict[str, Any], losses: Mapping[str, Weight]) -> dict[str, Any]:
     """Every argument of distill() as it was resolved, for config.yaml."""
     names = [n for n in inspect.signature(distill).parameters if n != "method_options"]
-    config = {n: _told(given[n]) for n in names if n not in ("accelerator", "dry_run", "callbacks", "resume", "overwrite")}
+    config = {
+        n: _told(given[n]) for n in names if n not in ("accelerator", "dry_run", "callbacks", "resume", "overwrite")
+    }
     config |= {k: getattr(given["settings"], k) for k in ("epochs", "max_steps", "lr", "weight_decay")}
     config["losses"] = {k: v if isinstance(v, (int, float)) else repr(v) for k, v in losses.items()}
     config["callbacks"] = [type(c).__name__ for c in given["callbacks"]]
@@ -421,10 +448,14 @@ def _baseline(baseline: Any, given: dict[str, Any]) -> Path | None:
     if baseline is not True:
         return Path(baseline.output_dir if isinstance(baseline, DistillResult) else baseline)
     if given["folder"] is None or not isinstance(given["student"], str):
-        raise ValueError("baseline=True trains the student alone first: it needs output_dir and a student given by name")
+        raise ValueError(
+            "baseline=True trains the student alone first: it needs output_dir and a student given by name"
+        )
     same = {n: given[n] for n in inspect.signature(distill).parameters if n in given and n not in _NOT_SHARED}
     folder = given["folder"] / "baseline"
-    distill(None, method="none", train_data=given["facts"].data, output_dir=folder, resume="auto", label="alone", **same)
+    distill(
+        None, method="none", train_data=given["facts"].data, output_dir=folder, resume="auto", label="alone", **same
+    )
     return folder
 
 
@@ -451,16 +482,17 @@ def _finish(run: Run, net: nn.Module, teachers: list[Frozen], facts: _Facts) -> 
     final |= {"split": split.name if split else None, "epoch": epoch, "chosen": chosen}
     if run.settings.monitor is not None:
         final["chosen_on"] = run.settings.monitor
+    run.method.release()  # costs are those of the bare networks
+    device, size = run.accelerator.device, (3, *facts.image)
     teacher = run.teacher_metrics.get(f"teacher/{split.name}") if split is not None else None
-    nets = {"student": net} | ({"teacher": teachers[0].model} if teachers else {})
-    costs = numbers.costs(nets, (3, *facts.image), device=run.accelerator.device)
-    final |= {"params": costs["student"].params, "macs": costs["student"].macs, "latency_ms": costs["student"].latency_ms}
     if teacher:
         final |= {f"teacher_{k}": v for k, v in teacher.items()}
         final["retention"] = final["top1"] / teacher["top1"] if teacher["top1"] else float("nan")
-        parts = numbers.compression(teacher["top1"], final["top1"], facts.classes, costs["teacher"], costs["student"])
-        final |= {k: v for k, v in parts.items() if k not in final}
-        final |= {f"teacher_{k}": getattr(costs["teacher"], k) for k in ("params", "macs", "latency_ms")}
+        tops = {"teacher_top1": teacher["top1"], "student_top1": final["top1"], "num_classes": facts.classes}
+        final |= numbers.summary(teachers[0].model, net, size, device=device, **tops)
+    else:
+        cost = numbers.cost(net, size, device=device)
+        final |= {"params": cost.params, "macs": cost.macs, "latency_ms": cost.latency_ms}
     run.journal.add(event="final", step=run.clock.step, **final)
     return final
 

@@ -40,7 +40,9 @@ def save(accelerator: Accelerator, folder: Path, card: dict[str, Any]) -> None:
         accelerator.wait_for_everyone()
     except (OSError, RuntimeError, ValueError) as error:  # torch and safetensors report a full disk as RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
-        kept = f"the previous checkpoint {folder} is whole ({where(read_card(folder))})" if folder.exists() else "none yet"
+        kept = (
+            f"the previous checkpoint {folder} is whole ({where(read_card(folder))})" if folder.exists() else "none yet"
+        )
         raise CheckpointError(
             f"could not write checkpoint {folder}: {error}. {kept}. Free some space and go on with resume='auto'"
         ) from error
@@ -66,7 +68,9 @@ def check(folder: Path, card: dict[str, Any]) -> dict[str, Any]:
     recover(folder)
     found = read_card(folder)
     if not found:
-        raise CheckpointError(f"{folder} holds no checkpoint ({CARD} is missing); start without resume, or give its folder")
+        raise CheckpointError(
+            f"{folder} holds no checkpoint ({CARD} is missing); start without resume, or give its folder"
+        )
     keys = ("method", "losses", "networks", "seed", "total_steps", "batch_size", "optimizer")
     wrong = [f"{k}: {found.get(k)!r} there, {card[k]!r} now" for k in keys if k in card and found.get(k) != card[k]]
     if wrong:

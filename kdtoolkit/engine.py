@@ -124,7 +124,8 @@ class Run:
         self.clock = _clock(s, None if rows is None else len(loader))
         memory = torch.channels_last if s.channels_last else torch.preserve_format
         self.memory_format = memory
-        self.method.place(accelerator.device, memory)
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        self.method.place(accelerator.device, memory, half)
         self.method.to(device=accelerator.device, memory_format=memory)
         if s.compile:
             self.method.compile()
@@ -137,7 +138,12 @@ class Run:
         self.net, self.optimizer, self.loader, self.scheduler = prepared
         names = {name: type(net).__name__ for name, net in self.method.networks().items()}
         optim = f"{s.optimizer} lr={s.lr} wd={s.weight_decay} {s.scheduler}"
-        self.card = {"seed": s.seed, "total_steps": self.clock.total_steps, "batch_size": s.batch_size, "optimizer": optim}
+        self.card = {
+            "seed": s.seed,
+            "total_steps": self.clock.total_steps,
+            "batch_size": s.batch_size,
+            "optimizer": optim,
+        }
         self.card |= {"networks": names} | card
         accelerator.register_for_checkpointing(RunState(self))
 
@@ -150,7 +156,9 @@ class Run:
             if event == "on_losses" and returned:
                 twice = [k for k in returned if k in extra or k in args[0].losses]
                 if twice:
-                    raise ValueError(f"callback {type(callback).__name__} returns the loss {twice[0]!r}, which exists already")
+                    raise ValueError(
+                        f"callback {type(callback).__name__} returns the loss {twice[0]!r}, which exists already"
+                    )
                 extra |= returned
         return extra
 
@@ -231,7 +239,9 @@ class Run:
         self.emit("on_step_end", step)
 
     def _finish(self, batch: Any, train: bool) -> Batch:
-        batch = self.data.finish(batch, epoch=self.clock.epoch, train=train, views=self.method.num_views if train else 1)
+        batch = self.data.finish(
+            batch, epoch=self.clock.epoch, train=train, views=self.method.num_views if train else 1
+        )
         if self.settings.channels_last and batch["x"].dim() == 4:
             batch["x"] = batch["x"].contiguous(memory_format=torch.channels_last)
         return batch
@@ -378,7 +388,9 @@ def make_optimizer(method: Method, s: Settings) -> torch.optim.Optimizer:
             filter_bias_and_bn=s.optimizer not in plain,
         )
     except (AssertionError, KeyError) as error:
-        raise ValueError(f"unknown optimizer {s.optimizer!r}: 'sgd', 'nesterov', or a name of timm.optim.list_optimizers()") from error
+        raise ValueError(
+            f"unknown optimizer {s.optimizer!r}: 'sgd', 'nesterov', or a name of timm.optim.list_optimizers()"
+        ) from error
     except ValueError as error:
         raise ValueError(f"optimizer {s.optimizer!r}: {error}; see timm.optim.list_optimizers()") from error
 
@@ -410,7 +422,11 @@ def _interrupts(run: Run) -> Iterator[None]:
         yield
         if run.stop == "interrupted":
             folder = run.save("last")
-            how = f"saved to {folder}; go on with resume='auto'" if folder else "nothing was saved: no output_dir was given"
+            how = (
+                f"saved to {folder}; go on with resume='auto'"
+                if folder
+                else "nothing was saved: no output_dir was given"
+            )
             raise Interrupted(f"stopped at step {run.clock.step} of {run.clock.total_steps}; {how}")
     finally:
         for number, previous in old.items():

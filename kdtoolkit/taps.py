@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .fold import Swap, fold, unfold
 from .preprocess import Preprocess, config_of
 from .registry import nearest
 from .trace import Stage as StageEnd
@@ -318,6 +319,7 @@ class Frozen(Taps):
     ):
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._modes = [(m, m.training) for m in model.modules()]
+        self._swaps: list[Swap] = []
         model.eval().requires_grad_(False)
         self.preprocess = preprocess or Preprocess.of(model, image)
         super().__init__(model, at, size)
@@ -340,13 +342,23 @@ class Frozen(Taps):
             if module.training:
                 module.training = False
 
+    def fold(self, dtype: torch.dtype | None = None) -> int:
+        """Fold every BatchNorm into its convolution until `release`; returns how many. Same function, other rounding
+        (about 1e-6 of a logit in float32), a third less time on a ResNet. Call after `select`."""
+        keep = set(self.names.values())
+        self._swaps = fold(self.model, self.trace, keep=keep, dtype=dtype)
+        self.select(self.keys)
+        return len(self._swaps) // 2
+
     def to(self, *args: Any, **kwargs: Any) -> Frozen:
         self.model.to(*args, **kwargs)
         return self
 
     def release(self) -> nn.Module:
-        """The model without hooks, its modes and flags as they were."""
+        """The model without hooks, its modules, modes and flags as they were."""
         self.remove()
+        unfold(self._swaps)
+        self._swaps = []
         for p, flag in self._flags:
             p.requires_grad_(flag)
         for m, mode in self._modes:

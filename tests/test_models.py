@@ -116,22 +116,23 @@ def test_forward(name):
     torch.manual_seed(0)
     model = settle(timm.create_model(name, num_classes=5))
     for size in (8, 16, 32, 64):
-        x = torch.rand(2, 3, size, size)
+        x = torch.rand(1, 3, size, size)
         features = model.forward_features(x)
-        assert features.shape[:2] == (2, model.num_features)
+        assert features.shape[:2] == (1, model.num_features)
         pooled = model.forward_head(features, pre_logits=True)
-        assert pooled.shape == (2, model.head_hidden_size)
-        assert torch.equal(model(x), model.forward_head(features))
-        assert torch.equal(model(x), model.get_classifier()(pooled))
-    assert torch.equal(copy.deepcopy(model)(x), model(x))
-    features = timm.create_model(name, features_only=True)(torch.rand(2, 3, 32, 32))
+        assert pooled.shape == (1, model.head_hidden_size)
+        logits = model(x)
+        assert torch.equal(logits, model.forward_head(features))
+        assert torch.equal(logits, model.get_classifier()(pooled))
+    assert torch.equal(copy.deepcopy(model)(x), logits)
+    features = timm.create_model(name, features_only=True)(torch.rand(2, 3, 16, 16))
     assert [f.shape[1] for f in features] == [info["num_chs"] for info in model.feature_info]
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_every_parameter_learns(name):
     model = timm.create_model(name, num_classes=5, in_chans=1)
-    model(torch.rand(4, 1, 32, 32)).square().mean().backward()
+    model(torch.rand(4, 1, 16, 16)).square().mean().backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
 
 
@@ -231,7 +232,8 @@ def test_describe():
     assert normalisation(model) == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
     assert input_size(model) == (3, 32, 32) and not fixed_input_size(model)
     assert normalisation(nn.Linear(2, 2)) is None and input_size(nn.Linear(2, 2)) is None
-    grey = build("cifar_resnet8", in_chans=1)
+    grey = build("cifar_resnet8", in_chans=1, cache_dir="unused")
+    assert grey.kd_model_args == {"in_chans": 1, "shortcut": "B"}
     assert len(normalisation(grey)[0]) == 1 and input_size(grey) == (1, 32, 32)
     vit = {"depth": 1, "num_classes": 2}
     assert fixed_input_size(build("vit_tiny_patch16_224", **vit))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from ..types import Batch
 from .augment import BatchAugment
@@ -42,9 +42,9 @@ class Split:
         if self.own_loader is not None:
             return self.own_loader
         pin = torch.cuda.is_available()
-        if isinstance(self.dataset, IterableDataset):
-            stream = self.dataset.shuffled() if shuffle and isinstance(self.dataset, Stream) else self.dataset
-            return DataLoader(stream, batch_size, drop_last=drop_last, num_workers=self.num_workers, pin_memory=pin)
+        if isinstance(self.dataset, Stream):
+            self.dataset.shuffle(shuffle)
+            return DataLoader(self.dataset, batch_size, drop_last=drop_last, pin_memory=pin)
         return DataLoader(
             self.dataset,
             batch_size,

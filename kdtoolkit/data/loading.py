@@ -18,7 +18,7 @@ from .plan import Part, build, choose, storage
 from .sources import open_source
 from .splits import TEST_SHARE, check_validation, draw_stratified, validation_rows
 from .tables import HFTable, SizesDiffer, TorchTable, class_names_of, labels_of
-from .workers import Stream, seeded
+from .workers import Stream, check_loader, seeded
 
 Columns = tuple[str | None, str | None]
 
@@ -154,6 +154,7 @@ def check_workers(workers: int | str) -> int | None:
 def as_part(raw: Any, role: str, columns: Columns | None) -> Part:
     """One raw split -> a table, a stream or the user's loader."""
     if isinstance(raw, DataLoader):
+        check_loader(raw, role)
         return raw
     if isinstance(raw, datasets.Dataset) and raw.format["type"] != "custom":
         return HFTable(raw, role, columns)

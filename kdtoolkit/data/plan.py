@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from .augment import BatchAugment
@@ -142,9 +143,13 @@ def _peek(loader: DataLoader) -> dict[str, Any]:
 
 
 def _is_float(part: Part) -> bool:
+    """True when the data set itself gives float tensors; they must be in [0, 1]."""
     with seeded(0):
         image = _first(part)
-    return getattr(getattr(image, "dtype", None), "is_floating_point", False) is True
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        return False
+    to_tensor(image, "the first image")
+    return True
 
 
 def _sample(part: Part) -> set[tuple[int, int]]:

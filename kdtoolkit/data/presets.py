@@ -15,18 +15,25 @@ from .splits import draw_stratified
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """hub: the repository on the Hub, None for embedded data. augment: what is done to training batches."""
+    """What is known of a named data set before it is read.
+
+    hub      the repository on the Hub, None for embedded data
+    augment  what is done to training batches
+    size     (H, W) in pixels
+    """
 
     hub: str | None
     augment: BatchAugment
+    num_classes: int
+    size: tuple[int, int]
 
 
 PRESETS = {
-    "cifar10": Preset("uoft-cs/cifar10", BatchAugment(padding=4)),
-    "cifar100": Preset("uoft-cs/cifar100", BatchAugment(padding=4)),
-    "tiny-imagenet": Preset("zh-plus/tiny-imagenet", BatchAugment(padding=8)),
-    "fashion-mnist": Preset("zalando-datasets/fashion_mnist", BatchAugment(padding=4)),
-    "digits": Preset(None, BatchAugment(padding=2, flip=0.0)),  # a mirrored 2 is not a 2
+    "cifar10": Preset("uoft-cs/cifar10", BatchAugment(padding=4), 10, (32, 32)),
+    "cifar100": Preset("uoft-cs/cifar100", BatchAugment(padding=4), 100, (32, 32)),
+    "tiny-imagenet": Preset("zh-plus/tiny-imagenet", BatchAugment(padding=8), 200, (64, 64)),
+    "fashion-mnist": Preset("zalando-datasets/fashion_mnist", BatchAugment(padding=4), 10, (28, 28)),
+    "digits": Preset(None, BatchAugment(padding=2, flip=0.0), 10, (16, 16)),  # a mirrored 2 is not a 2
 }
 
 

@@ -110,11 +110,20 @@ def _open_path(path: Path) -> dict[str, Any]:
     if files:
         return _open_parquet(path, files)
     if path.is_dir() and any(file.suffix.lower() in IMAGES for file in path.rglob("*")):
-        return dict(datasets.load_dataset("imagefolder", data_dir=str(path), drop_labels=False))
+        return _open_images(path)
     raise ValueError(
         f"{path} holds no data that is known: expected *.parquet, a data set written by save_to_disk, "
         "or images as train/CLASS/x.png or CLASS/x.png"
     )
+
+
+def _open_images(path: Path) -> dict[str, Any]:
+    """train/CLASS/x.png, or CLASS/x.png as one split. Splits are folders, never guessed from the files' names."""
+    folders = {folder.name: folder for folder in sorted(path.iterdir()) if folder.is_dir()}
+    splits = {name: folder for name, folder in folders.items() if name.lower() in TRAIN + VAL + TEST}
+    chosen = splits if splits else {"train": path}
+    patterns = {name.lower(): str(folder / "**") for name, folder in chosen.items()}
+    return dict(datasets.load_dataset("imagefolder", data_files=patterns, drop_labels=False))
 
 
 def _open_parquet(path: Path, files: list[Path]) -> dict[str, Any]:

@@ -111,15 +111,15 @@ class Stream(IterableDataset):
             )  # fmt: skip
             kept = source.select_columns([found.image, found.label])
             self.source = kept.cast_column(found.image, datasets.Image(decode=False))
+        self.plain = self.source
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch if self.train else 0
 
-    def shuffled(self) -> Stream:
-        """The same stream through a shuffle buffer, anew each epoch (torch streams must shuffle themselves)."""
+    def shuffle(self, on: bool) -> None:
+        """Read through a shuffle buffer, anew each epoch, or in order (torch streams must shuffle themselves)."""
         if self.image:
-            self.source = self.source.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
-        return self
+            self.source = self.plain.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER) if on else self.plain
 
     def raw(self) -> Iterator[tuple[int, Any, int]]:
         """(count, image, label) without transform."""
@@ -200,11 +200,16 @@ class ToBatch:
         return {"x": x.expand(-1, 3, -1, -1), "y": y.long(), "index": index.long()}
 
 
+def check_loader(loader: DataLoader, split: str) -> None:
+    """Raise ValueError for a loader whose batches `rebuild` could not make again."""
+    unbatched = loader.batch_size is None and loader.batch_sampler is None
+    if unbatched or type(loader).__iter__ is not DataLoader.__iter__:
+        what = "batch_size=None" if unbatched else f"its own __iter__ ({type(loader).__name__})"
+        raise ValueError(f"the DataLoader of split {split!r} has {what}: pass its data set instead")
+
+
 def rebuild(loader: DataLoader, split: str, num_classes: int) -> DataLoader:
     """The user's loader with the same data, sampler, batch size and workers, yielding dict(x, y, index)."""
-    if type(loader).__iter__ is not DataLoader.__iter__ or loader.batch_sampler is None and loader.batch_size is None:
-        what = "batch_size=None" if loader.batch_size is None else f"its own __iter__ ({type(loader).__name__})"
-        raise ValueError(f"the DataLoader of split {split!r} has {what}: pass its data set instead")
     stream = isinstance(loader.dataset, IterableDataset)
     options: dict[str, Any] = {
         name: getattr(loader, name)

@@ -48,8 +48,12 @@ def check_losses(losses: Mapping[str, Weight], given: Sequence[Objective] = ()) 
     for name, weight in losses.items():
         if name not in own:
             OBJECTIVES[name]
-        if not callable(weight) and (isinstance(weight, (bool, str)) or not isinstance(weight, (int, float)) or weight < 0):
-            raise ValueError(f"the weight of loss {name!r} is {weight!r}: a number >= 0, or a schedule (kdtoolkit.schedules)")
+        if not callable(weight) and (
+            isinstance(weight, (bool, str)) or not isinstance(weight, (int, float)) or weight < 0
+        ):
+            raise ValueError(
+                f"the weight of loss {name!r} is {weight!r}: a number >= 0, or a schedule (kdtoolkit.schedules)"
+            )
     if not losses or all(not callable(w) and w == 0 for w in losses.values()):
         raise ValueError(f"losses={dict(losses)}: every weight is zero, nothing would be trained")
 

@@ -22,6 +22,10 @@ UNREADABLE = (RuntimeError, OSError, EOFError, SafetensorError, pickle.Unpicklin
 # the bases are the HTTP library's own error, whichever it is
 UNREACHABLE: tuple[Any, ...] = (OSError, *HfHubHTTPError.__bases__)
 
+# say nothing of the model's shape
+NOT_RECORDED = "num_classes cache_dir checkpoint_path device dtype pretrained_cfg pretrained_cfg_overlay".split()
+NOT_RECORDED += ["scriptable", "exportable", "no_jit"]
+
 
 def build(
     spec: nn.Module | str | os.PathLike[str],
@@ -59,7 +63,7 @@ def build(
         model = _from_name(text, num_classes, pretrained, role, kwargs)
     args = {**getattr(model, "pretrained_model_args", {}), **kwargs}
     recorded = {**getattr(model, "kd_model_args", {}), **args}
-    model.kd_model_args = {k: v for k, v in recorded.items() if k != "num_classes"}
+    model.kd_model_args = {k: v for k, v in recorded.items() if k not in NOT_RECORDED}
     return model
 
 

@@ -60,9 +60,8 @@ class CifarNet(nn.Module):
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         old = next(self.parameters())
         self.num_classes = num_classes
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=pool, device=old.device, dtype=old.dtype
-        )
+        self.global_pool, fc = create_classifier(self.num_features, num_classes, pool_type=pool)
+        self.fc = fc.to(device=old.device, dtype=old.dtype)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def get_classifier(self) -> nn.Module:

@@ -80,7 +80,7 @@ def _not_finite(rows: list[Row]) -> list[str]:
         return []
     row, key = bad[0]
     return [
-        f"{len(bad)} logged values are not finite, the first is {key} at step {row.get('step', '?')}: gaps in the curves"
+        f"{len(bad)} logged values are not finite, the first is {key} at step {row.get('step', '?')}: gaps in curves"
     ]
 
 

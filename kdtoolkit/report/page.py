@@ -87,7 +87,7 @@ def write(
 def _figures(run: Run, alone: Run | None, notes: list[str]) -> dict[str, str]:
     """Draw the curves; file name -> caption of those that were drawn."""
     folder, split = run.path / "figures", plots.split_of(run) or "eval"
-    teacher = tables.teacher_numbers(run)
+    teacher = tables.teacher_numbers(run, plots.split_of(run))
     level = {f"teacher ({teacher['top1']:.2f} %)": teacher["top1"]} if "top1" in teacher else None
 
     def curve(name: str, key: str, title: str, unit: str, level: Row | None = None) -> bool:

@@ -39,7 +39,7 @@ def gradcam_rows(
     truth = None if labels is None else [int(label) for label in labels[: len(images)]]
     shown, grey = _pixels(images), images.float().mean(1).cpu().clamp(0, 1).numpy()
     columns, rows = len(images), 1 + len(models)
-    figure = new_figure(max(1.25 + 1.3 * columns, 5.2), 0.5 + 1.55 * rows)
+    figure = new_figure(1.9 + 1.3 * columns, 0.5 + 1.55 * rows)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_xticks([])
@@ -57,10 +57,11 @@ def gradcam_rows(
             color = UNKNOWN if truth is None else RIGHT if chosen[i] == truth[i] else WRONG
             text = f"{_class(chosen[i], class_names)}, {100 * sure[i]:.0f} %"
             axes[row, i].set_xlabel(text, fontsize=9, color=color)
-    bar = figure.colorbar(heat, ax=axes[1:, :], shrink=0.6, pad=0.015, ticks=[0, 1], aspect=24)
+    bar = figure.colorbar(heat, ax=axes, shrink=0.6, pad=0.015, ticks=[0, 1], aspect=24)
     bar.ax.set_yticklabels(["little", "much"], fontsize=8)
     bar.outline.set_visible(False)
-    figure.suptitle("Grad-CAM: where each network looks for the class it chose", fontsize=11)
+    title = "Grad-CAM: where each network looks for the class it chose" if columns > 3 else "Grad-CAM"
+    figure.suptitle(title, fontsize=11)
     save(figure, Path(path))
     return Path(path)
 

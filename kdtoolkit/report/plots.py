@@ -64,6 +64,9 @@ def curves(
         axes.set_yscale("log")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+    places = {x for line in lines.values() for x in line.x}
+    if len(places) == 1:
+        axes.set_xlim(0, max(1.0, 2 * places.pop()))
     if "epoch" in x_label:
         from matplotlib.ticker import MaxNLocator
 

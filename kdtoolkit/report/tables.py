@@ -42,16 +42,29 @@ def student_numbers(run: Run) -> Row:
     return {**same, **final}
 
 
-def teacher_numbers(run: Run) -> Row:
-    """The teacher's own evaluation, with what the final row says about it under teacher_*."""
+def teacher_numbers(run: Run, split: str | None = None) -> Row:
+    """The first teacher's own evaluation on a split, by default that of the student's final numbers.
+
+    What the final row says under teacher_* goes first, where it is of the same split.
+    """
     final = run.last("final")
-    return {**run.last("teacher"), **{k[8:]: v for k, v in final.items() if k.startswith("teacher_")}}
+    wanted = split or student_numbers(run).get("split")
+    rows = [row for row in run.rows if row.get("event") == "teacher"]
+    row = next((r for r in rows if r.get("split") == wanted), rows[0] if rows else {})
+    if split is not None and final.get("split", split) != split:
+        return row
+    return {**row, **{k[8:]: v for k, v in final.items() if k.startswith("teacher_")}}
 
 
 def compression_parts(run: Run) -> Row:
-    """The dict `compression` of the final row, or empty. (Its retention is above chance; the row's own is a ratio.)"""
-    parts = run.last("final").get("compression")
-    return dict(parts) if isinstance(parts, Mapping) else {}
+    """The final row's dict `compression`, or what of it stands in the row itself, or empty.
+
+    The row's own `retention` is top1 / teacher_top1 and no part of the score, whose retention is above chance.
+    """
+    final = run.last("final")
+    if isinstance(final.get("compression"), Mapping):
+        return dict(final["compression"])
+    return {key: final[key] for key in PARTS if key in final and key != "retention"}
 
 
 def where_from(run: Run) -> str:

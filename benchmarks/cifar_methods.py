@@ -1,0 +1,102 @@
+"""The same student alone, with KD and with SRKD: equal seeds, equal budget, last epoch, test set.
+
+    python benchmarks/cifar_methods.py run --data cifar10 --data-path PATH --teacher PATH.safetensors --seeds 0 1 2
+    python benchmarks/cifar_methods.py table
+
+`run` writes one folder per (data, method, seed) under --runs, skips what is finished and resumes what is not. `table` reads
+the folders and writes benchmarks/results/cifar_methods.md. KD is CE + KD with weights 1 and 1, so that SRKD differs from it in
+nothing but its own term.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from kdtoolkit import distill
+from kdtoolkit.models import build
+
+METHODS = {
+    "alone": dict(method="none"),
+    "kd": dict(method="kd", losses={"ce": 1.0, "kd": 1.0}),
+    "srkd": dict(method="srkd", losses={"ce": 1.0, "kd": 1.0, "srkd": 0.1}),
+    "srkd-flow": dict(method="srkd", losses={"ce": 1.0, "kd": 1.0, "srkd": 0.1}, detach=False),
+}
+
+
+def run(args: argparse.Namespace) -> None:
+    for seed in args.seeds:
+        for name in args.methods:
+            folder = Path(args.runs) / f"{args.data}-{args.student}-{name}-e{args.epochs}-s{seed}"
+            if (folder / "report.md").exists():
+                continue
+            teacher = None if name == "alone" else args.teacher
+            shortcut = build(args.teacher, pretrained=False, role="teacher").kd_model_args.get("shortcut", "B")
+            distill(
+                teacher, args.student, args.data, data_path=args.data_path, **METHODS[name],
+                epochs=args.epochs, batch_size=128, optimizer="nesterov", lr=0.1, weight_decay=5e-4, scheduler="cosine",
+                warmup_epochs=1, validation="none", mixed_precision=args.precision, seed=seed, eval_every=3,
+                student_args={"shortcut": shortcut}, output_dir=folder, resume="auto", report_to="none", label=folder.name,
+                progress="lines",
+            )  # fmt: skip
+
+
+def table(args: argparse.Namespace) -> None:
+    groups: dict[tuple[str, str, int], dict[str, list[dict]]] = {}
+    for folder in sorted(Path(args.runs).glob("*-s*")):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        final = next((r for r in rows if r["event"] == "final"), None)
+        if final is None:
+            continue
+        data, rest = folder.name.split("-", 1)
+        student, rest = rest.split("-", 1)
+        name, epochs, _ = rest.rsplit("-", 2)
+        speed = [r["images_per_s"] for r in rows if r["event"] == "train"]
+        final["images_per_s"] = statistics.median(speed)
+        groups.setdefault((data, student, int(epochs[1:])), {}).setdefault(name, []).append(final)
+    lines = ["# Student alone, KD, SRKD", "", (__doc__ or "").strip().split("\n\n", 1)[1], ""]
+    for (data, student, epochs), methods in groups.items():
+        teacher = next((f["teacher_top1"] for fs in methods.values() for f in fs if "teacher_top1" in f), None)
+        lines += [f"## {data}, {student}, {epochs} epochs, last epoch; teacher top-1 {teacher} %", ""]
+        lines += ["| method | n | top-1 % | per seed | agreement % | images/s (median) |", "|---|---|---|---|---|---|"]
+        for name in [m for m in METHODS if m in methods]:
+            tops = [f["top1"] for f in methods[name]]
+            spread = f" ± {statistics.stdev(tops):.2f}" if len(tops) > 1 else ""
+            agree = [f["agreement"] for f in methods[name] if "agreement" in f]
+            agreement = f"{statistics.mean(agree):.2f}" if agree else ""
+            speed = statistics.median(f["images_per_s"] for f in methods[name])
+            each = ", ".join(f"{t:.2f}" for t in tops)
+            lines.append(
+                f"| {name} | {len(tops)} | {statistics.mean(tops):.2f}{spread} | {each} | {agreement} | {speed:.0f} |"
+            )
+        lines.append("")
+    Path(args.out).write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    runner = commands.add_parser("run")
+    runner.set_defaults(do=run)
+    runner.add_argument("--data", default="cifar10")
+    runner.add_argument("--data-path", default=None, help="a local copy of the data")
+    runner.add_argument("--teacher", required=True)
+    runner.add_argument("--student", default="cifar_resnet20")
+    runner.add_argument("--methods", nargs="+", default=["alone", "kd", "srkd"], choices=list(METHODS))
+    runner.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    runner.add_argument("--epochs", type=int, default=12)
+    runner.add_argument("--precision", default="bf16")
+    tabler = commands.add_parser("table")
+    tabler.set_defaults(do=table)
+    tabler.add_argument("--out", default="benchmarks/results/cifar_methods.md")
+    for command in (runner, tabler):
+        command.add_argument("--runs", default="runs/cifar_methods")
+    args = parser.parse_args()
+    args.do(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,17 +7,23 @@ network or loss before it touches anything.
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 
 from .files import recover, replacing_folder, swap, write_json
 
 CARD = "checkpoint.json"
+FOLDERS = ("checkpoints", "student", "figures", "baseline", "teacher")
+FILES = ("config.yaml", "env.json", "plan.json", "metrics.jsonl", "summary.csv", "report.md")
+BROKEN = (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
 class CheckpointError(RuntimeError):
@@ -38,25 +44,97 @@ def save(accelerator: Accelerator, folder: Path, card: dict[str, Any]) -> None:
             write_json(temporary / CARD, card)
             swap(temporary, folder, old)
         accelerator.wait_for_everyone()
-    except (OSError, RuntimeError, ValueError) as error:  # torch and safetensors report a full disk as RuntimeError
+    except BROKEN as error:  # a full disk is a RuntimeError of torch and an error of its own in safetensors
         shutil.rmtree(temporary, ignore_errors=True)
-        kept = (
-            f"the previous checkpoint {folder} is whole ({where(read_card(folder))})" if folder.exists() else "none yet"
-        )
-        raise CheckpointError(
-            f"could not write checkpoint {folder}: {error}. {kept}. Free some space and go on with resume='auto'"
-        ) from error
+        raise _not_written(folder, error) from error
+
+
+def _not_written(folder: Path, error: BaseException) -> CheckpointError:
+    kept = "there is no earlier one"
+    if folder.exists():
+        kept = f"the previous one is whole ({where(read_card(folder))})"
+    return CheckpointError(
+        f"could not write checkpoint {folder}: {error}; {kept}. Free some space and go on with resume='auto'"
+    )
 
 
 def copy(source: Path, target: Path) -> None:
     """A second checkpoint, as atomic as the first."""
-    with replacing_folder(target) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
+    try:
+        with replacing_folder(target) as temporary:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
+    except (OSError, shutil.Error) as error:
+        raise _not_written(target, error) from error
+
+
+def mend_best(accelerator: Accelerator, resumed: Path, output_dir: Path | None, step: int | None) -> None:
+    """checkpoints/best of `output_dir` is the one of `step` again, where the machine stopped between the two writes, or where
+    the run goes on in another folder."""
+    if output_dir is None or step is None:
+        return
+    best = output_dir / "checkpoints" / "best"
+    if accelerator.is_main_process and read_card(best).get("step") != step:
+        for source in (resumed, resumed.with_name("best")):
+            if read_card(source).get("step") == step:
+                copy(source, best)
+                break
+        else:
+            raise CheckpointError(
+                f"the best epoch so far (step {step}) is neither in {best} nor beside {resumed}: put it there, or start anew"
+            )
+    accelerator.wait_for_everyone()
+
+
+def claim(folder: Path | None, resume: Any, overwrite: bool) -> Path | None:
+    """The checkpoint to go on from, if any; ValueError where `folder` is not free. Nothing is changed."""
+    if folder is None:
+        if resume:
+            raise ValueError(f"resume={resume!r} needs output_dir, the folder of the run to go on with")
+        return None
+    last = folder / "checkpoints" / "last"
+    recover(last)
+    source = None
+    if isinstance(resume, (str, os.PathLike)) and resume != "auto":
+        source = Path(resume)
+        if not source.is_dir():
+            raise ValueError(
+                f"resume={str(resume)!r} is no folder: give a checkpoint such as {last}, or 'auto' to go on in output_dir"
+            )
+        if source.resolve().is_relative_to(folder.resolve()):
+            return source
+    elif resume and last.exists():
+        return last
+    if resume is True:
+        raise ValueError(f"resume=True, but {last} does not exist; resume='auto' starts anew where there is none")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file: give a folder")
+    begun = resume == "auto" and not (folder / "checkpoints").exists()
+    if _used(folder) and not overwrite and not begun:
+        holds = f"checkpoints/last ({where(read_card(last))})" if last.exists() else "other files"
+        raise ValueError(f"{folder} holds {holds}: pass resume='auto' or overwrite=True, or another output_dir")
+    return source
+
+
+def _used(folder: Path) -> bool:
+    return folder.exists() and any(p.name not in ("baseline", "teacher") for p in folder.iterdir())
+
+
+def clear(folder: Path) -> None:
+    """Take away what an earlier run wrote; a baseline and a finetuned teacher only with it."""
+    if not _used(folder):
+        return
+    for name in FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_card(folder: Path) -> dict[str, Any]:
     path = folder / CARD
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def where(card: dict[str, Any]) -> str:
@@ -75,7 +153,8 @@ def check(folder: Path, card: dict[str, Any]) -> dict[str, Any]:
     wrong = [f"{k}: {found.get(k)!r} there, {card[k]!r} now" for k in keys if k in card and found.get(k) != card[k]]
     if wrong:
         raise CheckpointError(
-            f"{folder} is a checkpoint of another run: {'; '.join(wrong)}. Use its settings, another output_dir, or overwrite=True"
+            f"{folder} is a checkpoint of another run: {'; '.join(wrong)}. Use its settings, another output_dir, "
+            "or overwrite=True"
         )
     return found
 
@@ -84,8 +163,10 @@ def load(accelerator: Accelerator, folder: Path) -> None:
     """Give every prepared and registered object its state back."""
     try:
         accelerator.load_state(str(folder))
-    except (RuntimeError, ValueError, OSError, KeyError, EOFError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+    except BROKEN as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded: {error}; give another checkpoint (resume=PATH), or start anew with overwrite=True"
+        ) from error
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:

@@ -1,19 +1,15 @@
-"""The loop, its first-batch check, evaluation and resume."""
+"""The loop, its first-batch check and resume."""
 
 from __future__ import annotations
 
 import contextlib
-import math
-import signal
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from torch import Tensor
@@ -21,18 +17,16 @@ from torch import Tensor
 from . import checkpoint, distributed, schedules
 from .callbacks.base import Callback
 from .data import Data, Split
+from .data.augment import key
+from .evaluation import Evaluator
 from .journal import Journal
 from .method import Method
-from .metrics import ECE, Agreement, CrossEntropy, Meter, Top1, Top5
+from .signals import Interrupted, caught
 from .types import Batch, Clock, Step
+from .watch import LossWatch, NonFiniteLoss
 
-
-class NonFiniteLoss(RuntimeError):
-    """A loss term became nan or infinite."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user stopped the run; it was saved first."""
+__all__ = ["Interrupted", "NonFiniteLoss", "Run", "Settings", "make_optimizer"]
+ASK_RANKS = 10  # optimizer steps between two exchanges of "was any rank told to stop?"
 
 
 @dataclass(frozen=True)
@@ -69,11 +63,15 @@ class RunState:
     def state_dict(self) -> dict[str, Any]:
         run = self.run
         states = {c.name: c.state_dict() for c in run.callbacks if c.name}
-        return {"step": run.clock.step, "epoch": run.clock.epoch, "best": dict(run.best), "callbacks": states}
+        at = {"step": run.clock.step, "epoch": run.clock.epoch, "epoch_start": run.epoch_start}
+        stop = None if run.stop == "interrupted" else run.stop
+        return at | {"best": dict(run.best), "stop": stop, "losses": run.watch.state_dict(), "callbacks": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         run = self.run
-        run.clock.step, run.clock.epoch, run.best = state["step"], state["epoch"], dict(state["best"])
+        run.clock.step, run.clock.epoch, run.epoch_start = state["step"], state["epoch"], state["epoch_start"]
+        run.best, run.stop = dict(state["best"]), state["stop"]
+        run.watch.load_state_dict(state["losses"], run.accelerator.device)
         for callback in run.callbacks:
             if callback.name in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.name])
@@ -83,7 +81,7 @@ class Run:
     """One training run: what callbacks see, and what is saved.
 
     accelerator, method (bare), net (prepared), optimizer, scheduler, data, clock, callbacks, settings, output_dir,
-    journal (rows of metrics.jsonl), best ({"epoch", "top1"}), stop (set a reason to end after this step).
+    journal (rows of metrics.jsonl), best ({"epoch", "step", "top1"}), stop (set a reason to end after this step).
     """
 
     def __init__(
@@ -98,39 +96,38 @@ class Run:
     ):
         self.method, self.data, self.settings, self.accelerator = method, data, settings, accelerator
         self.callbacks = list(callbacks)
+        names = [c.name for c in self.callbacks if c.name]
+        twice = next((n for n in names if names.count(n) > 1), None)
+        if twice:
+            raise ValueError(f"two callbacks are named {twice!r}: give one of them another `name`, states go by name")
         self.output_dir = output_dir
         self.journal = Journal(output_dir, accelerator.is_main_process)
+        self.watch = LossWatch()
+        self.evaluator = Evaluator(method, data, accelerator, self._finish, settings.batch_size)
         self.best: dict[str, float] = {}
         self.stop: str | None = None
         self.signalled = False
-        self.teacher_metrics: dict[str, dict[str, float]] = {}
-        self._teacher_classes: dict[tuple[int, str], list[Tensor]] = {}
+        self.epoch_start = 0  # step at which this epoch began
         self._prepare(dict(card or {}))
+
+    @property
+    def teacher_metrics(self) -> dict[str, dict[str, float]]:
+        return self.evaluator.teacher_metrics
 
     # ----------------------------------------------------------------------------------------------------- building
     def _prepare(self, card: dict[str, Any]) -> None:
         s, accelerator = self.settings, self.accelerator
-        ranks = accelerator.num_processes
-        if s.batch_size % (s.grad_accum * ranks):
-            raise ValueError(
-                f"batch_size {s.batch_size} is shared by {ranks} processes and {s.grad_accum} accumulation steps and "
-                f"does not divide by {s.grad_accum * ranks}; batch_size is images per optimizer step over all of them"
-            )
-        micro = s.batch_size // s.grad_accum
-        rows = self.data.train.len
-        if rows is not None and self.data.train.own_loader is None and rows < micro:
-            raise ValueError(f"{rows} training images do not fill one batch of {micro}: use a smaller batch_size")
-        loader = self.data.train.loader(micro, shuffle=True, drop_last=True)
-        self.clock = _clock(s, None if rows is None else len(loader))
+        loader = self.data.train.loader(self._micro_batch(), shuffle=True, drop_last=True)
+        self.clock = _clock(s, None if self.data.train.len is None else len(loader))
         memory = torch.channels_last if s.channels_last else torch.preserve_format
-        self.memory_format = memory
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         self.method.place(accelerator.device, memory, half)
-        self.method.to(device=accelerator.device, memory_format=memory)
+        self.method.to(device=accelerator.device)
+        self.method.to(memory_format=memory)
         if s.compile:
             self.method.compile()
         optimizer = make_optimizer(self.method, s)
-        updates = math.ceil(self.clock.total_steps / s.grad_accum)
+        updates = -(-self.clock.total_steps // s.grad_accum)
         warmup = round(s.warmup_epochs * self.clock.steps_per_epoch / s.grad_accum)
         factor = schedules.lr_factor(s.scheduler, updates, warmup=warmup, milestones=s.milestones)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -138,14 +135,26 @@ class Run:
         self.net, self.optimizer, self.loader, self.scheduler = prepared
         names = {name: type(net).__name__ for name, net in self.method.networks().items()}
         optim = f"{s.optimizer} lr={s.lr} wd={s.weight_decay} {s.scheduler}"
-        self.card = {
-            "seed": s.seed,
-            "total_steps": self.clock.total_steps,
-            "batch_size": s.batch_size,
-            "optimizer": optim,
-        }
-        self.card |= {"networks": names} | card
-        accelerator.register_for_checkpointing(RunState(self))
+        if s.grad_accum > 1:
+            optim += f" grad_accum={s.grad_accum}"
+        told = {"seed": s.seed, "total_steps": self.clock.total_steps, "batch_size": s.batch_size, "optimizer": optim}
+        self.card = told | {"networks": names} | card
+        self._state = RunState(self)
+        accelerator.register_for_checkpointing(self._state)
+
+    def _micro_batch(self) -> int:
+        """Images of one forward, over all ranks."""
+        s, ranks, train = self.settings, self.accelerator.num_processes, self.data.train
+        if s.batch_size % (s.grad_accum * ranks):
+            raise ValueError(
+                f"batch_size {s.batch_size} is shared by {ranks} processes and {s.grad_accum} accumulation steps and "
+                f"does not divide by {s.grad_accum * ranks}; batch_size is images per optimizer step over all of them"
+            )
+        if train.len is not None and train.own_loader is None and train.len < s.batch_size:
+            raise ValueError(
+                f"{train.len} training images do not fill one batch of {s.batch_size}: use a smaller batch_size"
+            )
+        return s.batch_size // s.grad_accum
 
     # ------------------------------------------------------------------------------------------------------- events
     def emit(self, event: str, *args: Any) -> dict[str, Tensor]:
@@ -163,67 +172,101 @@ class Run:
         return extra
 
     def save(self, name: str = "last") -> Path | None:
-        """Write checkpoints/NAME; None without an output folder."""
+        """Write checkpoints/NAME, if everything is finite; None without an output folder. All ranks call it."""
+        self.check_finite(weights=True)
         if self.output_dir is None:
             return None
         folder = self.output_dir / "checkpoints" / name
+        self.watch.interval.share()
+        self.watch.epoch.share()
         checkpoint.save(self.accelerator, folder, self.card | {"epoch": self.clock.epoch, "step": self.clock.step})
         return folder
 
-    def resume(self, folder: Path) -> None:
-        """Go on where the checkpoint `folder` stopped; CheckpointError when it is of another run."""
-        checkpoint.check(folder, self.card)
-        checkpoint.load(self.accelerator, folder)
-        self.journal.rewind(self.clock.step)
-
     # ------------------------------------------------------------------------------------------------------ the run
-    def fit(self) -> None:
-        """Train to the end, or until `stop` is set. The teacher is evaluated first."""
+    def fit(self, resume_from: Path | None = None) -> None:
+        """Train to the end, or until `stop` is set. The teacher is evaluated first.
+
+        resume_from  checkpoint to go on from; CheckpointError when it is of another run
+        """
+        if resume_from is not None:
+            found = checkpoint.check(resume_from, self.card)
+            self.journal.rewind(found["step"])
+            self.accelerator.wait_for_everyone()
         set_seed(self.settings.seed, device_specific=True)
-        self.evaluate_teachers()
+        self._evaluate_teachers()
+        if resume_from is not None:
+            checkpoint.load(self.accelerator, resume_from)
+            checkpoint.mend_best(self.accelerator, resume_from, self.output_dir, self.best.get("step"))
         try:
-            with _interrupts(self):
+            with caught(self._flag):
                 self.emit("on_fit_start")
                 while self.clock.step < self.clock.total_steps and not self.stop:
                     self._epoch()
-        finally:
-            self.emit("on_fit_end")
-            self.journal.summary()
+                if self.stop == "interrupted":
+                    self._interrupted()
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                self.emit("on_fit_end")
+                self.journal.summary()
+            raise
+        self.emit("on_fit_end")
+        self.journal.summary()
+
+    def close(self) -> None:
+        """Give the accelerator back without this run's state."""
+        with contextlib.suppress(ValueError, AttributeError):
+            self.accelerator._custom_objects.remove(self._state)
+        self.accelerator.free_memory()
 
     def _epoch(self) -> None:
-        clock, per_epoch = self.clock, self.clock.steps_per_epoch
-        done = clock.step - clock.epoch * per_epoch
+        clock = self.clock
+        end = min(clock.total_steps, self.epoch_start + clock.steps_per_epoch)
+        self.method.train()
         self.data.set_epoch(clock.epoch)
         self.loader.set_epoch(clock.epoch)
         self.emit("on_epoch_start")
-        for batch in skip_first_batches(self.loader, done) if done else self.loader:
+        self._seed(clock.epoch, -1)
+        for batch in self._rest_of_epoch() if clock.step < end else ():
+            if clock.step >= end:
+                break
             self._step(self._finish(batch, train=True))
-            if self._interrupted() or self.stop or clock.step >= clock.total_steps:
+            if self.stop or (clock.step < end and self._told_to_stop()):
                 break
         if self.stop == "interrupted":
             return
-        if clock.step >= (clock.epoch + 1) * per_epoch:
-            clock.epoch += 1
+        if clock.step == self.epoch_start:
+            raise ValueError("the training data gave no batch: too few images for batch_size, or an empty stream")
+        self._end_epoch()
+        if not self.stop and clock.step < clock.total_steps:
+            self._told_to_stop(now=True)
+
+    def _rest_of_epoch(self) -> Any:
+        done = self.clock.step - self.epoch_start
+        return skip_first_batches(self.loader, done) if done else self.loader
+
+    def _end_epoch(self) -> None:
+        clock = self.clock
+        if self.watch.interval.count:
+            self._log()
+        self.check_finite()
+        clock.epoch += 1
+        self.epoch_start = clock.step
+        row = self.watch.close("epoch")
+        self.journal.add(event="epoch", epoch=clock.epoch, step=clock.step, lr=self.scheduler.get_last_lr()[0], **row)
         over = clock.step >= clock.total_steps or bool(self.stop)
         self.emit("on_epoch_end", self._evaluate_epoch(over))
 
-    def _interrupted(self) -> bool:
-        """Whether a signal came, on any rank: ranks ask each other every tenth step, so that they stop at the same one."""
-        if self.signalled and not distributed.active():
-            self.stop = "interrupted"
-        elif distributed.active() and self.clock.step % 10 == 0:
-            if distributed.any_rank(self.signalled, self.accelerator.device):
-                self.stop = "interrupted"
-        return self.stop == "interrupted"
-
     def _step(self, batch: Batch) -> None:
-        accelerator, net = self.accelerator, self.net
+        accelerator, net, clock = self.accelerator, self.net, self.clock
+        self._seed(clock.epoch, clock.step)
         with accelerator.accumulate(net):
-            step: Step = net(batch, self.clock)
+            step: Step = net(batch, clock)
             losses = step.losses | self.emit("on_losses", step, batch)
-            self._watch(losses)
+            self.watch.add(losses, clock.step, len(batch["y"]) * accelerator.num_processes)
+            if accelerator.device.type == "cpu":  # costs nothing there; elsewhere once per log row
+                self.check_finite()
             accelerator.backward(sum(losses.values()))
-            if self.clock.step == 0:
+            if clock.step == 0:
                 self._first_batch()
             if accelerator.sync_gradients:
                 self.emit("on_grads")
@@ -232,11 +275,14 @@ class Run:
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
-        self.clock.step += 1
-        self._images += len(batch["y"]) * accelerator.num_processes
-        if self.clock.step % self.settings.log_every == 0 or self.clock.step == self.clock.total_steps:
+        clock.step += 1
+        if clock.step % self.settings.log_every == 0:
             self._log()
         self.emit("on_step_end", step)
+
+    def _seed(self, epoch: int, step: int) -> None:
+        """Dropout and other draws of a step depend on (seed, rank, step) alone: a resumed run makes the same ones."""
+        torch.manual_seed(key(self.settings.seed, self.accelerator.process_index, epoch, step))
 
     def _finish(self, batch: Any, train: bool) -> Batch:
         batch = self.data.finish(
@@ -256,52 +302,56 @@ class Run:
                 "Freeze them with requires_grad_(False), or add a loss that reads what they make"
             )
 
+    # ---------------------------------------------------------------------------------------------------- interrupts
+    def _flag(self) -> bool:
+        before, self.signalled = self.signalled, True
+        return before
+
+    def _told_to_stop(self, now: bool = False) -> bool:
+        """Whether a signal came, on any rank. Only between optimizer steps; ranks ask each other every tenth of them, so
+        that they stop at the same one."""
+        if not self.accelerator.sync_gradients:
+            return False
+        if distributed.active():
+            if not now and (self.clock.step // self.settings.grad_accum) % ASK_RANKS:
+                return False
+            self.signalled = distributed.any_rank(self.signalled, self.accelerator.device)
+        if self.signalled:
+            self.stop = "interrupted"
+        return self.signalled
+
+    def _interrupted(self) -> None:
+        folder = self.save("last")
+        how = f"saved to {folder}; go on with resume='auto'" if folder else "nothing was saved: no output_dir was given"
+        raise Interrupted(f"stopped at step {self.clock.step} of {self.clock.total_steps}; {how}")
+
     # ------------------------------------------------------------------------------------------------------ numbers
-    _window: Tensor | None = None  # (terms,) sums of the weighted losses since the last log row, on the device
-    _bad: Tensor | None = None  # (terms,) first step at which a term was not finite, or -1
-    _names: list[str] = []
-    _count = 0
-    _images = 0
-    _since = 0.0
-
-    def _watch(self, losses: dict[str, Tensor]) -> None:
-        values = torch.stack([v.detach().float() for v in losses.values()])
-        if self._window is None or self._names != list(losses):
-            self._names, self._count, self._since = list(losses), 0, time.perf_counter()
-            self._window, self._bad, self._images = torch.zeros_like(values), torch.full_like(values, -1.0), 0
-        assert self._bad is not None
-        self._window, self._count = self._window + values, self._count + 1
-        first = ~values.isfinite() & (self._bad < 0)
-        self._bad = torch.where(first, torch.full_like(values, float(self.clock.step)), self._bad)
-        if values.device.type == "cpu":  # costs nothing there; elsewhere once per log row
-            self.check_finite()
-
-    def check_finite(self) -> None:
-        """NonFiniteLoss with the step and the term, if any loss was nan or infinite since the last call."""
-        if self._bad is None:
+    def check_finite(self, weights: bool = False) -> None:
+        """NonFiniteLoss with the step and the term, if a loss was nan or infinite; with `weights`, if a weight is."""
+        broken = self.watch.broken()
+        if broken:
+            step, name = broken
+            what, advice = f"the loss term {name!r} is not finite at step {step}", "the weight of this term"
+        elif weights:
+            name = _not_finite(self.method)
+            if name is None:
+                return
+            what, advice = f"the weight {name} is not finite after step {self.clock.step}", "the weights of the losses"
+        else:
             return
-        steps = self._bad.tolist()
-        bad = [(step, name) for step, name in zip(steps, self._names, strict=True) if step >= 0]
-        if bad:
-            step, name = min(bad)
-            kept = self.output_dir / "checkpoints" / "last" if self.output_dir else None
+        kept = self.output_dir / "checkpoints" / "last" if self.output_dir else None
+        good = "no checkpoint was written yet"
+        if kept is not None and kept.exists():
             good = f"the last good checkpoint is {kept} ({checkpoint.where(checkpoint.read_card(kept))})"
-            raise NonFiniteLoss(
-                f"the loss term {name!r} is not finite at step {int(step)} (epoch {self.clock.epoch}); "
-                + (good if kept and kept.exists() else "no checkpoint was written yet")
-                + ". Lower lr or the weight of this term, warm up, clip gradients (grad_clip=5.0), or use mixed_precision='no'"
-            )
+        raise NonFiniteLoss(
+            f"{what} (epoch {self.clock.epoch}); {good}. Lower lr or {advice}, warm up, clip gradients (grad_clip=5.0), "
+            "or use mixed_precision='no'"
+        )
 
     def _log(self) -> None:
         self.check_finite()
-        assert self._window is not None
-        means = self.accelerator.reduce(self._window / self._count, reduction="mean").tolist()
-        seconds = time.perf_counter() - self._since
-        row = {"lr": self.scheduler.get_last_lr()[0], "loss": sum(means)}
-        row |= {f"loss/{name}": mean for name, mean in zip(self._names, means, strict=True)}
-        row["images_per_s"] = self._images / max(seconds, 1e-9)
+        row = {"lr": self.scheduler.get_last_lr()[0]} | self.watch.close("interval")
         self.journal.add(event="train", epoch=self.clock.epoch, step=self.clock.step, **row)
-        self._window = None
 
     # --------------------------------------------------------------------------------------------------- evaluation
     def _evaluate_epoch(self, over: bool) -> dict[str, float]:
@@ -322,56 +372,18 @@ class Run:
         metrics["improved"] = float(monitored is not None and monitored > self.best.get("top1", -1.0))
         if monitored is not None and metrics["improved"]:
             self.best = {"epoch": self.clock.epoch, "step": self.clock.step, "top1": monitored}
-        self._window = None
         return metrics
 
-    @torch.no_grad()
     def evaluate(self, split: Split, network: str) -> dict[str, float]:
         """Numbers of one network over one split: top1, top5, loss, ece, and agreement with the first teacher."""
-        distributed.share_buffers(self.method)
-        self.method.eval()
-        answers = self._teacher_classes.get((0, split.name))
-        meter = Meter([Top1(), Top5(), CrossEntropy(), ECE(), Agreement()])
-        for number, batch in enumerate(self._batches(split)):
-            with self.accelerator.autocast():
-                logits = self.method.logits(network, batch["x"])
-            meter.add(logits.float(), batch["y"], teacher=answers[number] if answers else None)
-        self.method.train()
-        return meter.compute()
+        return self.evaluator.student(split, network)
 
-    @torch.no_grad()
-    def evaluate_teachers(self) -> None:
-        """Accuracy of each teacher on every split, and its answers, which agreement is measured against."""
-        for number, teacher in enumerate(self.method.teachers):
-            for split in (self.data.test, self.data.val):
-                if split is None or not getattr(teacher, "scored", True):
-                    continue
-                meter, answers = Meter([Top1(), Top5(), CrossEntropy(), ECE()]), []
-                for batch in self._batches(split):
-                    with self.accelerator.autocast():
-                        logits = teacher(batch["x"]).logits
-                    meter.add(logits.float(), batch["y"])
-                    answers.append(logits.argmax(1))
-                self._teacher_classes[number, split.name] = answers
-                row = meter.compute()
-                name = "teacher" if number == 0 else f"teacher/{number}"
-                self.teacher_metrics[f"{name}/{split.name}"] = row
-                self.journal.add(event="teacher", network=name, split=split.name, epoch=0, step=0, **row)
-
-    def _batches(self, split: Split) -> Iterator[Batch]:
-        accelerator = self.accelerator
-        size = max(self.settings.batch_size, 256)
-        loader = prepare_data_loader(
-            split.loader(size - size % accelerator.num_processes),
-            accelerator.device,
-            accelerator.num_processes,
-            accelerator.process_index,
-            split_batches=True,
-            put_on_device=True,
-            even_batches=False,
-        )
-        for batch in loader:
-            yield self._finish(batch, train=False)
+    def _evaluate_teachers(self) -> None:
+        """Accuracy of each teacher on every split; a resumed run has the rows already."""
+        for name, split, row in self.evaluator.teachers():
+            told = {"event": "teacher", "network": name, "split": split}
+            if not any(told.items() <= r.items() for r in self.journal.rows):
+                self.journal.add(**told, epoch=0, step=0, **row)
 
 
 def make_optimizer(method: Method, s: Settings) -> torch.optim.Optimizer:
@@ -395,39 +407,25 @@ def make_optimizer(method: Method, s: Settings) -> torch.optim.Optimizer:
         raise ValueError(f"optimizer {s.optimizer!r}: {error}; see timm.optim.list_optimizers()") from error
 
 
-def _clock(s: Settings, per_epoch: int | None) -> Clock:
+def _clock(s: Settings, batches: int | None) -> Clock:
+    """`batches` of one pass; those that do not fill an optimizer step are left out."""
+    per_epoch = None if batches is None else batches // s.grad_accum * s.grad_accum
+    if per_epoch == 0:
+        raise ValueError(
+            f"{batches} batches in an epoch do not fill one optimizer step of grad_accum={s.grad_accum} batches"
+        )
     if s.max_steps is not None:
         total = s.max_steps * s.grad_accum
         return Clock(steps_per_epoch=per_epoch or total, total_steps=total)
     if per_epoch is None:
         raise ValueError("streamed data has no length: say how long to train with max_steps=...")
-    if s.epochs is None or s.epochs < 1:
-        raise ValueError(f"epochs is {s.epochs}: give epochs >= 1, or max_steps")
+    assert s.epochs is not None
     return Clock(steps_per_epoch=per_epoch, total_steps=per_epoch * s.epochs)
 
 
-@contextlib.contextmanager
-def _interrupts(run: Run) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run after the step at hand, save it and say how to go on; a second Ctrl-C ends at once."""
-
-    def handler(number: int, frame: Any) -> None:
-        if run.signalled:
-            raise KeyboardInterrupt
-        run.signalled = True
-
-    old = {}
-    with contextlib.suppress(ValueError):  # only the main thread may set handlers
-        old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-        if run.stop == "interrupted":
-            folder = run.save("last")
-            how = (
-                f"saved to {folder}; go on with resume='auto'"
-                if folder
-                else "nothing was saved: no output_dir was given"
-            )
-            raise Interrupted(f"stopped at step {run.clock.step} of {run.clock.total_steps}; {how}")
-    finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)
+def _not_finite(method: Method) -> str | None:
+    """Name of the first parameter with a value that is not finite; the device is asked once."""
+    named = list(method.named_parameters())
+    if not named or bool(torch.stack([p.detach().isfinite().all() for _, p in named]).all()):
+        return None
+    return next(n for n, p in named if not bool(p.detach().isfinite().all()))

@@ -78,4 +78,5 @@ def recover(folder: Path) -> None:
     """Put the old folder back where a machine stopped between the two renames of `replacing_folder`."""
     old = folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
-        os.replace(old, folder)
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster
+            os.replace(old, folder)

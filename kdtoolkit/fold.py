@@ -42,8 +42,9 @@ def fold(model: nn.Module, tr: Trace, *, keep: Collection[str] = (), dtype: torc
         assert isinstance(norm, nn.BatchNorm2d)
         folded = fuse_conv_bn_eval(conv, norm).requires_grad_(False)
         swaps += [_swap(model, name, folded if dtype is None else folded.to(dtype))]
-        act = isinstance(norm, BatchNormAct2d)
-        after = nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act)) if act else nn.Identity()
+        after: nn.Module = nn.Identity()
+        if isinstance(norm, BatchNormAct2d):
+            after = nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act))  # type: ignore[arg-type]
         swaps += [_swap(model, norm_call.name, after.eval())]
     return swaps
 
@@ -71,7 +72,7 @@ def _users(tr: Trace) -> Counter[Value]:
 
 
 def _foldable(norm: nn.Module, calls: list[Call]) -> bool:
-    ready = type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and norm.track_running_stats
+    ready = type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and norm.running_mean is not None
     return ready and len(calls) == 1 and calls[0].plain and len(calls[0].inputs) == 1
 
 

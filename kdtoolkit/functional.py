@@ -60,8 +60,9 @@ def smaller_grid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention(feature: Tensor, *, p: float = 2.0) -> Tensor:
-    """Spatial attention of a map (B, C, H, W): channel mean of its p-th power, flattened, unit length. (B, H * W)"""
-    return F.normalize(full(feature).pow(p).mean(1).flatten(1), dim=1)
+    """Spatial attention of a map (B, C, H, W): channel mean of |f|^p, flattened, unit length. (B, H * W)"""
+    feature = full(feature) if p % 2 == 0 else full(feature).abs()
+    return F.normalize(feature.pow(p).mean(1).flatten(1), dim=1)
 
 
 def at(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], *, p: float = 2.0) -> Tensor:
@@ -85,9 +86,15 @@ def sp(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -
     _same_number(student_features, teacher_features)
     loss = full(student_features[0]).new_zeros(())
     for s, t in zip(student_features, teacher_features, strict=True):
-        gram_s, gram_t = (F.normalize(f @ f.T, dim=1) for f in (full(s).flatten(1), full(t).flatten(1)))
-        loss = loss + (gram_t - gram_s).square().sum() / len(s) ** 2
+        loss = loss + (similarities(t) - similarities(s)).square().sum() / len(s) ** 2
     return loss
+
+
+def similarities(feature: Tensor) -> Tensor:
+    """Row-normalised Gram matrix (B, B) of features (B, ...), never in half precision, not under autocast either."""
+    with torch.autocast(feature.device.type, enabled=False):
+        rows = full(feature).flatten(1)
+        return F.normalize(rows @ rows.T, dim=1)
 
 
 def srkd(student_features: Sequence[Tensor], reset_features: Sequence[Tensor]) -> Tensor:

@@ -19,32 +19,45 @@ Row = dict[str, Any]
 
 
 class Journal:
-    """Rows of a run, in memory and, on rank 0 with a folder, in metrics.jsonl. A row has "event", "epoch" and "step"."""
+    """Rows of a run, in memory and, on rank 0 with a folder, in metrics.jsonl. A row has "event", "epoch" and "step":
+
+    teacher  a teacher's numbers on a split      train  mean losses since the last such row; "epoch" counts finished ones
+    epoch    mean losses of an epoch             eval   a network's numbers on a split after an epoch
+    final    the numbers of the result
+    """
 
     def __init__(self, folder: Path | None, write: bool = True):
-        self.path = folder / "metrics.jsonl" if folder is not None and write else None
+        self.file = folder / "metrics.jsonl" if folder is not None else None
+        self.path = self.file if write else None
         self.rows: list[Row] = []
 
     def add(self, **row: Any) -> Row:
         row = plain(row)
         self.rows.append(row)
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise OSError(
+                    f"could not write {self.path}: {error}; checkpoints/last is whole: free some space and go on with "
+                    "resume='auto'"
+                ) from error
         return row
 
     def rewind(self, step: int) -> None:
         """After a resume: keep what was written up to `step`, drop what came later and an incomplete last line."""
-        if self.path is None or not self.path.exists():
+        if self.file is None or not self.file.exists():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.file.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
             if row.get("step", 0) <= step and row.get("event") != "final":
                 self.rows.append(row)
-        write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.rows))
+        if self.path is not None:
+            write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.rows))
 
     def summary(self) -> None:
         """summary.csv: one row an epoch, the means of its training rows and its evaluations."""
@@ -56,8 +69,8 @@ class Journal:
                 target = epochs.setdefault(row["epoch"], {"epoch": row["epoch"], "step": row["step"]})
                 prefix = row["split"] if row["network"] == "student" else f"{row['split']}/{row['network']}"
                 target |= {f"{prefix}/{k}": v for k, v in row.items() if isinstance(v, float)}
-            elif row["event"] == "train":
-                epochs.setdefault(row["epoch"] + 1, {"epoch": row["epoch"] + 1, "step": row["step"]}).update(
+            elif row["event"] == "epoch":
+                epochs.setdefault(row["epoch"], {"epoch": row["epoch"], "step": row["step"]}).update(
                     {f"train/{k}": v for k, v in row.items() if isinstance(v, float)}
                 )
         names = list(dict.fromkeys(k for row in epochs.values() for k in row))

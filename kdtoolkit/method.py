@@ -16,9 +16,9 @@ from .types import Batch, Clock, Out, Shape, Stage, Step, Weight
 class Objective(nn.Module):
     """One paper's loss between two outputs: `objective(student, teacher, batch) -> unweighted scalar`.
 
-    A subclass gets `(student: Taps, teacher: Frozen, pairs)` and its options by keyword, builds everything from their shapes,
-    and leaves in `self.pairs` the (student tap, teacher tap) pairs that it reads. `needs_teacher` is False for losses on
-    labels alone, `needs_taps` for losses on logits alone.
+    A subclass gets `(student: Taps, teacher: Frozen, pairs)` and its options by keyword, builds everything from their
+    shapes, and leaves in `self.pairs` the (student tap, teacher tap) pairs that it reads. `needs_teacher` is False for
+    losses on labels alone, `needs_taps` for losses on logits alone.
     """
 
     needs_teacher = True
@@ -26,7 +26,11 @@ class Objective(nn.Module):
 
     def __init__(self, student: Taps, teacher: Frozen | None, pairs: Sequence[tuple[Stage, Stage]] = ()):
         super().__init__()
-        self.pairs = list(pairs)
+        if self.needs_taps and not pairs:
+            raise ValueError(
+                f"{type(self).__name__} compares features: give pairs of taps, [(student tap, teacher tap)]"
+            )
+        self.pairs = [(student.key(s), t if teacher is None else teacher.key(t)) for s, t in pairs]
 
     def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:
         raise NotImplementedError
@@ -76,8 +80,8 @@ class Method(nn.Module):
         memory_format: torch.memory_format = torch.preserve_format,
         autocast: torch.dtype | None = None,
     ) -> None:
-        """Put the teachers on the device; the engine moves the module itself. Under autocast their BatchNorms are folded:
-        its rounding is a thousand times that of folding."""
+        """Put the teachers on the device; the engine moves the module itself. Under autocast their BatchNorms are
+        folded: its rounding is a thousand times that of folding."""
         for teacher in self.teachers:
             teacher.to(device=device, memory_format=memory_format)
             if autocast is not None:

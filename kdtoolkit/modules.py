@@ -28,7 +28,7 @@ def as_map(feature: Tensor, shape: Shape) -> Tensor:
 
 
 def from_map(feature: Tensor, shape: Shape, tokens: Tensor | None = None) -> Tensor:
-    """The way back: a map (B, C, H, W) in the layout of `shape`; `tokens` (B, prefix, C) go in front of the positions."""
+    """The way back: a map (B, C, H, W) in the layout of `shape`; `tokens` (B, prefix, C) go in front of positions."""
     if shape.layout == "NCHW":
         return feature
     if shape.layout == "NHWC":

@@ -37,7 +37,7 @@ class Offline(Method):
         if missing:
             raise ValueError(f"no weight for {', '.join(missing)}; weights given: {dict(weights)}")
         self.student = student.model
-        self.objectives = nn.ModuleDict({name.replace(".", "_"): o for name, o in objectives.items()})
+        self.objectives = nn.ModuleDict(dict(objectives))
         self.taps = student
         self.teachers = tuple(teachers)
         self.weights = dict(weights)
@@ -101,7 +101,7 @@ class Offline(Method):
 
 
 def _touch(part: nn.Module, logits: Tensor) -> Tensor:
-    """Zero that hangs on the parameters of a part that is switched off: DistributedDataParallel expects their gradient."""
+    """Zero that hangs on the parameters of a part that is switched off: DDP expects their gradient."""
     zero = logits.float().sum() * 0.0
     return sum((p.float().sum() * 0.0 for p in part.parameters()), zero)
 

@@ -1,4 +1,4 @@
-"""The plan of a run: what is compared with what, through which adapter, with which weight. Made before anything trains."""
+"""The plan of a run: what is compared with what, through which adapter, with which weight; made before training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class Plan(dict[str, Any]):
         console = Console(file=out, width=140, highlight=False)
         for key in ("models", "data", "schedule"):
             if self.get(key):
-                console.print(f"{key}: " + ", ".join(f"{k} {_short(v)}" for k, v in self[key].items()))
+                told = _data(self[key]) if key == "data" else [f"{k} {_short(v)}" for k, v in self[key].items()]
+                console.print(f"{key}: " + ", ".join(told), soft_wrap=True)
         table = Table("loss", "weight", "student tap", "shape", "teacher tap", "shape", "adapter", "parameters")
         for row in self["losses"]:
             table.add_row(
@@ -31,6 +32,16 @@ class Plan(dict[str, Any]):
         return out.getvalue().rstrip()
 
     __repr__ = __str__
+
+
+def _data(facts: dict[str, Any]) -> list[str]:
+    """The data in a line; config.yaml holds the rest."""
+    height, width = facts["image_size"]
+    told = [_short(facts["name"]), f"{facts['num_classes']} classes", f"{height}x{width} pixels"]
+    for split, rows in facts.get("rows", {}).items():
+        told.append(f"{split} {'streamed' if rows is None else f'{rows:,}'}")
+    told += [f"{k} {_short(facts[k])}" for k in ("validation", "augmentation") if k in facts]
+    return told
 
 
 def _shape(row: dict[str, Any], side: str) -> str:

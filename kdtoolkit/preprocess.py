@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 
@@ -15,6 +16,21 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     if cfg is not None and not isinstance(cfg, dict):
         cfg = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(vars(cfg))
     return dict(cfg or {})
+
+
+def normalisation(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """mean and std for pixels in [0, 1], one number a channel; None where the model says nothing.
+
+    A model with another number of input channels than its statistics (timm's in_chans=1) gets their average.
+    """
+    cfg, channels = config_of(model), getattr(model, "in_chans", None)
+    if not cfg.get("mean") or not cfg.get("std"):
+        return None
+    mean, std = (
+        values if channels in (None, len(values)) else (sum(values) / len(values),) * channels
+        for values in (tuple(map(float, cfg["mean"])), tuple(map(float, cfg["std"])))
+    )
+    return mean, std
 
 
 class Preprocess:
@@ -38,11 +54,9 @@ class Preprocess:
     def of(cls, model: nn.Module, image: tuple[int, int] | None = None) -> Preprocess:
         """From the model's `pretrained_cfg`; `image` (H, W) is the size of the data, resized only where the model's
         own size is fixed (a ViT's position table) and differs."""
-        cfg = config_of(model)
+        mean, std = normalisation(model) or (None, None)
         size = fixed_size(model)
-        if image is None or size == tuple(image):
-            size = None
-        return cls(cfg.get("mean"), cfg.get("std"), size)
+        return cls(mean, std, None if image is None or size == tuple(image) else size)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.size is not None and tuple(x.shape[-2:]) != self.size:
@@ -51,9 +65,10 @@ class Preprocess:
             return x
         key = (x.device, x.dtype)
         if key not in self._constants:
-            shift, scale = (
-                torch.tensor(v, device=x.device, dtype=x.dtype).view(1, -1, 1, 1) for v in (self.mean, self.std)
-            )
+            with torch.inference_mode(False):  # an evaluation may come first, a training step uses them after it
+                shift, scale = (
+                    torch.tensor(v, device=x.device, dtype=x.dtype).view(1, -1, 1, 1) for v in (self.mean, self.std)
+                )
             self._constants[key] = (shift, scale)
         shift, scale = self._constants[key]
         return (x - shift) / scale
@@ -65,13 +80,18 @@ class Preprocess:
 
 def fixed_size(model: nn.Module) -> tuple[int, int] | None:
     """The only image size (H, W) that the model takes, or None when it takes any."""
-    embed = getattr(model, "patch_embed", None)
-    strict = getattr(embed, "strict_img_size", False) and getattr(embed, "img_size", None) is not None
-    if strict:
-        assert embed is not None
-        height, width = embed.img_size
-        return int(height), int(width)
+    embed = next((m for m in model.children() if isinstance(m, PatchEmbed)), None)  # patch_embed, a Mixer's stem
     cfg = config_of(model)
-    if cfg.get("fixed_input_size") and cfg.get("input_size"):
-        return int(cfg["input_size"][1]), int(cfg["input_size"][2])
-    return None
+    if not (cfg.get("fixed_input_size") if embed is None else embed.strict_img_size):
+        return None
+    built = getattr(embed or getattr(model, "patch_embed", None), "img_size", None)
+    size = built or getattr(model, "kd_model_args", {}).get("img_size") or cfg["input_size"][1:]
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def input_shape(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, H, W) of the images that the model was made for; 3 channels and 224 where it does not say."""
+    channels, *size = config_of(model).get("input_size") or (3, 224, 224)
+    height, width = fixed_size(model) or size
+    return int(getattr(model, "in_chans", channels)), int(height), int(width)

@@ -36,7 +36,7 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._items:
-            hint = nearest(str(name), self._items)
+            hint = nearest(str(name), self._items) or "."
             raise ValueError(f"unknown {self.kind} {name!r}{hint} Known: {', '.join(self.names())}")
         return self._items[name]
 
@@ -47,7 +47,7 @@ class Registry(Generic[T]):
         return sorted(self._items)
 
 
-def options_of(function: Callable, skip: int = 0) -> list[str]:
+def options_of(function: Callable) -> list[str]:
     """Names of the keyword-only parameters that `function` accepts: the options a user may set."""
-    parameters = list(inspect.signature(function).parameters.values())[skip:]
+    parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]

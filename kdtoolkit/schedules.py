@@ -72,8 +72,8 @@ def lr_factor(
 ) -> Callable[[int], float]:
     """Learning-rate factor (0 to 1) of optimizer step number n, 0-based, of a run of `total` steps.
 
-    name        "cosine" to 0; "multistep" times `gamma` at each milestone; "onecycle" linear up over the first 30 %, down
-                to 0; "linear" down to 0; "constant"
+    name        "cosine" to 0; "multistep" times `gamma` at each milestone; "onecycle" linear up over the first 30 %,
+                down to 0; "linear" down to 0; "constant"
     warmup      optimizer steps of linear warm-up from 0 in front of any of them
     milestones  shares of the run; the default is SRKD's 90, 120 and 150 of 180 epochs
     """

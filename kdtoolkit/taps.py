@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .fold import Swap, fold, unfold
-from .preprocess import Preprocess, config_of
+from .preprocess import Preprocess, input_shape
 from .registry import nearest
 from .trace import Stage as StageEnd
 from .trace import Trace, chain, find_stages, stage_at, trace
@@ -151,13 +151,13 @@ class Taps:
             raise ValueError(f"tap {key!r} {often}: {self._why(key)}")
         if not calls[0].bare:
             raise ValueError(
-                f"tap {key!r} returns {len(calls[0].tensors)} tensors in a tuple, list or dict, a tap needs one tensor: "
-                f"tap a module inside it or after it ({self._nearby(key)})"
+                f"tap {key!r} returns {len(calls[0].shapes)} tensors in a tuple, list or dict, a tap needs one "
+                f"tensor: tap a module inside it or after it ({self._nearby(key)})"
             )
         end = stage_at(self.trace, key)
         if end is None:
             raise ValueError(
-                f"tap {key!r} returns no feature of the image: shape {[tuple(t.shape) for t in calls[0].tensors]}; "
+                f"tap {key!r} returns no feature of the image: shape {calls[0].shapes}; "
                 "expected (B, C, H, W), (B, H, W, C), (B, L, C) or (B, C)"
             )
         return end
@@ -229,12 +229,17 @@ class Taps:
         for key in replace:
             if key not in self._ends:
                 raise ValueError(f"cannot replace {key!r}, no tap is there; taps: {', '.join(map(repr, self._ends))}")
-            if not self._ends[key].cut:
-                raise ValueError(
-                    f"cannot reset {type(self.model).__name__} at {key!r} ({self._ends[key].name}): other paths lead past it "
-                    "from the image to the logits; choose a tap where the whole network passes through one tensor"
-                )
+            self.check_cut(key)
         return replace
+
+    def check_cut(self, key: Stage) -> None:
+        """ValueError unless the output of this tap can be replaced."""
+        end = self.end(key)
+        if not end.cut:
+            raise ValueError(
+                f"cannot reset {type(self.model).__name__} at {key!r} ({end.name}): other paths lead past it from the "
+                "image to the logits; choose a tap where the whole network passes through one tensor"
+            )
 
     def _check_feats(self) -> None:
         store = self._store
@@ -243,14 +248,14 @@ class Taps:
             if fired != 1:
                 often = "never fired" if not fired else f"fired {fired} times"
                 raise RuntimeError(
-                    f"tap {key!r} ({end.name}) {often}: gradient checkpointing calls the children of a block directly, and "
-                    "some options fuse blocks. Tap a module inside it or turn the option off"
+                    f"tap {key!r} ({end.name}) {often}: gradient checkpointing calls the children of a block "
+                    "directly, and some options fuse blocks. Tap a module inside it or turn the option off"
                 )
             feature = store.feats[key]
             if store.versions.get(key, -1) not in (-1, feature._version):
                 raise RuntimeError(
-                    f"tap {key!r} ({end.name}) was overwritten in place after it was stored: the feature is no longer what "
-                    "the stage returned. Tap the module that overwrites it, or build the model with inplace=False"
+                    f"tap {key!r} ({end.name}) was overwritten in place after it was stored: the feature is no longer "
+                    "what the stage returned. Tap the module that overwrites it, or build the model with inplace=False"
                 )
 
     # -------------------------------------------------------------------------------------------------------- reset
@@ -261,9 +266,9 @@ class Taps:
         replace  {tap: feature in the shape of that tap}
         want     taps whose features are returned, each after a replaced one
 
-        A stage that is a chain of called modules is run by itself. Where that holds for every wanted tap, nothing in front
-        of the first replacement, between the stages or behind the last is computed; else it is one forward that stops
-        after the last wanted tap.
+        A stage that is a chain of called modules is run by itself. Where that holds for every wanted tap, nothing in
+        front of the first replacement, between the stages or behind the last is computed; else it is one forward that
+        stops after the last wanted tap.
         """
         replace = self._checked(replace)
         order = sorted(self._ends, key=lambda k: self._ends[k].left)
@@ -303,9 +308,9 @@ class Taps:
 class Frozen(Taps):
     """A teacher: a tapped model in eval mode, without gradients for its parameters, with its own normalisation.
 
-    Takes images (B, 3, H, W) in [0, 1] and normalises them with the model's `pretrained_cfg` (`preprocess` overrides). The
-    plain pass builds no graph. It stays in eval mode whatever is done to the student, and is in no checkpoint, because it is
-    not an nn.Module. `release()` takes off the hooks and gives the model back as it was.
+    Takes images (B, 3, H, W) in [0, 1] and normalises them with the model's `pretrained_cfg` (`preprocess` overrides).
+    The plain pass builds no graph. It stays in eval mode whatever is done to the student, and is in no checkpoint,
+    because it is not an nn.Module. `release()` takes off the hooks and gives the model back as it was.
     """
 
     def __init__(
@@ -320,9 +325,9 @@ class Frozen(Taps):
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._modes = [(m, m.training) for m in model.modules()]
         self._swaps: list[Swap] = []
-        model.eval().requires_grad_(False)
         self.preprocess = preprocess or Preprocess.of(model, image)
-        super().__init__(model, at, size)
+        super().__init__(model, at, size)  # may refuse: the model is left as it was
+        model.eval().requires_grad_(False)
 
     def __call__(self, x: Tensor, replace: Mapping[Stage, Tensor] | None = None) -> Out:
         self._stay_in_eval()
@@ -346,12 +351,14 @@ class Frozen(Taps):
         """Fold every BatchNorm into its convolution until `release`; returns how many. Same function, other rounding
         (about 1e-6 of a logit in float32), a third less time on a ResNet. Call after `select`."""
         keep = set(self.names.values())
-        self._swaps = fold(self.model, self.trace, keep=keep, dtype=dtype)
+        swaps = fold(self.model, self.trace, keep=keep, dtype=dtype)
+        self._swaps += swaps
         self.select(self.keys)
-        return len(self._swaps) // 2
+        return len(swaps) // 2
 
     def to(self, *args: Any, **kwargs: Any) -> Frozen:
-        self.model.to(*args, **kwargs)
+        for module in (self.model, *(folded for _, _, folded in self._swaps)):
+            module.to(*args, **kwargs)
         return self
 
     def release(self) -> nn.Module:
@@ -372,14 +379,9 @@ def _wants_grad(replace: Mapping[Stage, Tensor] | None) -> bool:
 
 def image_size(model: nn.Module, size: Any = None) -> tuple[int, int, int]:
     """(channels, H, W) from H, (H, W), (3, H, W) or, by default, the model's own configuration."""
-    if size is None:
-        size = config_of(model).get("input_size") or 224
-    if isinstance(size, int):
-        size = (size, size)
-    size = tuple(int(s) for s in size)
-    if len(size) == 2:
-        channels = (config_of(model).get("input_size") or (3,))[0]
-        size = (int(channels), *size)
-    if len(size) != 3 or min(size) < 1:
+    own = input_shape(model)
+    given = own if size is None else (size, size) if isinstance(size, int) else tuple(int(s) for s in size)
+    if len(given) not in (2, 3) or min(given) < 1:
         raise ValueError(f"image size {size} is not H, (H, W) or (3, H, W)")
-    return size
+    channels, height, width = given if len(given) == 3 else (own[0], *given)
+    return channels, height, width

@@ -33,7 +33,7 @@ class Call:
     inputs: list[Value]  # image-dependent tensors among its arguments
     plain: bool  # called with one positional tensor and nothing else
     bare: bool  # returned a tensor, not a tuple, list or dict
-    tensors: list[Tensor]  # image-dependent tensors of its output
+    shapes: list[tuple[int, ...]]  # of the image-dependent tensors of its output
     values: list[Value]
 
 
@@ -82,10 +82,10 @@ def trace(model: nn.Module, size: tuple[int, int, int], batch: int = 2) -> Trace
 
     The model itself is not changed. ValueError when it cannot run on images of this size.
     """
-    shadow = meta_copy(model)
     try:
+        shadow = meta_copy(model)
         return _run(shadow, torch.empty(batch, *size, device="meta", dtype=_dtype(shadow)))
-    except Exception as meta_error:  # tensors outside parameters and buffers, data-dependent code
+    except Exception as meta_error:  # no deep copy, tensors outside parameters and buffers, data-dependent code
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if device.type == "meta":
             raise _cannot_run(model, size, meta_error) from meta_error
@@ -93,7 +93,7 @@ def trace(model: nn.Module, size: tuple[int, int, int], batch: int = 2) -> Trace
         modes = [(m, m.training) for m in model.modules()]
         try:
             model.eval().requires_grad_(False)
-            return _run(model, torch.rand(batch, *size, device=device, dtype=_dtype(model)))
+            return _run(model, torch.full((batch, *size), 0.5, device=device, dtype=_dtype(model)))
         except Exception as error:
             raise _cannot_run(model, size, error) from error
         finally:
@@ -112,6 +112,10 @@ def _cannot_run(model: nn.Module, size: tuple[int, ...], error: Exception) -> Va
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _forget(_: Any) -> Any:
+    return None
 
 
 def _run(model: nn.Module, x: Tensor) -> Trace:
@@ -133,7 +137,8 @@ def _run(model: nn.Module, x: Tensor) -> Trace:
             tensors = _tensors(output)
             values = [v for t in tensors if (v := _value(t))]
             bare = isinstance(output, Tensor)
-            calls[name].append(Call(name, entered, clock, inputs, plain, bare, [t.detach() for t in tensors], values))
+            shapes = [tuple(t.shape) for t in tensors]
+            calls[name].append(Call(name, entered, clock, inputs, plain, bare, shapes, values))
 
         return hook
 
@@ -143,8 +148,8 @@ def _run(model: nn.Module, x: Tensor) -> Trace:
         handles.append(module.register_forward_hook(leave(name)))
     try:
         leaf = x.requires_grad_(True)
-        with torch.enable_grad():
-            logits = model(leaf.clone())
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_forget, _forget):
+            logits = model(leaf.clone())  # the graph keeps its structure and no activations
     finally:
         for handle in handles:
             handle.remove()
@@ -197,9 +202,11 @@ class Stage:
 def stage_at(tr: Trace, name: str, channels: int | None = None) -> Stage | None:
     """The stage that ends at module `name`; None unless it runs once and returns one image-dependent tensor."""
     call = tr.once(name)
+    if channels is None:
+        channels = next((e.get("num_chs") for e in feature_info(tr.model) if e.get("module") == name), None)
     if call is None or not call.bare or len(call.values) != 1:
         return None
-    shape = layout(tr, tuple(call.tensors[0].shape[1:]), channels)
+    shape = layout(tr, call.shapes[0][1:], channels)
     if shape is None:
         return None
     stride = tr.x.shape[2] / shape.grid[0]
@@ -216,12 +223,13 @@ def layout(tr: Trace, sizes: tuple[int, ...], channels: int | None = None) -> Sh
         first = channels is not None and sizes[0] == channels != sizes[2]
         if not first and not last:
             off_first, off_last = (abs(math.log(g[0] / g[1] * width / height)) for g in (sizes[1:], sizes[:2]))
-            hint = str(getattr(getattr(tr.model, "output_fmt", ""), "value", getattr(tr.model, "output_fmt", "")))
+            hint = getattr(tr.model, "output_fmt", None)
+            hint = getattr(hint, "value", hint)  # timm: an enum or a word
             last = off_last < off_first - 1e-6 or (abs(off_last - off_first) < 1e-6 and hint == "NHWC")
         return Shape(sizes, "NHWC" if last else "NCHW")
     if len(sizes) == 2:
-        hint = getattr(tr.model, "num_prefix_tokens", 0) or 0
-        for prefix in dict.fromkeys([hint, 0, 1, 2]):
+        own: int = getattr(tr.model, "num_prefix_tokens", 0) or 0  # type: ignore[assignment]
+        for prefix in dict.fromkeys([own, 0, 1, 2]):
             positions = sizes[0] - prefix
             rows = round(math.sqrt(max(positions, 0) * height / width))
             if rows > 0 and positions % rows == 0 and abs(math.log(rows * rows / positions * width / height)) < 0.35:
@@ -232,9 +240,9 @@ def layout(tr: Trace, sizes: tuple[int, ...], channels: int | None = None) -> Sh
 def find_stages(tr: Trace, groups: int = 4) -> list[Stage]:
     """The stages of a network, shallow to deep.
 
-    First the places that timm's `feature_info` names, each checked against the trace; where that gives fewer than two, the
-    values that every path from image to logits crosses, the last block of each resolution. A network of one width and
-    resolution (ViT, Mixer) is cut into `groups` equal groups of blocks.
+    First the places that timm's `feature_info` names, each checked against the trace; where that gives fewer than two,
+    the values that every path from image to logits crosses, the last block of each resolution. A network of one width
+    and resolution (ViT, Mixer) is cut into `groups` equal groups of blocks.
     """
     stages = _from_feature_info(tr)
     if len(stages) < 2:
@@ -245,13 +253,16 @@ def find_stages(tr: Trace, groups: int = 4) -> list[Stage]:
     return [_deepen(tr, s) for s in stages]
 
 
-def _from_feature_info(tr: Trace) -> list[Stage]:
-    info = getattr(tr.model, "feature_info", None)
+def feature_info(model: nn.Module) -> list[dict[str, Any]]:
+    """timm's table of stages; empty for models of other libraries."""
+    info = getattr(model, "feature_info", None)
     info = getattr(info, "info", info)
-    if not isinstance(info, (list, tuple)):
-        return []
+    return list(info) if isinstance(info, (list, tuple)) else []
+
+
+def _from_feature_info(tr: Trace) -> list[Stage]:
     found: dict[Value, Stage] = {}
-    for entry in info:
+    for entry in feature_info(tr.model):
         name = _called(tr, entry.get("module", ""))
         stage = stage_at(tr, name, entry.get("num_chs")) if name else None
         if stage is not None:
@@ -306,7 +317,8 @@ def _numbered_siblings(tr: Trace, modules: dict[str, nn.Module]) -> list[Stage]:
             stage = stage_at(tr, name)
             if stage and stage.cut:
                 series[parent, stem, tuple(stage.shape)].append(stage)
-    return sorted(max(series.values(), key=len, default=[]), key=lambda s: s.left)
+    longest: list[Stage] = max(series.values(), key=lambda s: len(s), default=[])
+    return sorted(longest, key=lambda s: s.left)
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -314,7 +326,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _deepen(tr: Trace, stage: Stage) -> Stage:
-    """Hook the last block and not the Sequential around it (same value): gradient checkpointing bypasses the Sequential."""
+    """The last block and not the Sequential around it (same value): gradient checkpointing bypasses the Sequential."""
     modules = dict(tr.model.named_modules())
     name = stage.name
     while isinstance(modules[name], nn.Sequential) and len(modules[name]):

@@ -1,4 +1,4 @@
-"""checkpoints/last after every epoch, checkpoints/best when the monitored accuracy rose; without a folder, the best in memory."""
+"""checkpoints/last after every epoch, checkpoints/best when the monitored accuracy rose; without a folder in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Checkpoints(Callback):
         self.best_weights: dict[str, Any] | None = None
 
     def on_epoch_end(self, run: Any, metrics: dict[str, float]) -> None:
-        run.check_finite()  # a checkpoint of broken weights never takes the place of a good one
+        run.check_finite(weights=True)  # broken weights never take the place of good ones
         improved = bool(metrics.get("improved"))
         if run.output_dir is None:
             if improved:

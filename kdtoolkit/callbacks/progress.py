@@ -1,4 +1,4 @@
-"""What a run prints: a progress bar with one entry per loss term, or a plain line per interval where there is no terminal."""
+"""What a run prints: a bar with one entry per loss term, or a plain line per interval where there is no terminal."""
 
 from __future__ import annotations
 
@@ -25,46 +25,76 @@ class ProgressLog(Callback):
         self.console = Console(soft_wrap=True, highlight=False)
         self.bar: Progress | None = None
         self._shown = 0
-        self._last = 0.0
+        self._last = self._began = 0.0  # seconds
+        self._first = 0  # step at which this process began
 
     def on_fit_start(self, run: Any) -> None:
         if self.mode == "off" or not run.accelerator.is_main_process:
             self.mode = "off"
             return
-        self._last = time.perf_counter()
+        self._last = self._began = time.perf_counter()
+        self._first, self._shown = run.clock.step, len(run.journal.rows)
+        self._print(self._opening(run))
         for name, row in run.teacher_metrics.items():
-            self.console.print(f"{name} top-1 {row['top1']:.2f} %")
+            self._print(f"{name} top-1 {row['top1']:.2f} %")
         if self.mode == "bar" or (self.mode == "auto" and self.console.is_terminal):
             self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
                 TextColumn("{task.fields[terms]}"), console=self.console,
             )  # fmt: skip
             self.bar.start()
-            self.task: TaskID = self.bar.add_task(self.label, total=run.clock.total_steps, terms="")
+            self.task: TaskID = self.bar.add_task(
+                self.label or "steps", total=run.clock.total_steps, completed=run.clock.step, terms=""
+            )
 
     def on_step_end(self, run: Any, step: Step) -> None:
         if self.mode == "off":
             return
         row = self._new_row(run)
         if self.bar is not None:
-            fields = {"terms": _terms(row)} if row else {}
-            self.bar.update(self.task, completed=run.clock.step, **fields)
+            self.bar.update(self.task, completed=run.clock.step)
+            if row:
+                self.bar.update(self.task, terms=_terms(row))
         elif row and time.perf_counter() - self._last > self.interval:
             self._last = time.perf_counter()
-            self.console.print(f"{self._where(run)}  {_terms(row)}  {row['images_per_s']:.0f} images/s")
+            speed = f"{row['images_per_s']:.0f} images/s"
+            self._print(f"{self._where(run)}  {_terms(row)}  {speed}  {self._left(run)}")
 
     def on_epoch_end(self, run: Any, metrics: dict[str, float]) -> None:
         if self.mode == "off":
             return
-        rows = [r for r in run.journal.rows if r["event"] == "train"]
+        row = next(r for r in reversed(run.journal.rows) if r["event"] == "epoch")
         tops = "  ".join(f"{k} {v:.2f}" for k, v in metrics.items() if k.endswith(("top1", "agreement")))
-        self.console.print(f"{self._where(run)}  {_terms(rows[-1]) if rows else ''}  {tops}")
+        self._print("  ".join(p for p in (self._where(run), _terms(row), tops, self._left(run)) if p))
+        if self.bar is not None:
+            self.bar.update(self.task, completed=run.clock.step, terms=_terms(row))
         self._last = time.perf_counter()
 
     def on_fit_end(self, run: Any) -> None:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+    def on_result(self, metrics: dict[str, Any]) -> None:
+        """The last line, when the student is saved and measured. Not an event of the loop: distill() calls it."""
+        if self.mode == "off" or "top1" not in metrics:
+            return
+        text = f"{metrics['split']} top-1 {metrics['top1']:.2f} % ({metrics['chosen']} epoch, {metrics['epoch']})"
+        if "retention" in metrics:
+            text += f"  teacher {metrics['teacher_top1']:.2f} %  retention {100 * metrics['retention']:.1f} %"
+        if "params" in metrics:
+            text += f"  {metrics['params']:,} parameters"
+        self._print(f"{self.label} {text}".strip())
+
+    def _print(self, text: str) -> None:
+        self.console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim]", text, markup=True)
+
+    def _opening(self, run: Any) -> str:
+        a, clock = run.accelerator, run.clock
+        many = "1 process" if a.num_processes == 1 else f"{a.num_processes} processes"
+        begun = f", from step {clock.step}" if clock.step else ""
+        told = f"{many} on {a.device}, precision {'fp32' if a.mixed_precision == 'no' else a.mixed_precision}"
+        return f"{self.label} {told}, {clock.total_steps} steps, {clock.steps_per_epoch} an epoch{begun}".strip()
 
     def _new_row(self, run: Any) -> dict[str, Any] | None:
         rows = run.journal.rows
@@ -75,10 +105,22 @@ class ProgressLog(Callback):
 
     def _where(self, run: Any) -> str:
         total = run.clock.total_steps / run.clock.steps_per_epoch
-        epochs = f"epoch {run.clock.epochs:.1f}/{total:.0f}" if run.clock.step else "start"
-        return f"{self.label} {epochs}".strip()
+        return f"{self.label} epoch {run.clock.epochs:.4g}/{total:.4g}".strip()
+
+    def _left(self, run: Any) -> str:
+        done, left = run.clock.step - self._first, run.clock.total_steps - run.clock.step
+        if not done or not left:
+            return f"took {_span(time.perf_counter() - self._began)}" if not left else ""
+        return f"{_span((time.perf_counter() - self._began) / done * left)} left"
 
 
 def _terms(row: dict[str, Any]) -> str:
     terms = "  ".join(f"{k[5:]} {v:.4f}" for k, v in row.items() if k.startswith("loss/") and isinstance(v, float))
     return f"loss {row['loss']:.4f}  ({terms})" if terms else ""
+
+
+def _span(seconds: float) -> str:
+    """Seconds as 5s, 3m20s or 2h05m."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"

@@ -18,12 +18,13 @@ def available() -> list[str]:
     return [str(getattr(t, "value", t)) for t in get_available_trackers()]
 
 
-def choose(report_to: str | list[str] | None) -> list[str]:
-    """The trackers of a run: "auto" is TensorBoard where it is installed, None or "none" nothing. ValueError if missing."""
+def choose(report_to: str | list[str] | None, folder: bool = True) -> list[str]:
+    """The trackers of a run: "auto" is TensorBoard where it is installed and the run has a folder, None or "none" nothing.
+    ValueError if one is missing, or writes files and there is no `folder`."""
     if report_to in (None, "none", "off"):
         return []
     if report_to == "auto":
-        return [t for t in available() if t == "tensorboard"]
+        return [t for t in available() if t == "tensorboard" and folder]
     names = [report_to] if isinstance(report_to, str) else list(report_to or ())
     known = [t.value for t in LoggerType if t.value in {getattr(k, "value", k) for k in LOGGER_TYPE_TO_CLASS}]
     for name in names:
@@ -34,6 +35,8 @@ def choose(report_to: str | list[str] | None) -> list[str]:
                 f"tracker {name!r} was asked for and is not installed (installed: {', '.join(available()) or 'none'}): "
                 f"pip install {name}, or report_to='none'"
             )
+        if not folder and name in ("tensorboard", "dvclive"):
+            raise ValueError(f"tracker {name!r} writes files: give output_dir, or report_to='none'")
     return names
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .. import objectives as _objectives  # noqa: F401  (registers every loss)
@@ -27,8 +27,8 @@ def list_methods() -> list[str]:
 
 
 def default_losses(method: Named) -> dict[str, Weight]:
-    """The losses of a method and their default weights; of several, all of them, a loss that two share with the weight of
-    the first. ValueError for a name that is not known, with the nearest ones."""
+    """The losses of a method and their default weights; of several, all of them, a loss that two share with the weight
+    of the first. ValueError for a name that is not known, with the nearest ones."""
     names = [method] if isinstance(method, str) else list(method)
     if not names:
         raise ValueError(f"method=[] names nothing; known: {', '.join(list_methods())}")
@@ -69,7 +69,7 @@ def check_options(losses: Mapping[str, Weight], options: Mapping[str, Any]) -> N
         )
 
 
-def needs_teacher(losses: Mapping[str, Weight], given: Sequence[Objective] = ()) -> list[str]:
+def needs_teacher(losses: Iterable[str], given: Sequence[Objective] = ()) -> list[str]:
     """Names of the losses that read a teacher."""
     own = {_name_of(o): o for o in given}
     return [name for name in losses if (own[name] if name in own else OBJECTIVES[name]).needs_teacher]
@@ -98,6 +98,10 @@ def create_method(
     check_losses(chosen, given)
     check_options(chosen, options)
     own = {_name_of(o): o for o in given}
+    if len(own) < len(given):
+        raise ValueError(f"several of the given objectives are named alike: {', '.join(map(_name_of, given))}")
+    if not teachers and any(o.needs_teacher for o in given):
+        raise ValueError(f"the losses {', '.join(needs_teacher(own, given))} need a teacher, none was given")
     names = {name: weight for name, weight in chosen.items() if name not in own}
 
     def options_for(name: str, cls: type[Objective]) -> dict[str, Any]:
@@ -119,7 +123,8 @@ def pair(student: Taps, teacher: Taps, layers: Layers) -> list[tuple[Stage, Stag
         if not found:
             side = student if not student.stages else teacher
             raise ValueError(
-                f"no stages were found in {type(side.model).__name__}: name the taps with layers=[(student tap, teacher tap), ...]"
+                f"no stages were found in {type(side.model).__name__}: name the taps with "
+                "layers=[(student tap, teacher tap), ...]"
             )
         return list(found)
     if isinstance(layers, str) or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in layers):

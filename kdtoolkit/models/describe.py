@@ -7,25 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from kdtoolkit.preprocess import config_of, normalisation
 
-def config_of(model: nn.Module) -> dict[str, Any]:
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    return cfg if isinstance(cfg, dict) else vars(cfg)
-
-
-def normalisation(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """mean and std for pixels in [0, 1], one number a channel; None where the model says nothing.
-
-    A model with another number of input channels than its statistics (timm's in_chans=1) gets their average.
-    """
-    cfg, channels = config_of(model), getattr(model, "in_chans", None)
-    if not cfg.get("mean") or not cfg.get("std"):
-        return None
-    mean, std = (
-        values if channels in (None, len(values)) else (sum(values) / len(values),) * channels
-        for values in (tuple(map(float, cfg["mean"])), tuple(map(float, cfg["std"])))
-    )
-    return mean, std
+__all__ = ["class_name", "config_of", "fixed_input_size", "input_size", "normalisation", "spec_of"]
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int] | None:

@@ -1,6 +1,6 @@
 """Attention transfer (Zagoruyko & Komodakis 2017, arXiv 1612.03928).
 
-Loss     sum over taps of mean((a(f_s) - a(f_t))^2), a(f) = channel mean of f^2, flattened, unit length; weight 1000
+Loss     sum over taps of mean((a(f_s) - a(f_t))^2), a(f) = channel mean of |f|^2, flattened, unit length; weight 1000
 Differs  grids of different size are average-pooled to the smaller one (the authors use equal sizes); the squared norm
          and the mean over positions as in the authors' code, not the paper's unsquared norm
 """
@@ -20,12 +20,12 @@ from ..types import Batch, Out, Stage
 
 @objective("at", losses={"ce": 1.0, "at": 1000.0})
 class AT(Objective):
-    """Attention maps of every pair of stages; no parameters. `p` is the power, > 0."""
+    """Attention maps of every pair of stages; no parameters. `p` is the power, at least 1."""
 
     def __init__(self, student: Taps, teacher: Frozen, pairs: Sequence[tuple[Stage, Stage]] = (), *, p: float = 2.0):
         super().__init__(student, teacher, pairs)
-        if not p > 0:
-            raise ValueError(f"p is {p}, the power of attention must be positive")
+        if not p >= 1:  # below, the gradient at the zeros of a ReLU is infinite
+            raise ValueError(f"p is {p}, the power of attention must be at least 1")
         self.p = p
         self.src = shapes_of(student, [s for s, _ in self.pairs])
         self.dst = shapes_of(teacher, [t for _, t in self.pairs])

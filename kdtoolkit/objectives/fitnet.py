@@ -2,8 +2,8 @@
 
 Loss     mean over all elements of (R(f_s) - f_t)^2 at the hint stage
          R: convolution whose kernel and stride take the student's grid to the teacher's, BatchNorm, ReLU
-Differs  one stage of training together with cross-entropy (the paper: two stages), as in Tian et al. 2020; where no kernel of
-         theirs fits (other size ratios, tokens) an Adapter takes the place of R
+Differs  one stage of training together with cross-entropy (the paper: two stages), as in Tian et al. 2020; where no
+         kernel of theirs fits (other size ratios, tokens) an Adapter takes the place of R
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .. import functional
-from ..method import Objective, objective, shapes_of
+from ..method import Objective, objective
 from ..modules import Adapter
 from ..taps import Frozen, Taps
 from ..types import Batch, Out, Shape, Stage
@@ -64,12 +64,8 @@ class FitNet(Objective):
         hint: int | str = "middle",
     ):
         super().__init__(student, teacher, choose(pairs, hint))
-        src, dst = (
-            shapes_of(taps, keys) for taps, keys in zip((student, teacher), zip(*self.pairs, strict=True), strict=True)
-        )
-        self.adapters = nn.ModuleList(
-            Regressor(s, t) if Regressor.fits(s, t) else Adapter(s, t) for s, t in zip(src, dst, strict=True)
-        )
+        shapes = [(student.end(s).shape, teacher.end(t).shape) for s, t in self.pairs]
+        self.adapters = nn.ModuleList((Regressor if Regressor.fits(s, t) else Adapter)(s, t) for s, t in shapes)
 
     def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:
         features = zip(self.adapters, *self.features(student, teacher), strict=True)

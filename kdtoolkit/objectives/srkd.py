@@ -1,8 +1,9 @@
 """Stage reset knowledge distillation, SRKD (Chen & Sun 2024, Modeling and Simulation).
 
-Loss     sum over stages i of mean((M_i(F_i^S) - S_i^T(A_i(F_{i-1}^S)))^2): the teacher's own stage i, run on the student's
-         output of the stage before, is what the student's stage i is compared with. Stage 1 starts from the image for
-         both, so its target is the teacher's ordinary feature, shared with the plain pass. Total: CE + KD + 0.1 * SRKD
+Loss     sum over stages i of mean((M_i(F_i^S) - S_i^T(A_i(F_{i-1}^S)))^2): the teacher's own stage i, run on the
+         student's output of the stage before, is what the student's stage i is compared with. Stage 1 starts from the
+         image for both, so its target is the teacher's ordinary feature, shared with the plain pass.
+         Total: CE + KD + 0.1 * SRKD
 Differs  the paper does not say whether gradients flow through the teacher's stage into the student's earlier stages:
          detached by default, `detach=False` lets them flow. Its adapters M on the teacher's side are left out: trained
          on both sides they could shrink together; the student's goes to the teacher's shape
@@ -25,11 +26,11 @@ from ..types import Batch, Out, Stage
 class SRKD(Objective):
     """Stage reset over pairs of stages.
 
-    reset   which pairs are reset, counted from 1: "all" (from the second on; the first starts from the image), or a list,
-            for instance (3,) for the last of three; the others are compared with the teacher's ordinary feature.
+    reset   which pairs are reset, counted from 1: "all" (from the second on; the first starts from the image), or a
+            list, for instance (3,) for the last of three; the others are compared with the teacher's ordinary feature.
             () is the paper's M-FitNet
-    detach  True: the target is a constant, only the adapter in front of the teacher's stage learns from it. False: gradients
-            flow through the frozen stage into the student's earlier stages
+    detach  True: the target is a constant, only the adapter in front of the teacher's stage learns from it. False:
+            gradients flow through the frozen stage into the student's earlier stages
     """
 
     def __init__(
@@ -49,6 +50,12 @@ class SRKD(Objective):
         self.reset = _numbers(reset, len(self.pairs))
         self.detach = detach
         self.teacher = teacher
+        for taps, keys in zip((student, teacher), zip(*self.pairs, strict=True), strict=True):
+            depths = [taps.end(k).left for k in keys]
+            if depths != sorted(set(depths)):
+                raise ValueError(f"stage reset needs pairs from shallow to deep, each tap once, got {self.pairs}")
+        for i in self.reset:
+            teacher.check_cut(self.pairs[i - 2][1])
         src, dst = shapes_of(student, [s for s, _ in pairs]), shapes_of(teacher, [t for _, t in pairs])
         self.adapters = nn.ModuleList(Adapter(s, t) for s, t in zip(src, dst, strict=True))  # M_i
         self.inputs = nn.ModuleDict({str(i): Adapter(src[i - 2], dst[i - 2]) for i in self.reset})  # A_i
@@ -69,6 +76,6 @@ class SRKD(Objective):
 def _numbers(reset: str | Sequence[int], count: int) -> list[int]:
     if reset == "all":
         return list(range(2, count + 1))
-    if isinstance(reset, str) or any(not isinstance(i, int) or not 1 <= i <= count for i in reset):
+    if not isinstance(reset, (list, tuple)) or any(not isinstance(i, int) or not 1 <= i <= count for i in reset):
         raise ValueError(f"reset={reset!r}: 'all' or a list of stage pairs from 1 to {count}")
     return sorted({i for i in reset if i > 1})  # the first stage starts from the image for both

@@ -24,6 +24,7 @@ class Run:
     config: Row
     env: Row
     problems: list[str]
+    models: Row = dataclasses.field(default_factory=dict)  # role -> architecture, from plan.json
 
     def last(self, event: str) -> Row:
         """The newest row of an event, or an empty one."""
@@ -69,9 +70,10 @@ def read(path: str | os.PathLike[str]) -> Run:
             rows.append(row)
     config = _load(folder / "config.yaml", yaml.safe_load, problems)
     env = _load(folder / "env.json", json.loads, problems)
-    config, env = (found if isinstance(found, dict) else {} for found in (config, env))
+    plan = _load(folder / "plan.json", json.loads, problems) if (folder / "plan.json").exists() else None
+    config, env, plan = (found if isinstance(found, dict) else {} for found in (config, env, plan))
     problems += _not_finite(rows)
-    return Run(folder, rows, config, env, problems)
+    return Run(folder, rows, config, env, problems, plan.get("models") or {})
 
 
 def _not_finite(rows: list[Row]) -> list[str]:

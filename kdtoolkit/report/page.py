@@ -173,7 +173,9 @@ def _title(run: Run) -> str:
         return f"Run {run.path.resolve().name}"
     if not run.config.get("teacher"):
         return f"{student}, method {method}, no teacher"
-    return f"{_name(run.config['teacher'])} → {student}, method {method}"
+    teachers = [str(name) for role, name in run.models.items() if role.startswith("teacher")]
+    taught_by = " + ".join(teachers) or _name(run.config["teacher"])
+    return f"{taught_by} → {run.models.get('student', student)}, method {method}"
 
 
 def _opening(run: Run) -> str:

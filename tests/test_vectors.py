@@ -1,0 +1,363 @@
+"""The losses against reference vectors: whatever files lie in the folder, with the shapes and numbers that they state.
+
+KDTOOLKIT_VECTORS names the folder; a second set with other shapes, taps and hyper-parameters is made here from slow
+loops over the papers' equations, and goes through the same check.
+"""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from kdtoolkit import functional
+from kdtoolkit.method import OBJECTIVES
+from kdtoolkit.objectives.fitnet import Regressor
+from kdtoolkit.taps import Frozen, Taps
+from kdtoolkit.types import Out, Shape
+
+DEFAULT = Path(__file__).parents[1] / "../shared/vectors/public"
+FOLDER = Path(os.environ.get("KDTOOLKIT_VECTORS") or DEFAULT)
+FILES = sorted(FOLDER.glob("*.safetensors"))
+FITNET = ("fitnet_same", "fitnet_down", "fitnet_up", "fitnet_valid")
+OBJECTIVE_OF = {"kd": "kd", "logits_mse": "logits", "at": "at", "sp": "sp", **dict.fromkeys(FITNET, "fitnet")}
+DTYPES = [torch.float64, torch.float32]
+
+
+class Vector:
+    """One file: inputs cast to a dtype (and requiring a gradient where one is stored), expectations, hyper-parameters."""
+
+    def __init__(self, path, dtype):
+        with safe_open(path, "pt") as f:
+            tensors, self.meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+        self.name, self.dtype = path.stem, dtype
+        self.hparams, self.zeros = json.loads(self.meta["hparams"]), set(json.loads(self.meta["zero_gradients"]))
+        self.expected = {k: v for k, v in tensors.items() if k.split(".")[0] in ("loss", "out", "grad")}
+        self.inputs = {
+            k: (v.to(dtype) if v.is_floating_point() else v).requires_grad_("grad." + k in tensors)
+            for k, v in tensors.items()
+            if k not in self.expected and k != "loss_f32"
+        }
+
+    def __getitem__(self, name):
+        return self.inputs[name]
+
+    def series(self, prefix):
+        return [self[f"{prefix}.{i}"] for i in range(sum(k.startswith(f"{prefix}.") for k in self.inputs))]
+
+    def maps(self):
+        return self.series("student_features"), self.series("teacher_features")
+
+    def check(self, values, parameters=()):
+        """Every expectation: losses and outputs in `values`, gradients of `loss` by backward."""
+        values["loss"].backward()
+        grads = {**self.inputs, **dict(parameters)}
+        seen = []
+        for name, want in self.expected.items():
+            got = grads[name.removeprefix("grad.")].grad if name.startswith("grad.") else values[name]
+            assert got is not None, f"{self.name}: no gradient for {name}"
+            assert got.shape == want.shape and got.dtype == self.dtype, (name, got.shape, want.shape, got.dtype)
+            error = (got.detach().double() - want).abs().max().item()
+            relative = 1e-9 if self.dtype == torch.float64 else 1e-4
+            scale = self.hparams.get("beta", 1.0) if name in self.zeros else want.abs().max().item()
+            assert error <= relative * max(scale, 1e-30), f"{self.name} {self.dtype} {name}: {error:.3g} of {scale:.3g}"
+            seen.append(name)
+        return seen
+
+
+# -------------------------------------------------------------------------------------------------- pure functions
+def kd(v):
+    h = v.hparams
+    student, teacher, labels = v["student_logits"], v["teacher_logits"], v["labels"]
+    loss, ce = functional.kd(student, teacher, temperature=h["T"]), functional.ce(student, labels)
+    return {"loss": loss, "loss.ce": ce, "loss.total": h["ce_weight"] * ce + h["kd_weight"] * loss}, {}
+
+
+def logits_mse(v):
+    return {"loss": functional.logits_mse(v["student_logits"], v["teacher_logits"])}, {}
+
+
+def fitnet(v):
+    (student,), (teacher,) = v.maps()
+    regressor = regressor_of(v, student, teacher)
+    adapted = regressor(student)
+    parameters = {f"param.adapter.{k}": p for k, p in regressor.named_parameters()}
+    return {"loss": functional.fitnet(adapted, teacher), "out.adapted": adapted}, parameters
+
+
+def regressor_of(v, student, teacher):
+    src, dst = Shape(student.shape[1:]), Shape(teacher.shape[1:])
+    assert Regressor.fits(src, dst)
+    return load(Regressor(src, dst), v)
+
+
+def load(regressor, v):
+    stored = {k.removeprefix("param.adapter."): t.detach() for k, t in v.inputs.items() if k.startswith("param.")}
+    missing, unexpected = regressor.load_state_dict(stored, strict=False)
+    assert not unexpected and set(missing) <= {"bn.num_batches_tracked"}, (missing, unexpected)
+    regressor.bn.eps = v.hparams.get("bn_eps", regressor.bn.eps)
+    return regressor.to(v.dtype).train(v.hparams.get("bn_mode", "train") == "train")
+
+
+def at(v):
+    p = float(v.hparams["p"])
+    students, teachers = v.maps()
+    layers = [functional.at([s], [t], p=p) for s, t in zip(students, teachers, strict=True)]
+    return {"loss": functional.at(students, teachers, p=p), **layer_losses(layers)}, {}
+
+
+def sp(v):
+    students, teachers = v.maps()
+    layers = [functional.sp([s], [t]) for s, t in zip(students, teachers, strict=True)]
+    return {"loss": functional.sp(students, teachers), **layer_losses(layers)}, {}
+
+
+def layer_losses(layers):
+    return {f"loss.layer{i}": loss for i, loss in enumerate(layers)}
+
+
+FUNCTIONS = {"kd": kd, "logits_mse": logits_mse, "at": at, "sp": sp, **dict.fromkeys(FITNET, fitnet)}
+
+
+# ------------------------------------------------------------------------------------------------- objective modules
+class Maps(nn.Module):
+    """A network whose stages end in features of exactly these shapes, so that an Objective can be built for them."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        channels = [3, *(c for c, _, _ in sizes)]
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(i, o, 1), nn.AdaptiveAvgPool2d((h, w)))
+            for i, (o, h, w) in zip(channels, sizes, strict=False)
+        )
+        self.fc = nn.Linear(channels[-1], 5)
+        self.feature_info = [{"num_chs": c, "module": f"stages.{i}"} for i, (c, _, _) in enumerate(sizes)]
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def by_objective(v):
+    """(values, parameters) from the Objective that distill() would build for features of these shapes."""
+    cls = OBJECTIVES[OBJECTIVE_OF[v.name]]
+    students, teachers = v.maps() if cls.needs_taps else ([], [])
+    nets = [Maps([tuple(f.shape[1:]) for f in side] or [(4, 8, 8)]) for side in (students, teachers)]
+    keys = [f"stages.{i}" for i in range(len(students))]
+    student, teacher = Taps(nets[0], keys or None, 16), Frozen(nets[1], keys or None, 16)
+    options = {"kd": {"temperature": v.hparams.get("T")}, "at": {"p": v.hparams.get("p")}, "sp": {"sp_stages": "all"}}
+    part = cls(student, teacher, list(zip(keys, keys, strict=True)), **options.get(v.name, {}))
+    parameters = {}
+    if v.name in FITNET:
+        regressor = load(part.adapters[0], v)
+        parameters = {f"param.adapter.{k}": p for k, p in regressor.named_parameters()}
+    batch = {"y": v.inputs.get("labels")}
+    outs = [
+        Out(v.inputs.get(f"{side}_logits"), dict(zip(keys, features, strict=True)))
+        for side, features in (("student", students), ("teacher", teachers))
+    ]
+    return {"loss": part(*outs, batch)}, parameters
+
+
+def check_vector(path, dtype):
+    """Both ways over one file; the names that were compared."""
+    v = Vector(path, dtype)
+    values, parameters = FUNCTIONS[v.name](v)
+    seen = v.check(values, parameters)
+    w = Vector(path, dtype)
+    w.expected = {k: t for k, t in w.expected.items() if k == "loss" or k.startswith("grad.")}
+    w.check(*by_objective(w))
+    return seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", FILES, ids=[p.stem for p in FILES])
+def test_public_vector(path, dtype):
+    if path.stem not in FUNCTIONS:
+        pytest.skip(f"vector {path.stem}: not implemented yet")
+    seen = check_vector(path, dtype)
+    assert "loss" in seen and any(name.startswith("grad.") for name in seen)
+
+
+def test_vector_folder_is_there():
+    if not FILES:
+        pytest.skip(f"no reference vectors in {FOLDER}: set KDTOOLKIT_VECTORS")
+    assert set(FUNCTIONS) & {p.stem for p in FILES}, f"{FOLDER} holds no vector of an implemented method"
+
+
+# ------------------------------------------------------------------------- a second set, from the papers' equations
+def loop_kd(s, t, temperature):
+    total = 0.0
+    for a, b in zip(s, t, strict=True):
+        p, q = (torch.exp(z / temperature) / torch.exp(z / temperature).sum() for z in (b, a))
+        total = total + sum(p[c] * torch.log(p[c] / q[c]) for c in range(len(p)))
+    return temperature**2 * total / len(s)
+
+
+def loop_ce(s, labels):
+    return sum(-torch.log(torch.exp(z[y]) / torch.exp(z).sum()) for z, y in zip(s, labels, strict=True)) / len(s)
+
+
+def loop_mse(a, b):
+    a, b = a.reshape(-1), b.reshape(-1)
+    return sum((a[i] - b[i]) ** 2 for i in range(len(a))) / len(a)
+
+
+def loop_pool(f, rows, columns):
+    """Mean over the window of every position; the grid is a multiple of the smaller one."""
+    high, wide = f.shape[2] // rows, f.shape[3] // columns
+    windows = [
+        f[:, :, i * high : (i + 1) * high, j * wide : (j + 1) * wide].mean((2, 3))
+        for i in range(rows)
+        for j in range(columns)
+    ]
+    return torch.stack(windows, 2).reshape(*f.shape[:2], rows, columns)
+
+
+def loop_at(s, t, p):
+    rows, columns = min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3])
+    maps = []
+    for f in (loop_pool(s, rows, columns), loop_pool(t, rows, columns)):
+        q = sum(f[:, c].abs() ** p for c in range(f.shape[1])).reshape(len(f), -1)
+        maps.append(torch.stack([row / torch.sqrt((row * row).sum()) for row in q]))
+    return loop_mse(*maps)
+
+
+def loop_sp(s, t):
+    grams = []
+    for f in (s.reshape(len(s), -1), t.reshape(len(t), -1)):
+        gram = torch.stack([torch.stack([(a * b).sum() for b in f]) for a in f])
+        grams.append(torch.stack([row / torch.sqrt((row * row).sum()) for row in gram]))
+    return ((grams[0] - grams[1]) ** 2).sum() / len(s) ** 2
+
+
+def loop_conv(x, weight, bias, stride, padding):
+    """Convolution as a sum over kernel positions."""
+    x = nn.functional.pad(x, (padding,) * 4)
+    high, wide = ((n - k) // stride + 1 for n, k in zip(x.shape[2:], weight.shape[2:], strict=True))
+    out = bias[None, :, None, None].expand(len(x), -1, high, wide)
+    for i in range(weight.shape[2]):
+        for j in range(weight.shape[3]):
+            window = x[:, :, i : i + stride * high : stride, j : j + stride * wide : stride][:, :, :high, :wide]
+            out = out + torch.einsum("bchw,oc->bohw", window, weight[:, :, i, j])
+    return out
+
+
+def loop_transposed(x, weight, bias):
+    """Transposed 4x4, stride 2, padding 1: every input position adds its kernel into the output."""
+    batch, _, high, wide = x.shape
+    out = x.new_zeros(batch, weight.shape[1], 2 * high + 2, 2 * wide + 2)
+    for i in range(high):
+        for j in range(wide):
+            patch = torch.zeros_like(out)
+            patch[:, :, 2 * i : 2 * i + 4, 2 * j : 2 * j + 4] = torch.einsum("bc,cokl->bokl", x[:, :, i, j], weight)
+            out = out + patch
+    return out[:, :, 1:-1, 1:-1] + bias[None, :, None, None]
+
+
+def loop_norm(x, weight, bias, eps):
+    mean = x.mean((0, 2, 3), keepdim=True)
+    variance = ((x - mean) ** 2).mean((0, 2, 3), keepdim=True)
+    x = (x - mean) / torch.sqrt(variance + eps)
+    return x * weight[None, :, None, None] + bias[None, :, None, None]
+
+
+def make_set(folder, seed):
+    """Every implemented case with random shapes, tap counts and hyper-parameters; returns the names written."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def write(name, inputs, compute, hparams, zeros=()):
+        cast = {k: t.double().requires_grad_() if t.is_floating_point() else t for k, t in inputs.items()}
+        values = compute(cast)
+        values["loss"].backward()
+        tensors = {**inputs, **{k: t.detach().clone() for k, t in values.items()}}
+        for k, t in cast.items():
+            if t.is_floating_point() and t.grad is not None and not k.startswith("teacher"):
+                tensors[f"grad.{k}"] = torch.zeros_like(t) if f"grad.{k}" in zeros else t.grad
+        tensors["loss_f32"] = values["loss"].detach().float()
+        meta = {"hparams": json.dumps(hparams), "zero_gradients": json.dumps(list(zeros)), "name": name}
+        save_file({k: t.contiguous() for k, t in tensors.items()}, folder / f"{name}.safetensors", meta)
+
+    batch, classes = draw.randint(3, 6), draw.randint(4, 11)
+    logits = {"student_logits": 2 * rand(batch, classes), "teacher_logits": 2 * rand(batch, classes)}
+    labels = torch.randint(classes, (batch,), generator=generator)
+    h = {"T": draw.choice([1.5, 3.0, 7.0]), "ce_weight": draw.random(), "kd_weight": draw.random()}
+
+    def compute_kd(v):
+        loss = loop_kd(v["student_logits"], v["teacher_logits"], h["T"])
+        ce = loop_ce(v["student_logits"], v["labels"])
+        return {"loss": loss, "loss.ce": ce, "loss.total": h["ce_weight"] * ce + h["kd_weight"] * loss}
+
+    write("kd", {**logits, "labels": labels}, compute_kd, h)
+    write("logits_mse", logits, lambda v: {"loss": loop_mse(v["student_logits"], v["teacher_logits"])}, {})
+    for name, grids in (("at", [(4, 4), (2, 4), (8, 8)]), ("sp", [(3, 3), (2, 5), (4, 4)])):
+        taps = draw.randint(1, 5)
+        maps = {
+            f"{side}_features.{i}": rand(batch, draw.randint(2, 7), *draw.choice(grids))
+            for side in ("student", "teacher")
+            for i in range(taps)
+        }
+        h = {"beta": draw.randint(1, 999), **({"p": draw.choice([2, 4])} if name == "at" else {})}
+        loss = (lambda s, t, p=h.get("p"): loop_at(s, t, p)) if name == "at" else loop_sp
+
+        def compute(v, taps=taps, loss=loss):
+            layers = [loss(v[f"student_features.{i}"], v[f"teacher_features.{i}"]) for i in range(taps)]
+            return {"loss": sum(layers), **layer_losses(layers)}
+
+        write(name, maps, compute, h)
+    for name in FITNET:
+        c, d, grid = draw.randint(2, 5), draw.randint(2, 6), draw.choice([2, 3, 4])
+        shrink = draw.randint(1, 3) if grid > 2 else 1
+        student, teacher, kernel = {
+            "fitnet_same": (grid, grid, 1),
+            "fitnet_down": (2 * grid, grid, 3),
+            "fitnet_up": (grid, 2 * grid, 4),
+            "fitnet_valid": (2 * grid + 1, 2 * grid + 1 - shrink, 1 + shrink),
+        }[name]
+        h = {"beta": draw.randint(1, 200), "bn_eps": draw.choice([1e-5, 1e-3]), "bn_mode": "train", "hint_layer": 1}
+        weight = rand(c, d, kernel, kernel) if name == "fitnet_up" else rand(d, c, kernel, kernel)
+        adapter = {"conv.weight": weight, "conv.bias": rand(d), "bn.weight": rand(d), "bn.bias": rand(d)}
+        adapter |= {"bn.running_mean": rand(d), "bn.running_var": rand(d).abs()}
+        maps = {
+            "student_features.0": rand(batch, c, student, student),
+            "teacher_features.0": rand(batch, d, teacher, teacher),
+        }
+
+        def compute_hint(v, name=name, eps=h["bn_eps"]):
+            x, (w, b) = v["student_features.0"], (v[f"param.adapter.conv.{k}"] for k in ("weight", "bias"))
+            stride, padding = (2, 1) if name == "fitnet_down" else (1, 0)
+            x = loop_transposed(x, w, b) if name == "fitnet_up" else loop_conv(x, w, b, stride, padding)
+            x = loop_norm(x, v["param.adapter.bn.weight"], v["param.adapter.bn.bias"], eps)
+            adapted = torch.where(x > 0, x, torch.zeros_like(x))
+            return {"loss": loop_mse(adapted, v["teacher_features.0"]), "out.adapted": adapted}
+
+        inputs = {**maps, **{f"param.adapter.{k}": t for k, t in adapter.items()}}
+        write(name, inputs, compute_hint, h, ("grad.param.adapter.conv.bias",))
+    return sorted(p.stem for p in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_vector_check_holds_for_another_set(tmp_path, seed):
+    assert make_set(tmp_path, seed) == sorted(FUNCTIONS)
+    for name in FUNCTIONS:
+        for dtype in DTYPES:
+            check_vector(tmp_path / f"{name}.safetensors", dtype)
+
+
+def test_vector_check_finds_a_wrong_value(tmp_path):
+    make_set(tmp_path, 4)
+    for name in FUNCTIONS:
+        v = Vector(tmp_path / f"{name}.safetensors", torch.float64)
+        values, parameters = FUNCTIONS[name](v)
+        v.expected["loss"] = v.expected["loss"] * (1 + 1e-8)
+        with pytest.raises(AssertionError, match="loss"):
+            v.check(values, parameters)

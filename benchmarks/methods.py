@@ -1,12 +1,12 @@
 """The same student alone, with KD and with SRKD: equal seeds, equal budget, last epoch, test set.
 
-    python benchmarks/methods.py run --data cifar10 --data-path PATH --teacher PATH --seeds 0 1 2
+    python benchmarks/methods.py run --data cifar10 --data-path PATH --teacher PATH
     python benchmarks/methods.py table
 
 `run` writes one folder per (data, method, seed) under --runs, skips what is finished and resumes what is not. `table`
-reads the folders and writes benchmarks/results/methods.md. KD is CE + KD with weights 1 and 1, so that SRKD differs from
-it in nothing but its own term; m-fitnet is SRKD without any reset; srkd-flow lets gradients flow through the target.
-All: batch 128 (digits 64), Nesterov, lr 0.1, weight decay 5e-4, one epoch of warm-up, cosine, crop (+ flip), bf16.
+reads the folders and writes benchmarks/results/methods.md. KD is CE + KD with weights 1 and 1, so that SRKD differs
+from it in nothing but its own term; m-fitnet is SRKD without any reset; srkd-flow lets gradients flow through the
+target. All: batch 128 (digits 64), Nesterov, lr 0.1, weight decay 5e-4, one epoch of warm-up, cosine, crop (+ flip).
 """
 
 from __future__ import annotations

@@ -10,6 +10,6 @@ from .taps import Frozen, Taps
 
 __version__ = "0.1.0"
 __all__ = [
-    "Adapter", "Callback", "DistillResult", "Frozen", "Method", "Objective", "Taps", "callbacks", "create_method", "data",
-    "distill", "functional", "list_methods", "methods", "metrics", "models", "objectives", "schedules",
+    "Adapter", "Callback", "DistillResult", "Frozen", "Method", "Objective", "Taps", "callbacks", "create_method",
+    "data", "distill", "functional", "list_methods", "methods", "metrics", "models", "objectives", "schedules",
 ]  # fmt: skip

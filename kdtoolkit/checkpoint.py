@@ -1,7 +1,7 @@
 """Checkpoints: accelerate's state in one folder, with a card that says of which run it is.
 
-`save` is atomic: the previous checkpoint stays whole until the new one is. `load` refuses a checkpoint of another method,
-network or loss before it touches anything.
+`save` is atomic: the previous checkpoint stays whole until the new one is. `check` refuses a checkpoint of another
+method, network or loss before anything is touched.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 from .files import recover, replacing_folder, swap, write_json
 
 CARD = "checkpoint.json"
-FOLDERS = ("checkpoints", "student", "figures", "baseline", "teacher")
+FOLDERS = ("checkpoints", "student", "figures", "baseline", "finetuned")
 FILES = ("config.yaml", "env.json", "plan.json", "metrics.jsonl", "summary.csv", "report.md")
 BROKEN = (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError)
 
@@ -67,9 +67,10 @@ def copy(source: Path, target: Path) -> None:
         raise _not_written(target, error) from error
 
 
-def mend_best(accelerator: Accelerator, resumed: Path, output_dir: Path | None, step: int | None) -> None:
-    """checkpoints/best of `output_dir` is the one of `step` again, where the machine stopped between the two writes, or where
+def mend_best(accelerator: Accelerator, resumed: Path, output_dir: Path | None, best_at: dict[str, float]) -> None:
+    """checkpoints/best of `output_dir` is that of the best step again, where the machine stopped between two writes or
     the run goes on in another folder."""
+    step = best_at.get("step")
     if output_dir is None or step is None:
         return
     best = output_dir / "checkpoints" / "best"
@@ -80,7 +81,8 @@ def mend_best(accelerator: Accelerator, resumed: Path, output_dir: Path | None, 
                 break
         else:
             raise CheckpointError(
-                f"the best epoch so far (step {step}) is neither in {best} nor beside {resumed}: put it there, or start anew"
+                f"the best epoch so far (step {step}) is neither in {best} nor beside {resumed}: "
+                "put it there, or start anew"
             )
     accelerator.wait_for_everyone()
 
@@ -97,9 +99,7 @@ def claim(folder: Path | None, resume: Any, overwrite: bool) -> Path | None:
     if isinstance(resume, (str, os.PathLike)) and resume != "auto":
         source = Path(resume)
         if not source.is_dir():
-            raise ValueError(
-                f"resume={str(resume)!r} is no folder: give a checkpoint such as {last}, or 'auto' to go on in output_dir"
-            )
+            raise ValueError(f"resume={str(resume)!r} is no folder: give a checkpoint such as {last}, or 'auto'")
         if source.resolve().is_relative_to(folder.resolve()):
             return source
     elif resume and last.exists():
@@ -116,11 +116,11 @@ def claim(folder: Path | None, resume: Any, overwrite: bool) -> Path | None:
 
 
 def _used(folder: Path) -> bool:
-    return folder.exists() and any(p.name not in ("baseline", "teacher") for p in folder.iterdir())
+    return folder.exists() and any(p.name not in ("baseline", "finetuned", "teacher") for p in folder.iterdir())
 
 
 def clear(folder: Path) -> None:
-    """Take away what an earlier run wrote; a baseline and a finetuned teacher only with it."""
+    """Take away what an earlier run wrote; also its baseline and its finetuned teacher."""
     if not _used(folder):
         return
     for name in FOLDERS:
@@ -165,7 +165,8 @@ def load(accelerator: Accelerator, folder: Path) -> None:
         accelerator.load_state(str(folder))
     except BROKEN as error:
         raise CheckpointError(
-            f"{folder} cannot be loaded: {error}; give another checkpoint (resume=PATH), or start anew with overwrite=True"
+            f"{folder} cannot be loaded: {error}; give another checkpoint (resume=PATH), or start anew with "
+            "overwrite=True"
         ) from error
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +91,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add("--loss", action="append", default=[], metavar="NAME=WEIGHT", help="replaces the method's own sum; repeat it")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="of a loss, e.g. detach=False; repeat it")
     skip = {"teacher", "student", "train_data", "eval_data", "method", "losses", "dry_run", "layers", "method_options"}
+    kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _flag, "str": str}
     for name, parameter in inspect.signature(distill).parameters.items():
-        kind = {"int": int, "float": float, "bool": _flag, "str": str}.get(_first(str(parameter.annotation)))
+        kind = kinds.get(_first(str(parameter.annotation)))
         if name not in skip and kind is not None:
             add(f"--{name.replace('_', '-')}", type=kind, default=None, help=f"default {parameter.default!r}")
     add("--validation", default=None, type=_literal, help="'auto', a share, a number of rows, 'none' or 'test'")
@@ -115,8 +118,6 @@ def _pair(text: str, flag: str) -> tuple[str, Any]:
 
 
 def _literal(text: str) -> Any:
-    import ast
-
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
-from timm.optim import create_optimizer_v2
-from torch import Tensor
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from . import checkpoint, distributed, schedules
 from .callbacks.base import Callback
@@ -21,11 +22,12 @@ from .data.augment import key
 from .evaluation import Evaluator
 from .journal import Journal
 from .method import Method
+from .registry import nearest
 from .signals import Interrupted, caught
 from .types import Batch, Clock, Step
 from .watch import LossWatch, NonFiniteLoss
 
-__all__ = ["Interrupted", "NonFiniteLoss", "Run", "Settings", "make_optimizer"]
+__all__ = ["Interrupted", "NonFiniteLoss", "Run", "Settings", "make_optimizer", "schedule"]
 ASK_RANKS = 10  # optimizer steps between two exchanges of "was any rank told to stop?"
 
 
@@ -117,8 +119,7 @@ class Run:
     # ----------------------------------------------------------------------------------------------------- building
     def _prepare(self, card: dict[str, Any]) -> None:
         s, accelerator = self.settings, self.accelerator
-        loader = self.data.train.loader(self._micro_batch(), shuffle=True, drop_last=True)
-        self.clock = _clock(s, None if self.data.train.len is None else len(loader))
+        loader, self.clock, factor = schedule(s, self.data, accelerator.num_processes)
         memory = torch.channels_last if s.channels_last else torch.preserve_format
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         self.method.place(accelerator.device, memory, half)
@@ -127,9 +128,6 @@ class Run:
         if s.compile:
             self.method.compile()
         optimizer = make_optimizer(self.method, s)
-        updates = -(-self.clock.total_steps // s.grad_accum)
-        warmup = round(s.warmup_epochs * self.clock.steps_per_epoch / s.grad_accum)
-        factor = schedules.lr_factor(s.scheduler, updates, warmup=warmup, milestones=s.milestones)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         prepared = accelerator.prepare(self.method, optimizer, loader, scheduler)
         self.net, self.optimizer, self.loader, self.scheduler = prepared
@@ -141,20 +139,6 @@ class Run:
         self.card = told | {"networks": names} | card
         self._state = RunState(self)
         accelerator.register_for_checkpointing(self._state)
-
-    def _micro_batch(self) -> int:
-        """Images of one forward, over all ranks."""
-        s, ranks, train = self.settings, self.accelerator.num_processes, self.data.train
-        if s.batch_size % (s.grad_accum * ranks):
-            raise ValueError(
-                f"batch_size {s.batch_size} is shared by {ranks} processes and {s.grad_accum} accumulation steps and "
-                f"does not divide by {s.grad_accum * ranks}; batch_size is images per optimizer step over all of them"
-            )
-        if train.len is not None and train.own_loader is None and train.len < s.batch_size:
-            raise ValueError(
-                f"{train.len} training images do not fill one batch of {s.batch_size}: use a smaller batch_size"
-            )
-        return s.batch_size // s.grad_accum
 
     # ------------------------------------------------------------------------------------------------------- events
     def emit(self, event: str, *args: Any) -> dict[str, Tensor]:
@@ -196,7 +180,7 @@ class Run:
         self._evaluate_teachers()
         if resume_from is not None:
             checkpoint.load(self.accelerator, resume_from)
-            checkpoint.mend_best(self.accelerator, resume_from, self.output_dir, self.best.get("step"))
+            checkpoint.mend_best(self.accelerator, resume_from, self.output_dir, self.best)
         try:
             with caught(self._flag):
                 self.emit("on_fit_start")
@@ -240,9 +224,13 @@ class Run:
         if not self.stop and clock.step < clock.total_steps:
             self._told_to_stop(now=True)
 
-    def _rest_of_epoch(self) -> Any:
+    def _rest_of_epoch(self) -> Iterator[Any]:
         done = self.clock.step - self.epoch_start
-        return skip_first_batches(self.loader, done) if done else self.loader
+        try:
+            yield from skip_first_batches(self.loader, done) if done else self.loader
+        except ValueError as error:  # accelerate's word for a stream that ends before its first batch
+            if "does not contain any data" not in str(error):
+                raise
 
     def _end_epoch(self) -> None:
         clock = self.clock
@@ -308,8 +296,8 @@ class Run:
         return before
 
     def _told_to_stop(self, now: bool = False) -> bool:
-        """Whether a signal came, on any rank. Only between optimizer steps; ranks ask each other every tenth of them, so
-        that they stop at the same one."""
+        """Whether a signal came, on any rank. Only between optimizer steps; ranks ask each other every tenth of them,
+        so that they stop at the same one."""
         if not self.accelerator.sync_gradients:
             return False
         if distributed.active():
@@ -333,10 +321,13 @@ class Run:
             step, name = broken
             what, advice = f"the loss term {name!r} is not finite at step {step}", "the weight of this term"
         elif weights:
-            name = _not_finite(self.method)
-            if name is None:
+            weight = _not_finite(self.method)
+            if weight is None:
                 return
-            what, advice = f"the weight {name} is not finite after step {self.clock.step}", "the weights of the losses"
+            what, advice = (
+                f"the weight {weight} is not finite after step {self.clock.step}",
+                "the weights of the losses",
+            )
         else:
             return
         kept = self.output_dir / "checkpoints" / "last" if self.output_dir else None
@@ -344,8 +335,8 @@ class Run:
         if kept is not None and kept.exists():
             good = f"the last good checkpoint is {kept} ({checkpoint.where(checkpoint.read_card(kept))})"
         raise NonFiniteLoss(
-            f"{what} (epoch {self.clock.epoch}); {good}. Lower lr or {advice}, warm up, clip gradients (grad_clip=5.0), "
-            "or use mixed_precision='no'"
+            f"{what} (epoch {self.clock.epoch}); {good}. Lower lr or {advice}, warm up, "
+            "clip gradients (grad_clip=5.0), or use mixed_precision='no'"
         )
 
     def _log(self) -> None:
@@ -386,9 +377,26 @@ class Run:
                 self.journal.add(**told, epoch=0, step=0, **row)
 
 
-def make_optimizer(method: Method, s: Settings) -> torch.optim.Optimizer:
-    """timm's optimizers by name. "sgd" is plain momentum and "nesterov" Nesterov's, both with decay on every parameter as in
-    the papers; every other name is timm's, without decay on biases and norms."""
+def schedule(s: Settings, data: Data, ranks: int) -> tuple[DataLoader, Clock, Callable[[int], float]]:
+    """Training batches, how many of them, and the learning-rate factor of optimizer step n."""
+    if s.batch_size % (s.grad_accum * ranks):
+        raise ValueError(
+            f"batch_size {s.batch_size} is shared by {ranks} processes and {s.grad_accum} accumulation steps and "
+            f"does not divide by {s.grad_accum * ranks}; batch_size is images per optimizer step over all of them"
+        )
+    rows = data.train.len
+    if rows is not None and data.train.own_loader is None and rows < s.batch_size:
+        raise ValueError(f"{rows} training images do not fill one batch of {s.batch_size}: use a smaller batch_size")
+    loader = data.train.loader(s.batch_size // s.grad_accum, shuffle=True, drop_last=True)
+    clock = _clock(s, None if rows is None else len(loader))
+    updates = -(-clock.total_steps // s.grad_accum)
+    warmup = round(s.warmup_epochs * clock.steps_per_epoch / s.grad_accum)
+    return loader, clock, schedules.lr_factor(s.scheduler, updates, warmup=warmup, milestones=s.milestones)
+
+
+def make_optimizer(method: nn.Module, s: Settings) -> torch.optim.Optimizer:
+    """timm's optimizers by name. "sgd" is plain momentum and "nesterov" Nesterov's, both with decay on every parameter
+    as in the papers; every other name is timm's, without decay on biases and norms."""
     plain = {"sgd": "momentum", "momentum": "momentum", "nesterov": "nesterov"}
     try:
         return create_optimizer_v2(
@@ -399,12 +407,11 @@ def make_optimizer(method: Method, s: Settings) -> torch.optim.Optimizer:
             momentum=s.momentum,
             filter_bias_and_bn=s.optimizer not in plain,
         )
-    except (AssertionError, KeyError) as error:
+    except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(
-            f"unknown optimizer {s.optimizer!r}: 'sgd', 'nesterov', or a name of timm.optim.list_optimizers()"
+            f"optimizer={s.optimizer!r}: {error}; allowed are 'sgd', 'nesterov' and the names of "
+            f"timm.optim.list_optimizers(){nearest(s.optimizer, map(str, list_optimizers()))}"
         ) from error
-    except ValueError as error:
-        raise ValueError(f"optimizer {s.optimizer!r}: {error}; see timm.optim.list_optimizers()") from error
 
 
 def _clock(s: Settings, batches: int | None) -> Clock:

@@ -50,7 +50,7 @@ class Evaluator:
             with self.accelerator.autocast():
                 logits = self.method.logits(network, batch["x"])
                 if answers is not None:
-                    teacher = answers[number]
+                    teacher: Tensor | None = answers[number]
                 else:
                     teacher = self._ask(0, batch).argmax(1) if self._scored(0) else None
             meter.add(logits.float(), batch["y"], teacher=teacher)

@@ -60,8 +60,11 @@ def smaller_grid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention(feature: Tensor, *, p: float = 2.0) -> Tensor:
-    """Spatial attention of a map (B, C, H, W): channel mean of |f|^p, flattened, unit length. (B, H * W)"""
-    feature = full(feature) if p % 2 == 0 else full(feature).abs()
+    """Spatial attention of a map (B, C, H, W): channel mean of f^p, flattened, unit length. (B, H * W)
+
+    For whole p it is the power itself, with its sign where p is odd, as published code has it; else of |f|.
+    """
+    feature = full(feature) if float(p).is_integer() else full(feature).abs()
     return F.normalize(feature.pow(p).mean(1).flatten(1), dim=1)
 
 

@@ -21,8 +21,10 @@ Row = dict[str, Any]
 class Journal:
     """Rows of a run, in memory and, on rank 0 with a folder, in metrics.jsonl. A row has "event", "epoch" and "step":
 
-    teacher  a teacher's numbers on a split      train  mean losses since the last such row; "epoch" counts finished ones
-    epoch    mean losses of an epoch             eval   a network's numbers on a split after an epoch
+    teacher  a teacher's numbers on a split
+    train    mean losses since the last such row; "epoch" counts finished ones
+    epoch    mean losses of an epoch
+    eval     a network's numbers on a split after an epoch
     final    the numbers of the result
     """
 

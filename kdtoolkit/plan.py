@@ -20,13 +20,13 @@ class Plan(dict[str, Any]):
                 told = _data(self[key]) if key == "data" else [f"{k} {_short(v)}" for k, v in self[key].items()]
                 console.print(f"{key}: " + ", ".join(told), soft_wrap=True)
         table = Table("loss", "weight", "student tap", "shape", "teacher tap", "shape", "adapter", "parameters")
-        for row in self["losses"]:
+        for row in self.get("losses", []):
             table.add_row(
                 row["loss"], str(row["weight"]), row["student"], _shape(row, "student"), row["teacher"],
                 _shape(row, "teacher"), row.get("adapter", ""), _number(row.get("adapter_parameters")),
             )  # fmt: skip
         console.print(table)
-        console.print("parameters: " + ", ".join(f"{k} {_number(v)}" for k, v in self["parameters"].items()))
+        console.print("parameters: " + ", ".join(f"{k} {_number(v)}" for k, v in self.get("parameters", {}).items()))
         for note in self.get("notes", []):
             console.print(f"note: {note}")
         return out.getvalue().rstrip()

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A phrase for error messages: "; did you mean 'a', 'b'?" or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    close = difflib.get_close_matches(name, dict.fromkeys(known), n=count, cutoff=0.5)
     return f"; did you mean {', '.join(repr(c) for c in close)}?" if close else ""
 
 

@@ -325,6 +325,7 @@ class Frozen(Taps):
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._modes = [(m, m.training) for m in model.modules()]
         self._swaps: list[Swap] = []
+        self._home = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.preprocess = preprocess or Preprocess.of(model, image)
         super().__init__(model, at, size)  # may refuse: the model is left as it was
         model.eval().requires_grad_(False)
@@ -362,10 +363,11 @@ class Frozen(Taps):
         return self
 
     def release(self) -> nn.Module:
-        """The model without hooks, its modules, modes and flags as they were."""
+        """The model without hooks, its modules, modes, flags and device as they were."""
         self.remove()
         unfold(self._swaps)
         self._swaps = []
+        self.model.to(device=self._home, memory_format=torch.contiguous_format)
         for p, flag in self._flags:
             p.requires_grad_(flag)
         for m, mode in self._modes:

@@ -16,7 +16,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Window:
-    """Sums of named losses over batches, on the device. A term that is not there in every batch counts as 0 where it is not."""
+    """Sums of named losses over batches, on the device. A term that a batch does not have counts as 0 there."""
 
     def __init__(self) -> None:
         self.sums: dict[tuple[str, ...], Tensor] = {}

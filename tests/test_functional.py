@@ -51,7 +51,9 @@ def test_ce(shape, smoothing):
     close(f.ce(logits, labels, label_smoothing=smoothing), sum(total) / len(total))
 
 
-@pytest.mark.parametrize("function, shape", [(f.logits_mse, (3, 4)), (f.logits_mse, (2, 3, 2, 2)), (f.fitnet, (2, 3, 4, 2))])
+@pytest.mark.parametrize(
+    "function, shape", [(f.logits_mse, (3, 4)), (f.logits_mse, (2, 3, 2, 2)), (f.fitnet, (2, 3, 4, 2))]
+)
 def test_squared_differences(function, shape):
     a, b = rand(*shape), rand(*shape, seed=1)
     squares = [(x - y) ** 2 for x, y in zip(a.flatten().tolist(), b.flatten().tolist(), strict=True)]
@@ -61,13 +63,17 @@ def test_squared_differences(function, shape):
 def loop_attention(feature, p):
     maps = []
     for image in feature:
-        q = [sum(abs(v) ** p for v in image[:, i, j].tolist()) for i in range(image.shape[1]) for j in range(image.shape[2])]
+        q = [
+            sum((v if p.is_integer() else abs(v)) ** p for v in image[:, i, j].tolist())
+            for i in range(image.shape[1])
+            for j in range(image.shape[2])
+        ]
         norm = math.sqrt(sum(v * v for v in q))
         maps.append([v / norm for v in q])
     return maps
 
 
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 4.0])
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0, 4.0])
 def test_at(p):
     students = [rand(3, 4, 2, 2), rand(3, 2, 4, 2, seed=1)]
     teachers = [rand(3, 5, 2, 2, seed=2), rand(3, 6, 2, 2, seed=3)]
@@ -79,9 +85,10 @@ def test_at(p):
     close(f.at(students, teachers, p=p), want)
 
 
-def test_attention_of_odd_power_ignores_the_sign():
+@pytest.mark.parametrize("p, sign", [(2.0, 1), (3.0, -1), (1.5, 1)])
+def test_attention_of_a_negated_feature(p, sign):
     feature = rand(2, 3, 4, 4)
-    assert torch.equal(f.attention(feature, p=3.0), f.attention(-feature, p=3.0))
+    assert torch.equal(f.attention(-feature, p=p), sign * f.attention(feature, p=p))
 
 
 def test_sp():

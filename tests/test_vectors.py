@@ -4,6 +4,7 @@ KDTOOLKIT_VECTORS names the folder; a second set with other shapes, taps and hyp
 loops over the papers' equations, and goes through the same check.
 """
 
+import functools
 import json
 import os
 import random
@@ -30,7 +31,7 @@ DTYPES = [torch.float64, torch.float32]
 
 
 class Vector:
-    """One file: inputs cast to a dtype (and requiring a gradient where one is stored), expectations, hyper-parameters."""
+    """One file: inputs in a dtype (requiring a gradient where one is stored), expectations, hyper-parameters."""
 
     def __init__(self, path, dtype):
         with safe_open(path, "pt") as f:
@@ -224,7 +225,7 @@ def loop_at(s, t, p):
     rows, columns = min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3])
     maps = []
     for f in (loop_pool(s, rows, columns), loop_pool(t, rows, columns)):
-        q = sum(f[:, c].abs() ** p for c in range(f.shape[1])).reshape(len(f), -1)
+        q = sum(f[:, c] ** p for c in range(f.shape[1])).reshape(len(f), -1)
         maps.append(torch.stack([row / torch.sqrt((row * row).sum()) for row in q]))
     return loop_mse(*maps)
 
@@ -306,8 +307,9 @@ def make_set(folder, seed):
             for side in ("student", "teacher")
             for i in range(taps)
         }
-        h = {"beta": draw.randint(1, 999), **({"p": draw.choice([2, 4])} if name == "at" else {})}
-        loss = (lambda s, t, p=h.get("p"): loop_at(s, t, p)) if name == "at" else loop_sp
+        p = draw.choice([1, 2, 3, 4])
+        h = {"beta": draw.randint(1, 999), **({"p": p} if name == "at" else {})}
+        loss = functools.partial(loop_at, p=p) if name == "at" else loop_sp
 
         def compute(v, taps=taps, loss=loss):
             layers = [loss(v[f"student_features.{i}"], v[f"teacher_features.{i}"]) for i in range(taps)]

@@ -9,7 +9,7 @@ from .base import Callback
 
 
 class Checkpoints(Callback):
-    """Writes both checkpoints atomically. `every`: epochs between two of checkpoints/last (the end is always written)."""
+    """Writes both checkpoints atomically. `every`: epochs between two of checkpoints/last (the end always is)."""
 
     def __init__(self, every: int = 1):
         if every < 1:

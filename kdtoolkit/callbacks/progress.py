@@ -93,7 +93,7 @@ class ProgressLog(Callback):
         a, clock = run.accelerator, run.clock
         many = "1 process" if a.num_processes == 1 else f"{a.num_processes} processes"
         begun = f", from step {clock.step}" if clock.step else ""
-        told = f"{many} on {a.device}, precision {'fp32' if a.mixed_precision == 'no' else a.mixed_precision}"
+        told = f"{many} on {a.device.type}, precision {'fp32' if a.mixed_precision == 'no' else a.mixed_precision}"
         return f"{self.label} {told}, {clock.total_steps} steps, {clock.steps_per_epoch} an epoch{begun}".strip()
 
     def _new_row(self, run: Any) -> dict[str, Any] | None:

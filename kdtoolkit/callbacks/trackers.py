@@ -1,4 +1,4 @@
-"""Experiment trackers (TensorBoard, Weights & Biases, ...) through accelerate. A tracker that is named and missing is an error."""
+"""Experiment trackers (TensorBoard, Weights & Biases, ...) through accelerate. One that is named must be there."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def available() -> list[str]:
 
 
 def choose(report_to: str | list[str] | None, folder: bool = True) -> list[str]:
-    """The trackers of a run: "auto" is TensorBoard where it is installed and the run has a folder, None or "none" nothing.
-    ValueError if one is missing, or writes files and there is no `folder`."""
+    """The trackers of a run: "auto" is TensorBoard where it is installed and the run has a folder, None or "none"
+    nothing. ValueError if one is missing, or writes files and there is no `folder`."""
     if report_to in (None, "none", "off"):
         return []
     if report_to == "auto":

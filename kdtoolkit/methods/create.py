@@ -9,7 +9,7 @@ from .. import objectives as _objectives  # noqa: F401  (registers every loss)
 from ..method import METHODS, OBJECTIVES, Method, Objective, Recipe
 from ..offline import Offline, build_objectives
 from ..preprocess import Preprocess
-from ..registry import options_of
+from ..registry import nearest, options_of
 from ..taps import Frozen, Taps
 from ..trace import pair_stages
 from ..types import Stage, Weight
@@ -58,14 +58,15 @@ def check_losses(losses: Mapping[str, Weight], given: Sequence[Objective] = ()) 
         raise ValueError(f"losses={dict(losses)}: every weight is zero, nothing would be trained")
 
 
-def check_options(losses: Mapping[str, Weight], options: Mapping[str, Any]) -> None:
-    """ValueError for an option that no loss of this run takes."""
+def check_options(losses: Mapping[str, Weight], options: Mapping[str, Any], arguments: Sequence[str] = ()) -> None:
+    """ValueError for an option that no loss of this run takes; `arguments` are other names that may have been meant."""
     allowed = sorted({o for name in losses if name in OBJECTIVES for o in options_of(OBJECTIVES[name].__init__)})
     unknown = [o for o in options if o not in allowed]
     if unknown:
+        hint = nearest(unknown[0], [*allowed, *arguments]) or "."
         raise ValueError(
-            f"unknown option {unknown[0]!r} for the losses {', '.join(losses)}; "
-            f"allowed besides the arguments of distill(): {', '.join(allowed) or 'none'}"
+            f"unknown option {unknown[0]!r} for the losses {', '.join(losses)}{hint} "
+            f"Options of these losses: {', '.join(allowed) or 'none'}"
         )
 
 

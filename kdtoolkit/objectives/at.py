@@ -1,8 +1,9 @@
 """Attention transfer (Zagoruyko & Komodakis 2017, arXiv 1612.03928).
 
-Loss     sum over taps of mean((a(f_s) - a(f_t))^2), a(f) = channel mean of |f|^2, flattened, unit length; weight 1000
+Loss     sum over taps of mean((a(f_s) - a(f_t))^2), a(f) = channel mean of f^2, flattened, unit length; weight 1000
 Differs  grids of different size are average-pooled to the smaller one (the authors use equal sizes); the squared norm
-         and the mean over positions as in the authors' code, not the paper's unsquared norm
+         and the mean over positions as in the authors' code, not the paper's unsquared norm; an odd p keeps signs
+         (the paper: |f|^p), which matters only for features that can be negative
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..taps import Frozen, Taps
 from ..types import Batch, Out, Stage
 
 
-@objective("at", losses={"ce": 1.0, "at": 1000.0})
+@objective("at", losses={"ce": 1.0, "at": 1000.0}, title="Attention transfer (Zagoruyko & Komodakis 2017)")
 class AT(Objective):
     """Attention maps of every pair of stages; no parameters. `p` is the power, at least 1."""
 

@@ -48,7 +48,7 @@ class Regressor(nn.Module):
         return self.bn(self.conv(feature)).relu()
 
 
-@objective("fitnet", losses={"ce": 1.0, "fitnet": 100.0})
+@objective("fitnet", losses={"ce": 1.0, "fitnet": 100.0}, title="Hints from a middle stage (Romero et al. 2015)")
 class FitNet(Objective):
     """Hints from a middle stage.
 

@@ -17,7 +17,7 @@ from ..taps import Frozen, Taps
 from ..types import Batch, Out, Stage
 
 
-@objective("kd", losses={"ce": 0.1, "kd": 0.9})
+@objective("kd", losses={"ce": 0.1, "kd": 0.9}, title="Knowledge distillation (Hinton et al. 2015)")
 class KD(Objective):
     """Softened teacher probabilities as targets. `temperature` has no unit, > 0."""
 
@@ -40,7 +40,7 @@ class KD(Objective):
         return functional.kd(student.logits, teacher.logits, temperature=self.temperature)
 
 
-@objective("logits", losses={"ce": 1.0, "logits": 0.1})
+@objective("logits", losses={"ce": 1.0, "logits": 0.1}, title="Regression of logits (Ba & Caruana 2014)")
 class Logits(Objective):
     """Squared difference of logits."""
 

@@ -16,7 +16,7 @@ from ..taps import Frozen, Taps
 from ..types import Batch, Out, Stage
 
 
-@objective("sp", losses={"ce": 1.0, "sp": 3000.0})
+@objective("sp", losses={"ce": 1.0, "sp": 3000.0}, title="Similarity-preserving distillation (Tung & Mori 2019)")
 class SP(Objective):
     """Similarities between the samples of a batch; no parameters. `sp_stages` is "last" or "all"."""
 

@@ -22,7 +22,7 @@ from ..taps import Frozen, Taps
 from ..types import Batch, Out, Stage
 
 
-@objective("srkd", losses={"ce": 1.0, "kd": 1.0, "srkd": 0.1})
+@objective("srkd", losses={"ce": 1.0, "kd": 1.0, "srkd": 0.1}, title="Stage reset distillation (Chen & Sun 2024)")
 class SRKD(Objective):
     """Stage reset over pairs of stages.
 

@@ -1,0 +1,95 @@
+"""After training: the weights of the chosen epoch, student/ first, then numbers, cost and report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import checkpoint, models
+from . import metrics as numbers
+from . import report as report_room
+from .callbacks import Checkpoints
+
+
+def choose(run: Any) -> dict[str, Any]:
+    """Put the best epoch's weights into the method, where a validation split chose one; which epoch it is."""
+    if run.settings.monitor is None or not run.best:
+        return {"epoch": run.clock.epoch, "chosen": "last"}
+    if run.output_dir is not None:
+        checkpoint.load_weights(run.method, run.output_dir / "checkpoints" / "best")
+    else:
+        kept = next(c.best_weights for c in run.callbacks if isinstance(c, Checkpoints))
+        run.method.load_state_dict(kept)
+    return {"epoch": int(run.best["epoch"]), "chosen": "best", "chosen_on": run.settings.monitor}
+
+
+def keep(run: Any, net: nn.Module) -> None:
+    """student/, whatever else may fail afterwards."""
+    if run.output_dir is not None and run.accelerator.is_main_process:
+        models.save(net, run.output_dir / "student")
+    run.accelerator.wait_for_everyone()
+
+
+def measure(run: Any, parts: Any, facts: Any, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The final numbers. All ranks call it; hooks are gone afterwards, for costs are those of the bare networks."""
+    split = facts.data.test or facts.data.val
+    final: dict[str, Any] = run.evaluate(split, "student") if split is not None else {}
+    final |= {"split": split.name if split else None} | chosen
+    teacher = run.teacher_metrics.get(f"teacher/{split.name}") if split is not None else None
+    if teacher:
+        final |= {f"teacher_{k}": v for k, v in teacher.items()}
+        final["retention"] = final["top1"] / teacher["top1"] if teacher["top1"] else float("nan")
+    parts.release()
+    final |= attempt("the cost could not be measured", lambda: _cost(run, parts, facts, final)) or {}
+    run.journal.add(event="final", step=run.clock.step, **final)
+    return final
+
+
+def _cost(run: Any, parts: Any, facts: Any, final: dict[str, Any]) -> dict[str, Any]:
+    device, size = run.accelerator.device, (3, *facts.image)
+    if "teacher_top1" in final:
+        tops = {"teacher_top1": final["teacher_top1"], "student_top1": final["top1"], "num_classes": facts.classes}
+        return numbers.summary(parts.teachers[0].model, parts.net, size, device=device, **tops)
+    cost = numbers.cost(parts.net, size, device=device)
+    return {"params": cost.params, "macs": cost.macs, "latency_ms": cost.latency_ms}
+
+
+def report(folder: Path, parts: Any, baseline: Path | None, facts: Any) -> None:
+    """report.md and its figures; a failure is told and loses nothing."""
+    attempt("report.md could not be written", lambda: _report(folder, parts, baseline, facts))
+
+
+def _report(folder: Path, parts: Any, baseline: Path | None, facts: Any) -> None:
+    split = facts.data.test or facts.data.val
+    images = labels = None
+    if split is not None:
+        batch = facts.data.finish(next(iter(split.loader(8))), epoch=0, train=False)
+        images, labels = batch["x"][:8], batch["y"][:8]
+    report_room.write(
+        folder,
+        student=parts.net,
+        teacher=parts.teachers[0].model if parts.teachers else None,
+        baseline=baseline,
+        images=images,
+        labels=labels,
+        class_names=facts.data.class_names,
+    )
+
+
+def bare(net: nn.Module) -> nn.Module:
+    """On the CPU, contiguous, in eval mode."""
+    return net.cpu().to(memory_format=torch.contiguous_format).eval()
+
+
+def attempt(what: str, do: Callable[[], Any]) -> Any:
+    """What `do` returns; if it fails, the cause on stderr and None: the student is saved already."""
+    try:
+        return do()
+    except Exception as error:
+        print(f"kdtoolkit: {what}: {type(error).__name__}: {error}", file=sys.stderr)
+        return None

@@ -367,7 +367,7 @@ class Frozen(Taps):
         self.remove()
         unfold(self._swaps)
         self._swaps = []
-        self.model.to(device=self._home, memory_format=torch.contiguous_format)
+        self.model.to(self._home).to(memory_format=torch.contiguous_format)
         for p, flag in self._flags:
             p.requires_grad_(flag)
         for m, mode in self._modes:

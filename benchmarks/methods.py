@@ -16,6 +16,8 @@ import json
 import statistics
 from pathlib import Path
 
+import yaml
+
 from kdtoolkit import distill
 from kdtoolkit.models import build
 
@@ -56,13 +58,15 @@ def table(args: argparse.Namespace) -> None:
         data, rest = folder.name.split("-", 1)
         student, rest = rest.split("-", 1)
         name, epochs, _ = rest.rsplit("-", 2)
-        speed = [r["images_per_s"] for r in rows if r["event"] == "train"]
-        final["images_per_s"] = statistics.median(speed)
+        final["images_per_s"] = statistics.median(r["images_per_s"] for r in rows if r["event"] == "train")
+        final["env"] = json.loads((folder / "env.json").read_text())
+        final["config"] = yaml.safe_load((folder / "config.yaml").read_text())
         groups.setdefault((data, student, int(epochs[1:])), {}).setdefault(name, []).append(final)
     lines = ["# Student alone, KD, SRKD", "", (__doc__ or "").strip().split("\n\n", 1)[1], ""]
     for (data, student, epochs), methods in groups.items():
         teacher = next((f["teacher_top1"] for fs in methods.values() for f in fs if "teacher_top1" in f), None)
         lines += [f"## {data}, {student}, {epochs} epochs, last epoch; teacher top-1 {teacher} %", ""]
+        lines += [_origin(next(iter(methods.values()))[0], data, student, epochs), ""]
         lines += ["| method | n | top-1 % | per seed | agreement % | images/s (median) |", "|---|---|---|---|---|---|"]
         for name in [m for m in METHODS if m in methods]:
             tops = [f["top1"] for f in methods[name]]
@@ -77,6 +81,18 @@ def table(args: argparse.Namespace) -> None:
         lines.append("")
     Path(args.out).write_text("\n".join(lines))
     print("\n".join(lines))
+
+
+def _origin(final: dict, data: str, student: str, epochs: int) -> str:
+    """Command and machine of a group of runs."""
+    env, config = final["env"], final["config"]
+    rows = f" --rows {config['train_limit']}" if config.get("train_limit") else ""
+    packages = ", ".join(f"{p} {env['packages'][p]}" for p in ("torch", "timm"))
+    return (
+        f"`python benchmarks/methods.py run --data {data} --student {student} --epochs {epochs}{rows} "
+        f"--precision {config['mixed_precision']} --teacher ... --seeds ...`; {env['device']}, {packages}, "
+        f"{env['threads']} thread(s) a run; images/s depend on what else ran on the machine"
+    )
 
 
 def main() -> None:

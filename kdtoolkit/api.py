@@ -17,11 +17,12 @@ from . import assemble, checkpoint, finish
 from .assemble import Facts, Parts
 from .callbacks import Callback, Checkpoints, ProgressLog, Trackers
 from .callbacks.trackers import choose
-from .engine import Run, Settings, make_optimizer, schedule
+from .engine import Run
 from .files import write_json, write_yaml
 from .journal import Row, environment
 from .plan import Plan
 from .schedules import SCHEDULERS
+from .settings import Settings, make_optimizer, schedule
 from .types import Weight
 
 

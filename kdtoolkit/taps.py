@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from .fold import Swap, fold, unfold
 from .preprocess import Preprocess, input_shape
 from .registry import nearest
-from .trace import Stage as StageEnd
-from .trace import Trace, chain, find_stages, stage_at, trace
+from .stages import Stage as StageEnd
+from .stages import chain, find_stages, stage_at
+from .trace import Trace, trace
 from .types import Out, Shape, Stage
 
 

@@ -20,9 +20,10 @@ import kdtoolkit.data as room
 from kdtoolkit import Callback, Frozen, Method, Taps, create_method, distill
 from kdtoolkit.api import DistillResult
 from kdtoolkit.checkpoint import CheckpointError
-from kdtoolkit.engine import Interrupted, Settings, make_optimizer
+from kdtoolkit.engine import Interrupted
 from kdtoolkit.objectives.sp import SP
 from kdtoolkit.schedules import Linear
+from kdtoolkit.settings import Settings, make_optimizer
 
 EVENTS = ["on_fit_start", "on_epoch_start", "on_losses", "on_grads", "on_step_end", "on_epoch_end", "on_fit_end"]
 

@@ -4,12 +4,12 @@ A room is a file of kdtoolkit/ or a folder with all its files; files of one fold
 room of architecture.md's floor reads another of the same floor, the lower one stands half a floor down:
 
 * `types` and `distributed` carry floor 0: schedules, trace and watch read them.
-* `trace` and `fold` are one idea (what a trace found, a fold uses): trace 0.5, fold 0.6; `preprocess` 0.5, because
-  `models` (1) and `taps` (1) both read it.
+* `stages` and `fold` use what `trace` found: 0.5, 0.55, 0.6; `preprocess` 0.5, because `models` (1) and `taps` (1)
+  both read it.
 * `callbacks/base.py` is a room of its own, below the methods and above the types.
-* `evaluation` reads data, metrics and method, the engine reads it: 6.5. `assemble` and `finish`, which `api` (8) puts
-  in front of and behind the engine: 7.5. The package itself 9, and what is written for people at a shell (`cli`,
-  `recipe`) 10.
+* `evaluation` and `settings` read data, metrics and method, the engine reads them: 6.5. `assemble` and `finish`, which
+  `api` (8) puts in front of and behind the engine: 7.5. The package itself 9, and what is written for people at a
+  shell (`cli`, `recipe`) 10.
 """
 
 import ast
@@ -22,6 +22,7 @@ PACKAGE = ROOT / "kdtoolkit"
 FLOORS = {
     0: "types distributed functional registry files signals",
     0.5: "schedules trace preprocess watch",
+    0.55: "stages",
     0.6: "fold",
     1: "models taps callbacks.base",
     2: "modules",
@@ -29,7 +30,7 @@ FLOORS = {
     4: "offline data metrics checkpoint report journal plan",
     5: "objectives callbacks",
     6: "methods",
-    6.5: "evaluation",
+    6.5: "evaluation settings",
     7: "engine",
     7.5: "assemble finish",
     8: "api",

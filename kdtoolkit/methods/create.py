@@ -10,8 +10,8 @@ from ..method import METHODS, OBJECTIVES, Method, Objective, Recipe
 from ..offline import Offline, build_objectives
 from ..preprocess import Preprocess
 from ..registry import nearest, options_of
+from ..stages import pair_stages
 from ..taps import Frozen, Taps
-from ..trace import pair_stages
 from ..types import Stage, Weight
 
 if "none" not in METHODS:

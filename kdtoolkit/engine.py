@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from . import checkpoint, distributed
+from .allocator import keep_freed_memory
 from .callbacks.base import Callback
 from .data import Data, Split
 from .data.augment import key
@@ -92,6 +93,8 @@ class Run:
     def _prepare(self, card: dict[str, Any]) -> None:
         s, accelerator = self.settings, self.accelerator
         loader, self.clock, factor = schedule(s, self.data, accelerator.num_processes)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         memory = torch.channels_last if s.channels_last else torch.preserve_format
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         self.method.place(accelerator.device, memory, half)

@@ -311,7 +311,8 @@ class Frozen(Taps):
 
     Takes images (B, 3, H, W) in [0, 1] and normalises them with the model's `pretrained_cfg` (`preprocess` overrides).
     The plain pass builds no graph. It stays in eval mode whatever is done to the student, and is in no checkpoint,
-    because it is not an nn.Module. `release()` takes off the hooks and gives the model back as it was.
+    because it is not an nn.Module. Images go in in the precision of the model's weights, which may be half.
+    `release()` takes off the hooks and gives the model back as it was.
     """
 
     def __init__(
@@ -326,7 +327,9 @@ class Frozen(Taps):
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._modes = [(m, m.training) for m in model.modules()]
         self._swaps: list[Swap] = []
-        self._home = next((p.device for p in model.parameters()), torch.device("cpu"))
+        first = next(model.parameters(), torch.empty(0))
+        self._home, self._dtype = first.device, first.dtype
+        self._format = _memory_format(model)
         self.preprocess = preprocess or Preprocess.of(model, image)
         super().__init__(model, at, size)  # may refuse: the model is left as it was
         model.eval().requires_grad_(False)
@@ -342,7 +345,13 @@ class Frozen(Taps):
             return super().reset(x, replace, want)
 
     def prepare(self, x: Tensor) -> Tensor:
-        return self.preprocess(x)
+        return self.preprocess(x).to(self._dtype)
+
+    def _checked(self, replace: Mapping[Stage, Tensor] | None) -> dict[Stage, Tensor]:
+        checked = super()._checked(replace)
+        if self._dtype == torch.float32:
+            return checked
+        return {key: feature.to(self._dtype) for key, feature in checked.items()}
 
     def _stay_in_eval(self) -> None:
         for module, _ in self._modes:
@@ -364,11 +373,11 @@ class Frozen(Taps):
         return self
 
     def release(self) -> nn.Module:
-        """The model without hooks, its modules, modes, flags and device as they were."""
+        """The model without hooks; its modules, modes, flags, device and memory format as they were."""
         self.remove()
         unfold(self._swaps)
         self._swaps = []
-        self.model.to(self._home).to(memory_format=torch.contiguous_format)
+        self.model.to(self._home).to(memory_format=self._format)
         for p, flag in self._flags:
             p.requires_grad_(flag)
         for m, mode in self._modes:
@@ -378,6 +387,13 @@ class Frozen(Taps):
 
 def _wants_grad(replace: Mapping[Stage, Tensor] | None) -> bool:
     return torch.is_grad_enabled() and any(f.requires_grad for f in (replace or {}).values())
+
+
+def _memory_format(model: nn.Module) -> torch.memory_format:
+    """channels_last if the kernels of the convolutions lie that way."""
+    kernels = [p for p in model.parameters() if p.dim() == 4 and min(p.shape[1], p.shape[2] * p.shape[3]) > 1]
+    last = bool(kernels) and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def image_size(model: nn.Module, size: Any = None) -> tuple[int, int, int]:

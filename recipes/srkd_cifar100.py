@@ -4,12 +4,14 @@
     accelerate launch recipes/srkd_cifar100.py --teacher runs/teacher/student --data PATH --epochs 12
 
 Paper (Chen & Sun 2024, Table 1, CIFAR-100): teacher 72.32, student alone 69.06, KD 70.66, SRKD 71.84.
-Reached here with the full schedule: not yet run. Shorter runs: benchmarks/results/cifar_methods.md.
+Reached here with the full schedule: not yet run. Shorter runs: benchmarks/results/methods.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from accelerate import PartialState
 
 from kdtoolkit import distill
 from kdtoolkit.recipe import parse
@@ -53,7 +55,8 @@ def main(cfg: Config) -> None:
         baseline=cfg.baseline or None, **srkd,
         student_args={"shortcut": cfg.shortcut} if "resnet" in cfg.student else None,
     )  # fmt: skip
-    print({k: v for k, v in result.metrics.items() if isinstance(v, (int, float, str))})
+    if PartialState().is_main_process:
+        print({k: v for k, v in result.metrics.items() if isinstance(v, (int, float, str))})
 
 
 if __name__ == "__main__":

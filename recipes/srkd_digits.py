@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
@@ -52,6 +53,8 @@ def main(cfg: Config) -> None:
         f"{cfg.output}/teacher/student", cfg.student, method=cfg.method, output_dir=f"{cfg.output}/distilled",
         baseline=alone, label=f"student {cfg.method}", **students,
     )  # fmt: skip
+    if not PartialState().is_main_process:
+        return
     rows = {"teacher": teacher, "student alone": alone, f"student with {cfg.method}": student}
     table = Table("network", "parameters", "top-1 %", title="digits, 500 test images, last epoch")
     for name, result in rows.items():

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from accelerate import PartialState
+
 from kdtoolkit import distill
 from kdtoolkit.recipe import parse
 
@@ -39,7 +41,8 @@ def main(cfg: Config) -> None:
         resume=cfg.resume,
         student_args={"shortcut": cfg.shortcut} if "resnet" in cfg.model else None, label=cfg.model,
     )  # fmt: skip
-    print(f"top-1 {result.metrics['top1']:.2f} %; as a teacher: --teacher {cfg.output}/student")
+    if PartialState().is_main_process:
+        print(f"top-1 {result.metrics['top1']:.2f} %; as a teacher: --teacher {cfg.output}/student")
 
 
 if __name__ == "__main__":

@@ -423,3 +423,9 @@ def test_a_name_is_registered_once():
 
     with pytest.raises(ValueError, match="loss 'kd' is registered twice"):
         OBJECTIVES.add("kd")(Again)
+
+
+def test_layers_without_a_loss_that_reads_features_are_refused():
+    student, teacher = Taps(network("cifar_resnet8"), None, 16), Frozen(network("cifar_resnet14"), None, 16)
+    with pytest.raises(ValueError, match="layers=.* has no effect: the losses ce, kd read no features"):
+        create_method("kd", student, [teacher], layers=[(1, 1)])

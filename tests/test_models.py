@@ -393,3 +393,12 @@ def whole_test_set(name):
     images = np.stack([np.asarray(Image.open(io.BytesIO(row["img"]["bytes"])).convert("RGB")) for row in rows])
     labels = [row["label"] if "label" in row else row["fine_label"] for row in rows]
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(labels)
+
+
+def test_saved_input_size_is_that_of_the_images(tmp_path):
+    model = timm.create_model("cifar_resnet8", num_classes=10)
+    before = model.pretrained_cfg
+    save(model, tmp_path / "student", input_size=(3, 16, 16))
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True)
+    assert timm.data.resolve_data_config({}, model=loaded)["input_size"] == (3, 16, 16)
+    assert model.pretrained_cfg is before

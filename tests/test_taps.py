@@ -553,3 +553,17 @@ def test_wrong_sizes_and_outputs():
 
     with pytest.raises(ValueError, match=r"Two returns tuple, logits must be one tensor"):
         Taps(Two(), ["features.0"], 32)(torch.rand(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_frozen_model_keeps_its_own_precision_and_memory_format(dtype):
+    model = timm.create_model("cifar_resnet8", num_classes=10).to(dtype).to(memory_format=torch.channels_last)
+    teacher = Frozen(model, (), 16)
+    x = torch.rand(4, 3, 16, 16)
+    out = teacher(x)
+    reset = teacher.reset(x, {1: out.feats[1].float()}, [2])
+    assert out.logits.dtype == reset[2].dtype == dtype
+    assert torch.allclose(reset[2], out.feats[2], rtol=1e-4, atol=1e-5)
+    teacher.to(memory_format=torch.contiguous_format)
+    teacher.release()
+    assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last) and model.conv1.weight.dtype == dtype

@@ -98,6 +98,11 @@ def create_method(
     chosen = dict(losses) if losses is not None else default_losses(method)
     check_losses(chosen, given)
     check_options(chosen, options)
+    if layers != "auto" and not any(OBJECTIVES[n].needs_taps for n in chosen if n in OBJECTIVES):
+        raise ValueError(
+            f"layers={layers!r} has no effect: the losses {', '.join(chosen)} read no features. Leave it out, or add a "
+            "loss that does, such as at, fitnet, sp or srkd"
+        )
     own = {_name_of(o): o for o in given}
     if len(own) < len(given):
         raise ValueError(f"several of the given objectives are named alike: {', '.join(map(_name_of, given))}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +19,45 @@ from kdtoolkit.models.describe import class_name, config_of
 READ_BY_TIMM = ("in_chans", "global_pool", "img_size")  # timm that records arguments reads these off the model itself
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str], *, model_args: dict[str, Any] | None = None) -> Path:
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    model_args: dict[str, Any] | None = None,
+    input_size: tuple[int, int, int] | None = None,
+) -> Path:
     """Writes model.safetensors and config.json, so that timm.create_model("local-dir:FOLDER", pretrained=True) agrees.
 
     model_args  constructor options to write; default: those that build() or the network recorded
+    input_size  (channels, H, W) of the images it was trained on, for `timm.data.resolve_data_config`
     A new folder appears at once; in a folder that exists, the two files are replaced and others stay.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
         draft = Path(work, folder.name)
-        _write(model, draft, _recorded(model) if model_args is None else model_args)
+        with _trained_on(model, input_size):
+            _write(model, draft, _recorded(model) if model_args is None else model_args)
         if not folder.exists():
             draft.rename(folder)
             return folder
         for file in draft.iterdir():
             os.replace(file, folder / file.name)
     return folder
+
+
+@contextlib.contextmanager
+def _trained_on(model: nn.Module, input_size: tuple[int, int, int] | None) -> Iterator[None]:
+    """The model's configuration with another input size, as long as it is written."""
+    own, cfg = getattr(model, "pretrained_cfg", None), config_of(model)
+    if input_size is None or not cfg:
+        yield
+        return
+    try:
+        model.pretrained_cfg = cfg | {"input_size": tuple(input_size), "crop_pct": 1.0}  # type: ignore[assignment]
+        yield
+    finally:
+        model.pretrained_cfg = own  # type: ignore[assignment]
 
 
 def _recorded(model: nn.Module) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
@@ -30,10 +34,10 @@ from .types import Weight
 class DistillResult:
     """What a run leaves.
 
-    student     the network, bare: eval mode, no hooks, no adapters
+    student     the network, bare: on the CPU, in eval mode, no hooks, no adapters
     metrics     top1, top5, loss, ece, teacher_top1, agreement, retention = top1 / teacher_top1, cost and compression
-                of the chosen epoch; accuracies in percent; "split", "epoch" and "chosen" ("last" or "best") say which
-                numbers they are
+                (with retention_above_chance) of the chosen epoch; accuracies in percent; "split", "epoch" and "chosen"
+                ("last" or "best") say which numbers they are
     history     the rows of metrics.jsonl
     plan        taps, shapes, adapters, losses, weights, parameter counts; printable
     output_dir  the folder, or None
@@ -110,19 +114,46 @@ def distill(
     losses       {loss: weight}, the whole sum; a weight may be a schedule; default the method's own
     temperature  of KD, no unit
     epochs       passes over the training data (default 30), or max_steps optimizer steps
-    batch_size   images per optimizer step, over all processes and accumulation steps
+    batch_size   images per optimizer step, over all processes and accumulation steps; a DataLoader keeps its own
+    grad_accum   forward and backward passes that share one optimizer step; default 1
     optimizer    "sgd" (plain momentum, decay on all parameters), "nesterov", or a name of timm; lr defaults to 0.05 for
-                 these two and 1e-3 for others, weight_decay to 5e-4 and 0.05
+                 these two and 1e-3 for others, weight_decay to 5e-4 and 0.05; `momentum` in [0, 1), default 0.9
     scheduler    "cosine", "multistep" (at `milestones`, shares of the run), "onecycle", "linear", "constant"
+    warmup_epochs  epochs, or a part of one, in which the learning rate rises to lr; default 0
+    grad_clip    largest norm of the gradient; default None, no clipping
+    seed         of first weights, data order, augmentation and dropout; your own random state is left as it was
+    transforms   None (as the preset, or by the images' sizes), "none", "crop-flip", a BatchAugment, a callable on a PIL
+                 image, or a pair of these for training and evaluation
+    num_classes  classes of the data, where it does not say itself
+    image_size   images are resized to this many pixels a side; default the data's own size
+    data_path    folder of a local copy of a preset's data
+    train_limit  train on this many images only; default all
+    num_workers  processes that read data, a number; "auto" is 0 for data in memory, else up to 8
     validation   "auto" (the data's own split, else 10 % of the training rows, at most 5,000), a share, a number of
                  rows, "none" (the last epoch is taken), or "test" (the best epoch is chosen on the test set: say so)
-    teacher_head what to do with a teacher of other classes than the data: "finetune" gives it a new head and trains it
-                 whole on the data first, with the settings of this run, "linear-probe" only the head; "feature-only"
-                 uses its features and not its logits; "as-is" insists that the classes are the same
+    eval_every   epochs between two evaluations; the last epoch is always evaluated
+    eval_test    evaluate the test set at "every" evaluation, or at the "end"; "auto" is "end" with a validation split
+    teacher_head what to do with a teacher of other classes than the data: "finetune" gives it (of your own module: a
+                 copy) a new head and trains it whole on the data first, with the settings of this run, "linear-probe"
+                 only the head; "feature-only" uses its features and not its logits; "as-is" insists that the classes
+                 are the same
+    student_args, teacher_args  {option: value} for the constructors of networks that are given by name
+    output_dir   folder of checkpoints, student/, metrics.jsonl and report.md; default None, nothing is written
+    overwrite    True empties an output_dir that holds another run
     resume       "auto" goes on where output_dir stopped, if it holds a run; True insists; or a checkpoint's folder
     baseline     a finished plain run of the same student (DistillResult or folder) that the report shows beside this
                  one, or True to train it first, in output_dir/baseline
-    accelerator  your own; its accumulation, data splitting and seeds are set to those of this run
+    accelerator  your own; it trains with the accumulation, data splitting and seeds of this run and is given back as
+                 it was
+    mixed_precision  "no", "fp16" or "bf16"; default None, accelerate's own setting
+    compile      True compiles the networks with torch.compile
+    channels_last  memory layout of images and weights; "auto" for networks with 2-D convolutions
+    callbacks    kdtoolkit.Callback objects, called in this order at each event of the loop
+    report_to    trackers, such as "tensorboard" or a list; "auto" is TensorBoard where it is installed and
+                 output_dir is given; "none" is none
+    progress     "auto" (a bar on a terminal, else lines), "bar", "lines", "off", True or False
+    label        word in front of what is printed
+    log_every    batches between two rows of losses in metrics.jsonl
     dry_run      stop after the plan: no weights, no data
     method_options  options of the losses, e.g. reset=, detach=, hint=, p=; an unknown one is an error
 
@@ -130,22 +161,30 @@ def distill(
     CheckpointError and Interrupted during it: the last good checkpoint is kept. student/ is saved before the report.
     """
     given = {name: value for name, value in locals().items() if name != "method_options"}
+    with _random_as_found(), _accelerate_as_found(accelerator):
+        return _distill(given, method_options)
+
+
+def _distill(given: Mapping[str, Any], method_options: Mapping[str, Any]) -> DistillResult:
     losses_of_run = assemble.check_names(given, method_options, list(given))
     settings = _settings(given)
-    folder = Path(output_dir) if output_dir is not None else None
-    trackers = [] if dry_run else choose(report_to, folder is not None)
-    log = ProgressLog({True: "auto", False: "off"}[progress] if isinstance(progress, bool) else progress, label=label)
-    for callback in callbacks:
+    accelerator, baseline, progress = given["accelerator"], given["baseline"], given["progress"]
+    mixed_precision, resume, overwrite = given["mixed_precision"], given["resume"], given["overwrite"]
+    folder = Path(given["output_dir"]) if given["output_dir"] is not None else None
+    trackers = [] if given["dry_run"] else choose(given["report_to"], folder is not None)
+    shown = {True: "auto", False: "off"}[progress] if isinstance(progress, bool) else progress
+    log = ProgressLog(shown, label=given["label"])
+    for callback in given["callbacks"]:
         if not isinstance(callback, Callback):
             raise ValueError(
                 f"callbacks holds {callback!r}: each must be a kdtoolkit.Callback, made by calling its class"
             )
-    if baseline is True and (folder is None or not isinstance(student, str)):
+    if baseline is True and (folder is None or not isinstance(given["student"], str)):
         raise ValueError(
             "baseline=True trains the student alone first: it needs output_dir and a student given by name"
         )
-    resume_from = None if dry_run else checkpoint.claim(folder, resume, overwrite)
-    ready = None if dry_run else _accelerator(accelerator, mixed_precision, settings, trackers, folder)
+    resume_from = None if given["dry_run"] else checkpoint.claim(folder, resume, overwrite)
+    ready = None if given["dry_run"] else _accelerator(accelerator, mixed_precision, settings, trackers, folder)
     facts = Facts.of(given)
     parts = assemble.build(given, losses_of_run, method_options, facts)
     try:
@@ -160,8 +199,6 @@ def distill(
         if parts.to_adapt:
             trained = _adapted(given, parts, facts)
             parts = assemble.build(given, losses_of_run, method_options, facts, trained)
-        if alone is not None or parts.to_adapt:  # those runs had their own accelerator
-            ready = _accelerator(accelerator, mixed_precision, settings, trackers, folder)
         config = assemble.config_of(given, method_options, losses_of_run, settings)
         if folder is not None and ready.is_main_process:
             write_yaml(folder / "config.yaml", config)
@@ -169,11 +206,11 @@ def distill(
             write_json(folder / "plan.json", plan)
         watchers: list[Callback] = [Checkpoints(), log, *([Trackers(config)] if trackers else [])]
         card = assemble.card_of(given, losses_of_run)
-        run = Run(parts.method, facts.data, settings, ready, [*callbacks, *watchers], folder, card)
+        run = Run(parts.method, facts.data, settings, ready, [*given["callbacks"], *watchers], folder, card)
         try:
             run.fit(resume_from)
             chosen = finish.choose(run)
-            finish.keep(run, parts.net)
+            finish.keep(run, parts.net, facts)
             final = finish.measure(run, parts, facts, chosen)
         finally:
             run.close()
@@ -185,6 +222,46 @@ def distill(
     log.on_result(final)
     ready.wait_for_everyone()
     return result
+
+
+@contextlib.contextmanager
+def _random_as_found() -> Iterator[None]:
+    """A call draws from seeds of its own; the caller's random numbers go on as if there had been none."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        else:  # nothing was drawn there yet: as after the caller's own torch.manual_seed
+            torch.cuda.manual_seed_all(torch.initial_seed())
+
+
+PREPARED = ("_models", "_optimizers", "_schedulers", "_dataloaders", "_custom_objects")  # of an Accelerator
+
+
+@contextlib.contextmanager
+def _accelerate_as_found(own: Accelerator | None) -> Iterator[None]:
+    """accelerate keeps one state per process, which an Accelerator of the caller reads: it is put back. So is `own`,
+    which trains without the objects that it had prepared: they are no part of this run's checkpoints."""
+    shared = [(cls._shared_state, dict(cls._shared_state)) for cls in (AcceleratorState, GradientState)]
+    kept = {k: list(v) if isinstance(v, list) else v for k, v in vars(own).items()} if own is not None else {}
+    accumulation = own.gradient_accumulation_steps if own is not None else None
+    if own is not None:
+        vars(own).update({name: [] for name in PREPARED})
+    try:
+        yield
+    finally:
+        for state, before in shared:
+            state.clear()
+            state.update(before)
+        if own is not None:
+            own.gradient_accumulation_steps = accumulation
+            vars(own).update(kept)
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:
@@ -232,7 +309,7 @@ def _placed(s: Settings, given: Mapping[str, Any], parts: Parts, facts: Facts) -
 def _accelerator(
     own: Accelerator | None, precision: str | None, s: Settings, trackers: list[str], folder: Path | None
 ) -> Accelerator:
-    """accelerate keeps one state per process: a second run with another precision starts from a fresh one."""
+    """The caller's, set up for this run, or one with a fresh state: accelerate keeps one state per process."""
     loading = DataLoaderConfiguration(
         split_batches=True, use_seedable_sampler=True, data_seed=s.seed, non_blocking=True
     )
@@ -302,14 +379,16 @@ def _adapted(given: Mapping[str, Any], parts: Parts, facts: Facts) -> list[nn.Mo
         net: Any = nets[number]
         head = {id(p) for p in net.get_classifier().parameters()}
         flags = {p: p.requires_grad for p in net.parameters()}
-        for p in net.parameters():
-            p.requires_grad_(not probe or id(p) in head)
         folder = Path(given["output_dir"]) / "finetuned" / str(number) if given["output_dir"] is not None else None
         same = {name: given[name] for name in SHARED} | {"callbacks": [_StayInEval()] if probe else []}
-        distill(
-            None, net, facts.data, method="none", output_dir=folder, resume="auto" if folder else False,
-            label=f"teacher {given['teacher_head']}", **same,
-        )  # fmt: skip
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
+        try:
+            for p in net.parameters():
+                p.requires_grad_(not probe or id(p) in head)
+            distill(
+                None, net, facts.data, method="none", output_dir=folder, resume="auto" if folder else False,
+                label=f"teacher {given['teacher_head']}", **same,
+            )  # fmt: skip
+        finally:
+            for p, flag in flags.items():
+                p.requires_grad_(flag)
     return nets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 from collections.abc import Mapping, Sequence
@@ -152,6 +153,8 @@ def build(
     method, dry = given["method"], given["dry_run"]
     if isinstance(method, Method):
         net = next(iter(method.networks().values()))
+        for teacher in method.teachers:
+            _apart(teacher.model, net)
         return Parts(_trainable(net, facts), list(method.teachers), method)
     frozen: list[Frozen] = []
     taps = None
@@ -163,7 +166,7 @@ def build(
         net = models.build(spec, num_classes=facts.classes, role="student", pretrained=pretrained, **args)
         _trainable(net, facts)
         try:
-            to_adapt = _teachers(frozen, given, losses, facts, teachers)
+            to_adapt = _teachers(frozen, given, losses, facts, teachers, net)
             pre = Preprocess.of(net, facts.image)
             taps = Taps(net, None, pre.size or facts.image)
             wanted = "kd" in losses or given["temperature"] != TEMPERATURE
@@ -189,7 +192,13 @@ def build(
 def _trainable(net: nn.Module, facts: Facts) -> nn.Module:
     if not any(p.requires_grad for p in net.parameters()):
         raise ValueError("every parameter of the student is frozen (requires_grad=False): nothing can be trained")
-    outputs = _outputs(Taps(net, None, Preprocess.of(net, facts.image).size or facts.image))
+    kinds = {str(p.dtype) for p in net.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    if kinds:
+        raise ValueError(
+            f"the student has weights of {', '.join(sorted(kinds))}; trained are those of torch.float32: pass "
+            'student.float(), and mixed_precision="bf16" for speed'
+        )
+    outputs = _outputs(_plain(net, facts))
     if outputs != facts.classes:
         raise ValueError(
             f"the student has {outputs} classes, the data {facts.classes}: build it with num_classes={facts.classes}"
@@ -197,10 +206,26 @@ def _trainable(net: nn.Module, facts: Facts) -> nn.Module:
     return net
 
 
+def _apart(teacher: nn.Module, student: nn.Module) -> None:
+    """ValueError if the two have a parameter in common: it would be frozen and trained."""
+    trained = {id(p) for p in student.parameters()}
+    shared = [name for name, p in teacher.named_parameters() if id(p) in trained]
+    if shared:
+        raise ValueError(
+            f"teacher and student share parameters ({len(shared)}, such as {shared[0]!r}), and a teacher is frozen: "
+            "pass copy.deepcopy(...) of the network as one of them"
+        )
+
+
 def _teachers(
-    frozen: list[Frozen], given: Mapping[str, Any], losses: Mapping[str, Weight], facts: Facts, trained: Any
+    frozen: list[Frozen],
+    given: Mapping[str, Any],
+    losses: Mapping[str, Weight],
+    facts: Facts,
+    trained: Any,
+    student: nn.Module,
 ) -> list[int]:
-    """Fills `frozen`; returns the numbers of those with a new head."""
+    """Fills `frozen`; returns the numbers of those with a new head. The caller's own module never gets one: a copy."""
     dry, head, fresh = given["dry_run"], given["teacher_head"], []
     for number, spec in enumerate(trained or _several(given["teacher"])):
         named = isinstance(spec, str) and not spec.endswith(".safetensors") and ":" not in spec
@@ -209,12 +234,15 @@ def _teachers(
         classes = {"num_classes": facts.classes} if dry and named and "." not in str(spec) else {}
         pretrained = False if dry else True if named else None
         net = models.build(spec, role="teacher", pretrained=pretrained, **classes, **dict(given["teacher_args"] or {}))
+        _apart(net, student)
         if head in ("finetune", "linear-probe") and _outputs(_plain(net, facts)) != facts.classes:
             if not hasattr(net, "reset_classifier"):
                 raise ValueError(
                     f"teacher_head={head!r} needs a timm model; {type(net).__name__} has no reset_classifier"
                 )
-            net.reset_classifier(facts.classes)  # type: ignore[operator]
+            net = copy.deepcopy(net) if net is spec else net
+            with torch.device("meta" if next(net.parameters()).is_meta else "cpu"):  # a real module in a dry run
+                net.reset_classifier(facts.classes)  # type: ignore[operator]
             fresh.append(number)
         pre = Preprocess.of(net, facts.image)
         teacher = Frozen(net, None, pre.size or facts.image, preprocess=pre)
@@ -225,9 +253,11 @@ def _teachers(
         if head != "feature-only":
             raise ValueError(
                 f"the teacher has {outputs} classes, the data {facts.classes}: pass "
-                + " | ".join(f'teacher_head="{h}"' for h in HEADS)
+                + " | ".join(f'teacher_head="{h}"' for h in HEADS if h != head)
                 + ' ("feature-only" goes with losses on features, such as fitnet, at and sp; "finetune" and '
-                '"linear-probe" train a new head first; "as-is" insists that the classes are the same)'
+                + '"linear-probe" train a new head first'
+                + ("" if head == "as-is" else '; "as-is" insists that the classes are the same')
+                + ")"
             )
         if {"kd", "logits"} & set(losses):
             raise ValueError(
@@ -243,9 +273,9 @@ def _plain(net: nn.Module, facts: Facts) -> Taps:
 
 
 def _outputs(taps: Taps) -> int:
-    """Number of classes, from the shape of the logits."""
+    """Number of classes: what a timm model says of itself, of other modules the shape of the logits."""
     known = getattr(taps.model, "num_classes", None)
-    if isinstance(known, int):
+    if isinstance(known, int) and hasattr(taps.model, "pretrained_cfg") and hasattr(taps.model, "reset_classifier"):
         return known
     logits = taps.trace.logits
     if not taps.trace.bare_logits or len(logits) != 1 or logits[0].dim() != 2:

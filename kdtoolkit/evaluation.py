@@ -37,12 +37,19 @@ class Evaluator:
         self.method, self.data, self.accelerator, self.finish = method, data, accelerator, finish
         self.batch_size = max(batch_size, LEAST_BATCH)
         self.teacher_metrics: dict[str, dict[str, float]] = {}
+        self._last: dict[tuple[str, str], tuple[Tensor, dict[str, float]]] = {}  # by split and network
         self._answers: dict[str, list[Tensor]] = {}  # of the first teacher, by split: (B,) class ids of each batch
 
     @torch.no_grad()
     def student(self, split: Split, network: str) -> dict[str, float]:
-        """top1, top5, loss, ece, and agreement with the first teacher, of one network over one split."""
+        """top1, top5, loss, ece, and agreement with the first teacher, of one network over one split.
+
+        Weights that are still those of the last evaluation of this split give its numbers again, unmeasured.
+        """
         distributed.share_buffers(self.method)
+        mark, last = _mark(self.method), self._last.get((split.name, network))
+        if last is not None and torch.equal(last[0], mark):
+            return dict(last[1])
         self.method.eval()
         answers = self._answers.get(split.name)
         meter = Meter([Top1(), Top5(), CrossEntropy(), ECE(), Agreement()])
@@ -55,7 +62,9 @@ class Evaluator:
                     teacher = self._ask(0, batch).argmax(1) if self._scored(0) else None
             meter.add(logits.float(), batch["y"], teacher=teacher)
         self.method.train()
-        return meter.compute()
+        row = meter.compute()
+        self._last[split.name, network] = mark, row
+        return dict(row)
 
     @torch.no_grad()
     def teachers(self) -> Iterator[tuple[str, str, dict[str, float]]]:
@@ -95,6 +104,12 @@ class Evaluator:
 
     def _ask(self, number: int, batch: Batch) -> Tensor:
         return self.method.teachers[number](batch["x"]).logits
+
+
+def _mark(method: Method) -> Tensor:
+    """Two sums of each weight and buffer, (N, 2): other weights have others."""
+    states = (v.detach().double() for v in method.state_dict().values() if v.numel())
+    return torch.stack([torch.stack([v.sum(), v.square().sum()]) for v in states])
 
 
 def _in_order(split: Split) -> bool:

@@ -14,6 +14,7 @@ from . import checkpoint, models
 from . import metrics as numbers
 from . import report as report_room
 from .callbacks import Checkpoints
+from .preprocess import Preprocess
 
 
 def choose(run: Any) -> dict[str, Any]:
@@ -28,10 +29,11 @@ def choose(run: Any) -> dict[str, Any]:
     return {"epoch": int(run.best["epoch"]), "chosen": "best", "chosen_on": run.settings.monitor}
 
 
-def keep(run: Any, net: nn.Module) -> None:
-    """student/, whatever else may fail afterwards."""
+def keep(run: Any, net: nn.Module, facts: Any) -> None:
+    """student/, whatever else may fail afterwards. Its configuration says the image size that it was trained on."""
     if run.output_dir is not None and run.accelerator.is_main_process:
-        models.save(net, run.output_dir / "student")
+        size = Preprocess.of(net, facts.image).size or facts.image
+        models.save(net, run.output_dir / "student", input_size=(3, *size))
     run.accelerator.wait_for_everyone()
 
 
@@ -51,11 +53,15 @@ def measure(run: Any, parts: Any, facts: Any, chosen: dict[str, Any]) -> dict[st
 
 
 def _cost(run: Any, parts: Any, facts: Any, final: dict[str, Any]) -> dict[str, Any]:
-    device, size = run.accelerator.device, (3, *facts.image)
+    """Each network is measured with images of the size that it gets in training."""
+    device, nets = run.accelerator.device, {"student": parts.net}
     if "teacher_top1" in final:
+        nets["teacher"] = parts.teachers[0].model
+    sizes = {name: (3, *(Preprocess.of(net, facts.image).size or facts.image)) for name, net in nets.items()}
+    if "teacher" in nets:
         tops = {"teacher_top1": final["teacher_top1"], "student_top1": final["top1"], "num_classes": facts.classes}
-        return numbers.summary(parts.teachers[0].model, parts.net, size, device=device, **tops)
-    cost = numbers.cost(parts.net, size, device=device)
+        return numbers.summary(nets["teacher"], parts.net, sizes, device=device, **tops)
+    cost = numbers.cost(parts.net, sizes["student"], device=device)
     return {"params": cost.params, "macs": cost.macs, "latency_ms": cost.latency_ms}
 
 

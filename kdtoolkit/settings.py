@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,6 +41,15 @@ class Settings:
     monitor: str | None = "val"  # split that chooses the best epoch; None takes the last
     eval_test: str = "auto"  # "every" epoch or at the "end"; "auto" is "end" where a validation split chooses
 
+    def __post_init__(self) -> None:
+        for name, most in (("lr", math.inf), ("weight_decay", math.inf), ("warmup_epochs", math.inf), ("momentum", 1)):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise ValueError(f"{name} is {number!r}, a {type(number).__name__}; it must be a number")
+            if not 0 <= number < most:
+                allowed = "from 0 to below 1" if most == 1 else "a finite number from 0"
+                raise ValueError(f"{name} is {number!r}; allowed: {allowed}")
+
 
 def schedule(s: Settings, data: Data, ranks: int) -> tuple[DataLoader, Clock, Callable[[int], float]]:
     """Training batches, how many of them, and the learning-rate factor of optimizer step n."""
@@ -72,9 +82,12 @@ def make_optimizer(method: nn.Module, s: Settings) -> torch.optim.Optimizer:
             filter_bias_and_bn=s.optimizer not in plain,
         )
     except (AssertionError, KeyError, ValueError) as error:
+        known = list(map(str, list_optimizers()))
+        if str(s.optimizer).lower().removeprefix("lookahead_") in [*plain, *known]:
+            raise ValueError(f"optimizer={s.optimizer!r}, lr={s.lr}, weight_decay={s.weight_decay}: {error}") from error
         raise ValueError(
             f"optimizer={s.optimizer!r}: {error}; allowed are 'sgd', 'nesterov' and the names of "
-            f"timm.optim.list_optimizers(){nearest(s.optimizer, map(str, list_optimizers()))}"
+            f"timm.optim.list_optimizers(){nearest(str(s.optimizer), known)}"
         ) from error
 
 

@@ -163,6 +163,13 @@ def test_torch_datasets_of_many_kinds(small, tmp_path):
     x, y = tensors(small["train"])
     floats = kd.load(TensorDataset(x / 255, y), num_workers=0)
     assert floats.augment is None and batch_of(floats)["x"].dtype == torch.float32
+    assert floats.notes["augmentation"].startswith("none (float images; transforms='crop-flip'")
+    shifted = kd.load(TensorDataset(x / 255, y), num_workers=0, transforms="crop-flip")
+    moved = shifted.augment(batch_of(shifted)["x"], torch.arange(32), seed=0, epoch=0)
+    assert moved.dtype == torch.float32 and not torch.equal(moved, batch_of(shifted)["x"])
+    inside = v2.Compose([v2.RandomCrop(12), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
+    inside = kd.load(ImageFolder(folder / "train", inside), num_workers=0, validation="none")
+    assert inside.notes["augmentation"] == "the data set's own"
     subset = kd.load(Subset(TensorDataset(x, y), list(range(200))))
     assert len(subset.train) + len(subset.val) + len(subset.test) == 200
     transformed = small["train"].with_transform(
@@ -661,13 +668,21 @@ def test_unreachable_hub_names_the_way_out(monkeypatch, tmp_path):
     with pytest.raises(OSError, match=r"uoft-cs/cifar10.*--data PATH or data_path=") as e:
         kd.load("cifar10")
     assert isinstance(e.value.__cause__, ConnectionError)
-    with pytest.raises(OSError, match=r"Did you mean 'cifar10'\?"):
-        kd.load("cifar-10")
+    for name in ("mnist", "imagenet-1k", "someone/cifar10"):  # of the Hub, not misspelt
+        with pytest.raises(OSError, match="could not be fetched from the Hub.*Presets: cifar10"):
+            kd.load(name)
     for missing in (tmp_path / "nowhere", "./nowhere"):
         with pytest.raises(FileNotFoundError, match="no such file or folder"):
             kd.load(missing)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         kd.load("cifar10", data_path=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("name", "meant"), [("cifar", "cifar10"), ("CIFAR-100", "cifar100"), ("digit", "digits")])
+def test_misspelt_preset_never_asks_the_hub(monkeypatch, name, meant):
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: pytest.fail(f"the Hub was asked for {name}"))
+    with pytest.raises(ValueError, match=rf"unknown data set '{name}'\. Did you mean .*'{meant}'"):
+        kd.load(name)
 
 
 def test_seeded_restores_after_an_error():

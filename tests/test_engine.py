@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import inspect
 import json
 import os
+import random
+import re
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -21,6 +28,7 @@ from kdtoolkit import Callback, Frozen, Method, Taps, create_method, distill
 from kdtoolkit.api import DistillResult
 from kdtoolkit.checkpoint import CheckpointError
 from kdtoolkit.engine import Interrupted
+from kdtoolkit.evaluation import Evaluator
 from kdtoolkit.objectives.sp import SP
 from kdtoolkit.schedules import Linear
 from kdtoolkit.settings import Settings, make_optimizer
@@ -486,14 +494,131 @@ def test_weight_schedule_and_several_teachers(digits):
 @pytest.mark.parametrize("head", ["finetune", "linear-probe"])
 def test_a_teacher_of_other_classes_gets_a_new_head_that_is_trained_first(head, digits, tmp_path):
     teacher = timm.create_model("cifar_resnet8", num_classes=7)
-    body = {k: v for k, v in weights_of(teacher).items() if not k.startswith("fc")}
+    before, flags = weights_of(teacher), [p.requires_grad for p in teacher.parameters()]
+    body = {k: v for k, v in before.items() if not k.startswith("fc")}
     result = distill(
         teacher, "cifar_resnet8", digits, epochs=1, teacher_head=head, output_dir=tmp_path / "run", **SMALL
     )
     assert (tmp_path / "run/finetuned/0/student/model.safetensors").exists()
-    assert teacher.num_classes == 10 and "retention" in result.metrics
-    after = {k: v for k, v in weights_of(teacher).items() if k in body}
-    assert same(body, after) == (head == "linear-probe")
+    assert teacher.num_classes == 7 and same(before, weights_of(teacher)), "the caller's own module"
+    assert flags == [p.requires_grad for p in teacher.parameters()] and "retention" in result.metrics
+    trained = timm.create_model(f"local-dir:{tmp_path}/run/finetuned/0/student", pretrained=True)
+    after = {k: v for k, v in weights_of(trained).items() if k in body}
+    assert trained.num_classes == 10 and same(body, after) == (head == "linear-probe")
+
+
+def test_a_dry_run_and_a_refused_call_leave_the_teachers_head(digits):
+    teacher = timm.create_model("cifar_resnet8", num_classes=7)
+    before = weights_of(teacher)
+    distill(teacher, "cifar_resnet8", "digits", teacher_head="finetune", dry_run=True)
+    with pytest.raises(ValueError, match="nowhere"):
+        distill(
+            teacher, "cifar_resnet8", digits, method="sp", layers=[("nowhere", "layer1")], max_steps=1,
+            teacher_head="linear-probe", **SMALL,
+        )  # fmt: skip
+    assert same(before, weights_of(teacher)) and teacher.num_classes == 7
+
+
+def test_a_teacher_of_a_fixed_size_keeps_cost_and_report(digits, tmp_path, capsys):
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=2, num_classes=10)
+    result = distill(vit, "cifar_resnet8", digits, max_steps=1, output_dir=tmp_path / "run", **SMALL)
+    assert {"params", "macs", "latency_ms", "teacher_macs"} <= result.metrics.keys()
+    text = (tmp_path / "run/report.md").read_text()
+    assert "figures/gradcam.png" in text and "could not" not in text + capsys.readouterr().err
+    back = distill(None, vit, digits, method="none", max_steps=1, output_dir=tmp_path / "vit", **SMALL)
+    assert back.metrics["macs"] == result.metrics["teacher_macs"]
+    assert "figures/gradcam.png" in (tmp_path / "vit/report.md").read_text()
+
+
+def numbers_drawn() -> tuple:
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+@pytest.mark.parametrize("options", [{"dry_run": True}, {"max_steps": 1}, {"max_steps": 1, "lr": -1}])
+def test_the_callers_random_numbers_go_on_as_if_there_had_been_no_call(options):
+    def seed():
+        random.seed(5), np.random.seed(5), torch.manual_seed(5)
+
+    seed()
+    expected = numbers_drawn()
+    seed()
+    with contextlib.suppress(ValueError):
+        plain(train_limit=128, **options)
+    assert numbers_drawn() == expected
+
+
+def fresh_accelerator(**options) -> Accelerator:
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    return Accelerator(cpu=True, **options)
+
+
+def accumulates(accelerator: Accelerator, model: nn.Module) -> list[bool]:
+    seen = []
+    for _ in range(4):
+        with accelerator.accumulate(model):
+            seen.append(accelerator.sync_gradients)
+    return seen
+
+
+def test_an_accelerator_that_is_there_already_goes_on_working(digits):
+    accelerator = fresh_accelerator(mixed_precision="bf16", gradient_accumulation_steps=2)
+    model = accelerator.prepare(own())
+    plain(own(), digits, max_steps=1)
+    assert accelerator.mixed_precision == "bf16" and accelerator.gradient_accumulation_steps == 2
+    assert accumulates(accelerator, model) == [False, True, False, True]
+    fresh_accelerator()
+
+
+def test_an_own_accelerator_is_given_back_as_it_was(digits, tmp_path):
+    accelerator = fresh_accelerator(gradient_accumulation_steps=2)
+    model = accelerator.prepare(own())
+    plain(
+        own(3), digits, max_steps=1, batch_size=64, grad_accum=4, accelerator=accelerator, output_dir=tmp_path / "run"
+    )
+    assert accelerator.gradient_accumulation_steps == 2 and not accelerator.split_batches
+    assert accelerator._models == [model] and not accelerator._custom_objects
+    assert accumulates(accelerator, model) == [False, True, False, True]
+    assert not list((tmp_path / "run/checkpoints/last").glob("model_1*"))
+    fresh_accelerator()
+
+
+def test_the_last_epoch_is_evaluated_once(digits, monkeypatch):
+    read, batches = [], Evaluator.batches
+
+    def count(self, split):
+        read.append(split.name)
+        return batches(self, split)
+
+    monkeypatch.setattr(Evaluator, "batches", count)
+    result = plain(own(), digits, epochs=1)
+    assert sorted(read) == ["test", "val"]
+    row = next(r for r in result.history if r["event"] == "eval" and r["split"] == "test")
+    assert {k: result.metrics[k] for k in ("top1", "loss", "ece")} == {k: row[k] for k in ("top1", "loss", "ece")}
+
+    class Average(Callback):
+        """Other weights than those that were evaluated, such as an average's."""
+
+        def on_fit_end(self, run):
+            with torch.no_grad():
+                run.method.networks()["student"].fc.weight.mul_(1.5)
+
+    read.clear()
+    loader = room.load("digits", train_limit=192, validation="none")
+    result = plain(own(), loader, epochs=1, callbacks=[Average()])
+    assert read == ["test", "test"], "changed after the evaluation: measured again"
+
+
+def test_a_run_without_evaluation_data_says_so_once(capsys):
+    loader = DataLoader(arrays(), batch_size=64, shuffle=True)
+    plain(own(), loader, max_steps=1, num_classes=10, progress="lines")
+    assert capsys.readouterr().out.count("no evaluation data: ") == 1
+
+
+def test_every_argument_of_distill_is_in_its_docstring():
+    table = inspect.getdoc(distill).split("Raises ValueError")[0]
+    missing = [name for name in inspect.signature(distill).parameters if not re.search(rf"\b{name}\b", table)]
+    assert not missing
 
 
 def test_baseline_is_trained_first_and_shown(teacher, digits, tmp_path):

@@ -120,8 +120,20 @@ def used(tmp: Path) -> Path:
     return tmp / "run"
 
 
+def old(tmp: Path) -> Path:
+    call(output_dir=tmp / "old")
+    return tmp / "old"
+
+
+def lying() -> Plain:
+    net = own(7)
+    net.num_classes = 10
+    return net
+
+
 # name: (arguments, error, words of the message); an argument that is a function of the test's folder is called
 KD = dict(teacher="cifar_resnet8", method="kd", teacher_args=None)
+BOTH = own()
 TEACHER = {"teacher": lambda tmp: own(), "student": lambda tmp: own(), "method": "sp"}
 CASES: dict[str, tuple[dict, type[BaseException], list[str]]] = {
     "unknown student": ({"student": "cifar_resnet88"}, ValueError, ["student", "cifar_resnet88", "cifar_resnet8"]),
@@ -150,6 +162,24 @@ CASES: dict[str, tuple[dict, type[BaseException], list[str]]] = {
         ValueError,
         ["7 classes, the data 10"],
     ),
+    "same module": (
+        KD | {"teacher": lambda tmp: BOTH, "student": lambda tmp: BOTH},
+        ValueError,
+        ["share parameters", "copy.deepcopy"],
+    ),
+    "student in double": (
+        {"student": lambda tmp: own().double(), "output_dir": lambda tmp: old(tmp), "overwrite": True},
+        ValueError,
+        ["torch.float64", "student.float()", 'mixed_precision="bf16"'],
+    ),
+    "student in bfloat16": ({"student": lambda tmp: own().bfloat16()}, ValueError, ["bfloat16", "student.float()"]),
+    "student that lies": ({"student": lambda tmp: lying()}, ValueError, ["the student has 7 classes, the data 10"]),
+    "negative lr": ({"lr": -1}, ValueError, ["lr is -1", "from 0"]),
+    "lr is text": ({"lr": "0.1"}, ValueError, ["lr is '0.1', a str", "must be a number"]),
+    "lr is no number": ({"lr": float("nan")}, ValueError, ["lr is nan", "finite"]),
+    "negative decay": ({"weight_decay": -1e-4}, ValueError, ["weight_decay is -0.0001"]),
+    "momentum": ({"momentum": 1.5}, ValueError, ["momentum is 1.5", "below 1"]),
+    "negative warmup": ({"warmup_epochs": -1}, ValueError, ["warmup_epochs is -1"]),
     "features only with kd": (
         {"teacher": lambda tmp: own(7), "method": "kd", "teacher_head": "feature-only"},
         ValueError,
@@ -205,6 +235,28 @@ CASES: dict[str, tuple[dict, type[BaseException], list[str]]] = {
         {"student": None, "method": lambda tmp: method(), "losses": {"ce": 1.0}}, ValueError, ["losses has no effect"],
     ),
 }  # fmt: skip
+
+
+def test_as_is_is_not_recommended_to_who_passed_it():
+    with pytest.raises(ValueError, match="7 classes") as caught:
+        call(teacher=own(7), student=own(), method="kd", teacher_head="as-is")
+    assert "as-is" not in str(caught.value) and '"finetune"' in str(caught.value)
+
+
+def test_names_are_suggested_only_where_the_name_is_unknown(monkeypatch):
+    def refuse(*args, **options):
+        raise ValueError("Invalid beta parameter")
+
+    monkeypatch.setattr("kdtoolkit.settings.create_optimizer_v2", refuse)
+    with pytest.raises(ValueError, match="optimizer='adamw'.*Invalid beta") as caught:
+        call(optimizer="adamw")
+    assert "did you mean" not in str(caught.value) and "list_optimizers" not in str(caught.value)
+
+
+def test_the_logits_of_a_plain_module_count_and_not_its_num_classes():
+    net = own()
+    net.num_classes = 7
+    assert call(student=net).metrics["top1"] >= 0
 
 
 def method():

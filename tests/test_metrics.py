@@ -171,7 +171,7 @@ def test_compression_by_hand():
     got = score(student_top1=70.0)
     assert got == pytest.approx(
         {
-            "retention": 0.75,
+            "retention_above_chance": 0.75,
             "params_ratio": 4,
             "macs_ratio": 4,
             "latency_ratio": 4,
@@ -189,7 +189,8 @@ def test_compression_limits():
     assert score(student_top1=99.0, small=Cost(2000, 20_000, 16.0))["compression_score"] == 0  # a larger student
     assert score(student_top1=5.0)["compression_score"] == 0  # below chance
     better = score(student_top1=100.0, small=Cost(1, 1, 0.001))
-    assert 1 < better["compression_score"] <= 2 * better["retention"] / (1 + better["retention"])
+    kept = better["retention_above_chance"]
+    assert 1 < better["compression_score"] <= 2 * kept / (1 + kept)
 
 
 def test_compression_is_monotone_and_within_range():
@@ -268,3 +269,17 @@ def test_summary_is_what_the_report_reads():
     assert row["params"] == 130 and row["teacher_macs"] == 480 and row["compression"]["params_ratio"] == 4
     row = metrics.summary(big, small, (3, 2, 2), teacher_top1=9, student_top1=8, num_classes=10, latency=False)
     assert "compression" not in row and row["latency_ms"] is None
+
+
+def test_each_network_is_measured_at_its_own_size():
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=2, num_classes=10)
+    conv = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    sizes = {"teacher": (3, 32, 32), "student": (3, 16, 16)}
+    found = metrics.costs({"teacher": vit, "student": conv}, sizes)
+    assert found["student"].macs == 216 * 256 and found["teacher"].latency_ms > 0
+    row = metrics.summary(vit, conv, sizes, teacher_top1=90, student_top1=80, num_classes=10, latency=False)
+    assert row["macs"] == 216 * 256 and row["teacher_macs"] == found["teacher"].macs
+    with pytest.raises(ValueError, match=r"no size for \['student'\]"):
+        metrics.costs({"teacher": vit, "student": conv}, {"teacher": (3, 32, 32)})
+    with pytest.raises(ValueError, match="three sizes"):
+        metrics.costs({"student": conv}, {"student": (16, 16)})

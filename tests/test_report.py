@@ -162,7 +162,7 @@ def train(net, path, teacher=None, epochs=2):
         rows[-1] |= {"teacher_top1": 80.0, "retention": top1 / 80, "agreement": 70.0, "params": 123, "macs": 4567}
         rows[-1]["compression"] = {
             "compression_score": 0.5,
-            "retention": 0.9,
+            "retention_above_chance": 0.9,
             "params_ratio": 2.5,
             "latency_ratio": None,
         }
@@ -316,4 +316,32 @@ def test_teacher_is_shown_on_the_split_of_the_curve(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run = folder.read(tmp_path)
     assert tables.teacher_numbers(run)["top1"] == 71.0 and tables.teacher_numbers(run, "val")["top1"] == 70.0
-    assert tables.compression_parts(run) == {"compression": 4.0}
+    assert tables.compression_parts(run) == {"compression": 4.0, "retention": 0.86}
+
+
+def test_both_retentions_are_shown_under_their_own_names(runs):
+    path, _, _ = runs
+    final = folder.read(path / "kd").last("final")
+    text = report.write(path / "kd").read_text()
+    assert f"| retention, top-1 / teacher's top-1 | {final['top1'] / 80:.3f} |" in text
+    assert "| retention above chance | 0.900 |" in text
+
+
+def test_gradcam_of_a_network_with_a_size_of_its_own_resizes_as_training_does(tmp_path):
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=2, num_classes=4)
+    x = torch.rand(2, 3, 16, 16)
+    maps = gradcam(net, x)
+    assert maps.shape == (2, 16, 16) and maps.std() > 0
+    assert min(png_size(report.gradcam_rows({"teacher": net}, x, path=tmp_path / "rows.png"))) > 100
+
+
+def test_a_picture_that_fails_is_a_note(runs):
+    path, teacher, student = runs
+
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("no pictures of me")
+
+    text = report.write(path / "kd", student=student, teacher=Broken(), images=digits()[0][:2]).read_text()
+    assert "no gradcam.png: it could not be drawn (RuntimeError: no pictures of me)" in text
+    assert "figures/accuracy.png" in text and "80.00" in text and "![gradcam]" not in text

@@ -35,6 +35,8 @@ class ProgressLog(Callback):
         self._last = self._began = time.perf_counter()
         self._first, self._shown = run.clock.step, len(run.journal.rows)
         self._print(self._opening(run))
+        if run.data.test is None and run.data.val is None:
+            self._print("no evaluation data: the last epoch is taken; pass eval_data=... or validation=... for numbers")
         for name, row in run.teacher_metrics.items():
             self._print(f"{name} top-1 {row['top1']:.2f} %")
         if self.mode == "bar" or (self.mode == "auto" and self.console.is_terminal):

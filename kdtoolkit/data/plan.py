@@ -81,7 +81,7 @@ def choose(
         tables = {role: part for role, part in parts.items() if isinstance(part, HFTable | TorchTable)}
         cache = all(part.cacheable and not _is_float(part) for part in tables.values())
         cache = cache and bool(tables) and fits(sum(map(len, rows.values())), target)
-        text = str(augment) if augment else "the data set's own" if own else "none"
+        text = str(augment) if augment else _untouched(train) if own else "none"
         return Plan(target, augment, step, step, cache, text, resize=size is not None)
     target = size or (DEFAULT_SIZE, DEFAULT_SIZE)
     if spec is None and preset is None:
@@ -115,6 +115,12 @@ def _named(spec: Any, size: tuple[int, int]) -> BatchAugment | None:
     if isinstance(spec, BatchAugment):
         return spec
     return BatchAugment(padding=max(1, min(size) // 8)) if spec == "crop-flip" else None
+
+
+def _untouched(train: Part) -> str:
+    """What happens to float images; a TensorDataset has no transforms of its own."""
+    bare = isinstance(train, TorchTable) and train.in_memory
+    return "none (float images; transforms='crop-flip' adds one)" if bare else "the data set's own"
 
 
 def _short(transform: Any) -> str:

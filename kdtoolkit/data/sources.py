@@ -18,6 +18,7 @@ from .presets import PRESETS, Preset, digits
 from .splits import TEST, TRAIN, VAL
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+NEAR = 0.8  # likeness to a preset from which a name is a misspelt one; "imagenet-1k" and "mnist" of the Hub are below
 ALLOWED = (
     "an HF Dataset, DatasetDict or IterableDataset; a torch Dataset or DataLoader; a preset "
     f"({', '.join(PRESETS)}); a name on the Hub; or a path to parquet files, to a saved data set or to an image folder"
@@ -88,12 +89,14 @@ def _open_name(name: str, data_path: str | os.PathLike | None) -> Source:
         return Source(path.stem, by_role(_open_path(path), name))
     if preset is None and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
         raise FileNotFoundError(f"no such file or folder: {name}. Expected {ALLOWED}.")
+    if preset is None and "/" not in name and difflib.get_close_matches(name.lower(), PRESETS, 1, NEAR):
+        meant = " or ".join(map(repr, difflib.get_close_matches(name.lower(), PRESETS, 2, NEAR - 0.1)))
+        raise ValueError(f"unknown data set {name!r}. Did you mean {meant}? Expected {ALLOWED}.")
     hub = preset.hub if preset and preset.hub else name
     try:
         return Source(name, by_role(dict(datasets.load_dataset(hub)), name), preset)
     except OSError as e:  # not found, or not reached
-        near = difflib.get_close_matches(name, PRESETS, 1)
-        hint = "" if preset else f" Presets: {', '.join(PRESETS)}." + (f" Did you mean {near[0]!r}?" if near else "")
+        hint = "" if preset else f" Presets: {', '.join(PRESETS)}."
         raise OSError(
             f"data set {hub!r} could not be fetched from the Hub: {e}. "
             f"Without a network pass a local copy: --data PATH or data_path=...{hint}"

@@ -4,7 +4,8 @@ The survey of Si and Qi (2023, Journal of Image and Graphics 28(9), doi 10.11834
 measure that judges both task performance and compression. This is ours:
 
     retention    r = (top1_S - chance) / (top1_T - chance), chance = 100 / classes, at least 0: what the student keeps
-                 of what the teacher knows beyond guessing
+                 of what the teacher knows beyond guessing; its key is retention_above_chance, for a run's `retention`
+                 is top1_S / top1_T
     compression  c = geometric mean of params_T / params_S, macs_T / macs_S and, if measured, latency_T / latency_S
     saved        s = max(0, 1 - 1 / c): the share of the cost that is gone
     score        harmonic mean of r and s, 2 r s / (r + s); 0 if both are 0
@@ -19,7 +20,7 @@ Limits   A student that equals the teacher in cost scores 0 however good it is, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ def compression(
 ) -> dict[str, float | None]:
     """The score and its parts, as the head of this file defines them. Accuracies in percent.
 
-    Returns retention, params_ratio, macs_ratio, latency_ratio (None if either latency is missing), compression, saved
-    and compression_score.
+    Returns retention_above_chance, params_ratio, macs_ratio, latency_ratio (None if either latency is missing),
+    compression, saved and compression_score.
     """
     if num_classes < 2:
         raise ValueError(f"num_classes {num_classes}: expected at least 2, or there is nothing to guess")
@@ -52,7 +53,7 @@ def compression(
     saved = max(0.0, 1 - 1 / factor)
     score = 2 * retention * saved / (retention + saved) if retention + saved else 0.0
     return {
-        "retention": retention,
+        "retention_above_chance": retention,
         "params_ratio": ratios["params"],
         "macs_ratio": ratios["macs"],
         "latency_ratio": ratios["latency_ms"],
@@ -65,7 +66,7 @@ def compression(
 def summary(
     teacher: nn.Module,
     student: nn.Module,
-    input_size: Sequence[int],
+    input_size: Sequence[int] | Mapping[str, Sequence[int]],
     *,
     teacher_top1: float,
     student_top1: float,
@@ -75,6 +76,7 @@ def summary(
 ) -> dict[str, Any]:
     """Measure both networks and return the keys that a run's final row carries and the report reads.
 
+    input_size: (C, H, W) of one image, or {"teacher": (C, H, W), "student": (C, H, W)}
     params, macs, latency_ms (student), teacher_params, teacher_macs, teacher_latency_ms, and "compression", the dict of
     `compression`; the last is left out when the teacher is not above chance.
     """

@@ -38,29 +38,42 @@ def cost(
 
 def costs(
     models: Mapping[str, nn.Module],
-    input_size: Sequence[int],
+    input_size: Sequence[int] | Mapping[str, Sequence[int]],
     device: str | torch.device = "cpu",
     batch: int = 1,
     latency: bool = True,
 ) -> dict[str, Cost]:
     """Parameters, MACs and latency of several networks.
 
-    input_size: (C, H, W) of one image. Latency: median of 21 passes after 5 to warm up, eval mode, no gradients,
-    `batch` images on `device`; the networks take turns, so that a change in the machine's load hits all alike.
+    input_size: (C, H, W) of one image, or {name: (C, H, W)} where each network has its own. Latency: median of 21
+    passes after 5 to warm up, eval mode, no gradients, `batch` images on `device`; the networks take turns, so that a
+    change in the machine's load hits all alike.
     MACs: half of what torch's FlopCounterMode counts: convolutions, matrix products and attention; no norms,
     activations or pooling. Counted on meta tensors, where nothing is computed, or on real ones where meta fails.
     """
-    if len(input_size) != 3 or min(input_size) < 1:
-        raise ValueError(
-            f"input_size {tuple(input_size)}: expected three sizes (C, H, W) of one image, such as (3, 32, 32)"
-        )
+    sizes = _sizes(models, input_size)
     if batch < 1:
         raise ValueError(f"batch {batch}: expected at least 1 image")
-    times = _latencies(models, tuple(input_size), torch.device(device), batch) if latency else {}
+    times = _latencies(models, sizes, torch.device(device), batch) if latency else {}
     return {
-        name: Cost(sum(p.numel() for p in model.parameters()), _macs(model, tuple(input_size)), times.get(name))
+        name: Cost(sum(p.numel() for p in model.parameters()), _macs(model, sizes[name]), times.get(name))
         for name, model in models.items()
     }
+
+
+def _sizes(
+    models: Mapping[str, nn.Module], input_size: Sequence[int] | Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, ...]]:
+    if not isinstance(input_size, Mapping):
+        input_size = dict.fromkeys(models, input_size)
+    missing = [name for name in models if name not in input_size]
+    if missing:
+        raise ValueError(f"input_size has no size for {missing}, only for {list(input_size)}; give (C, H, W) of each")
+    sizes = {name: tuple(input_size[name]) for name in models}
+    for size in sizes.values():
+        if len(size) != 3 or min(size) < 1:
+            raise ValueError(f"input_size {size}: expected three sizes (C, H, W) of one image, such as (3, 32, 32)")
+    return sizes
 
 
 def _macs(model: nn.Module, size: tuple[int, ...]) -> int:
@@ -78,18 +91,18 @@ def _count(net: nn.Module, size: tuple[int, ...]) -> int:
 
 
 def _latencies(
-    models: Mapping[str, nn.Module], size: tuple[int, ...], device: torch.device, batch: int
+    models: Mapping[str, nn.Module], sizes: Mapping[str, tuple[int, ...]], device: torch.device, batch: int
 ) -> dict[str, float]:
     with ExitStack() as copies:
         nets = {name: copies.enter_context(_working_copy(model, device)) for name, model in models.items()}
-        return _take_turns(nets, size, device, batch)
+        return _take_turns(nets, sizes, device, batch)
 
 
 def _take_turns(
-    nets: Mapping[str, nn.Module], size: tuple[int, ...], device: torch.device, batch: int
+    nets: Mapping[str, nn.Module], sizes: Mapping[str, tuple[int, ...]], device: torch.device, batch: int
 ) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in nets}
-    inputs = {name: _image(net, size, batch) for name, net in nets.items()}
+    inputs = {name: _image(net, sizes[name], batch) for name, net in nets.items()}
     with torch.inference_mode():
         for turn in range(WARMUP + REPEATS):
             for name, net in nets.items():

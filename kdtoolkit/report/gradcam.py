@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdtoolkit.preprocess import Preprocess, normalisation
 from kdtoolkit.types import Shape
 
 
@@ -29,7 +30,7 @@ def gradcam(
     """Grad-CAM maps (B, H, W) in [0, 1] at the resolution of x; 0 everywhere where nothing speaks for the class.
 
     x         (B, C, H, W) in [0, 1], not normalised; it is normalised here with `mean_std`, or with the model's own
-              pretrained_cfg; a model without one gets x as it is
+              pretrained_cfg (a model without one gets x as it is), and resized where the model's size is fixed
     target    class id for all images or one each, (B,); by default the class that the model chooses
     layer     module or its name; by default the last stage of `model.feature_info` that has more than one position
               and whose positions reach the logits (the last block of a ViT that reads its class token only does not);
@@ -42,7 +43,7 @@ def gradcam(
             f"x of shape {tuple(x.shape)} and type {x.dtype}: expected float images (B, C, H, W) in [0, 1]"
         )
     like = next((p for p in model.parameters() if p.is_floating_point()), x)
-    image = normalise(model, x.detach().to(like.device, like.dtype), mean_std)
+    image = prepare(model, x.detach().to(like.device, like.dtype), mean_std)
     with _eval_mode(model), torch.inference_mode(False), torch.enable_grad():
         image = image.clone()  # not an inference tensor, if the caller was in inference mode
         feature, grad = _feature_and_grad(model, image, target, layer)
@@ -52,13 +53,13 @@ def gradcam(
     return torch.where(peak > 0, cam / peak.clamp_min(torch.finfo(cam.dtype).tiny), torch.zeros_like(cam))
 
 
-def normalise(model: nn.Module, x: Tensor, mean_std: tuple[Sequence[float], Sequence[float]] | None = None) -> Tensor:
-    """(x - mean) / std with the given numbers or the model's pretrained_cfg; unchanged without either."""
+def prepare(model: nn.Module, x: Tensor, mean_std: tuple[Sequence[float], Sequence[float]] | None = None) -> Tensor:
+    """What the model is trained on: its own size where that is fixed; (x - mean) / std with the given numbers or those
+    of its pretrained_cfg, without either as it is."""
+    x = Preprocess(size=Preprocess.of(model, (x.shape[2], x.shape[3])).size)(x)
+    mean_std = normalisation(model) if mean_std is None else mean_std
     if mean_std is None:
-        cfg = getattr(model, "pretrained_cfg", None) or {}
-        if cfg.get("mean") is None or cfg.get("std") is None:
-            return x
-        mean_std = (cfg["mean"], cfg["std"])
+        return x
     mean, std = (torch.as_tensor(v, dtype=x.dtype, device=x.device).flatten() for v in mean_std)
     if mean.numel() not in (1, x.shape[1]) or std.numel() not in (1, x.shape[1]):
         raise ValueError(

@@ -60,7 +60,9 @@ def write(
     if images is not None:
         networks = _networks(run, alone, teacher, student, notes)
         picture = run.path / "figures" / "gradcam.png"
-        if _drawn(lambda: gradcam_rows(networks, images, labels, class_names, picture) is not None, notes):
+        if _drawn(
+            picture.name, lambda: gradcam_rows(networks, images, labels, class_names, picture) is not None, notes
+        ):
             figures["gradcam.png"] = (
                 "Grad-CAM: where each network looks for the class that it chose; red is much, blue is little. "
                 "Below each picture the chosen class, green if right, red if wrong."
@@ -108,15 +110,19 @@ def _figures(run: Run, alone: Run | None, notes: list[str]) -> dict[str, str]:
             "Training loss: terms as weighted in the total; pale: as logged, strong: moving average.",
         ),
     }
-    return {name: caption for name, (draw, caption) in wanted.items() if _drawn(draw, notes)}
+    return {name: caption for name, (draw, caption) in wanted.items() if _drawn(name, draw, notes)}
 
 
-def _drawn(draw: Callable[[], bool], notes: list[str]) -> bool:
+def _drawn(name: str, draw: Callable[[], bool], notes: list[str]) -> bool:
+    """A picture that fails is a note: the page and the other pictures are still made."""
     try:
         return draw()
     except ImportError:
         notes.append(plots.HOW_TO)
-        return False
+    except Exception as error:
+        reason = (str(error) or "no message").splitlines()[0]
+        notes.append(f"no {name}: it could not be drawn ({type(error).__name__}: {reason})")
+    return False
 
 
 def _networks(

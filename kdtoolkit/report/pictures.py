@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.report.gradcam import _eval_mode, gradcam, normalise
+from kdtoolkit.report.gradcam import _eval_mode, gradcam, prepare
 from kdtoolkit.report.plots import new_figure, save
 
 RIGHT, WRONG, UNKNOWN = "#1A7F37", "#CF222E", "#333333"
@@ -85,7 +85,7 @@ def _chosen(model: nn.Module, images: Tensor) -> tuple[list[float], list[int]]:
     """Probability and class id of each image's first choice."""
     like = next((p for p in model.parameters() if p.is_floating_point()), images)
     with _eval_mode(model), torch.no_grad():
-        logits = model(normalise(model, images.to(like.device, like.dtype)))
+        logits = model(prepare(model, images.to(like.device, like.dtype)))
     sure, chosen = logits.float().softmax(1).max(1)
     return sure.tolist(), chosen.tolist()
 

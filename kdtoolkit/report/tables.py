@@ -20,8 +20,9 @@ COLUMNS = {  # key in a row -> heading
     "latency_ms": "latency (ms)",
 }
 PARTS = {
-    "compression_score": "compression score (harmonic mean of retention and saved)",
-    "retention": "retention of the teacher's accuracy above chance",
+    "compression_score": "compression score (harmonic mean of retention above chance and saved)",
+    "retention": "retention, top-1 / teacher's top-1",
+    "retention_above_chance": "retention above chance",
     "saved": "saved share of the cost, 1 - 1 / compression",
     "compression": "compression, geometric mean of the ratios",
     "params_ratio": "parameters, teacher / student",
@@ -59,12 +60,13 @@ def teacher_numbers(run: Run, split: str | None = None) -> Row:
 def compression_parts(run: Run) -> Row:
     """The final row's dict `compression`, or what of it stands in the row itself, or empty.
 
-    The row's own `retention` is top1 / teacher_top1 and no part of the score, whose retention is above chance.
+    With the row's own `retention`, top1 / teacher_top1, which is no part of the score: that one is above chance.
     """
     final = run.last("final")
+    own = {"retention": final["retention"]} if "retention" in final else {}
     if isinstance(final.get("compression"), Mapping):
-        return dict(final["compression"])
-    return {key: final[key] for key in PARTS if key in final and key != "retention"}
+        return {**final["compression"], **own}
+    return {key: final[key] for key in PARTS if key in final}
 
 
 def where_from(run: Run) -> str:

@@ -1,0 +1,8 @@
+"""One thread a process: the networks here are tiny, and a second thread waits more than it works when others need it."""
+
+import os
+
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
@@ -25,6 +21,7 @@ from .engine import Run
 from .files import write_json, write_yaml
 from .journal import Row, environment
 from .plan import Plan
+from .restore import accelerate_as_found, random_as_found
 from .schedules import SCHEDULERS
 from .settings import Settings, make_optimizer, schedule
 from .types import Weight
@@ -161,7 +158,7 @@ def distill(
     CheckpointError and Interrupted during it: the last good checkpoint is kept. student/ is saved before the report.
     """
     given = {name: value for name, value in locals().items() if name != "method_options"}
-    with _random_as_found(), _accelerate_as_found(accelerator):
+    with random_as_found(), accelerate_as_found(accelerator):
         return _distill(given, method_options)
 
 
@@ -222,46 +219,6 @@ def _distill(given: Mapping[str, Any], method_options: Mapping[str, Any]) -> Dis
     log.on_result(final)
     ready.wait_for_everyone()
     return result
-
-
-@contextlib.contextmanager
-def _random_as_found() -> Iterator[None]:
-    """A call draws from seeds of its own; the caller's random numbers go on as if there had been none."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        else:  # nothing was drawn there yet: as after the caller's own torch.manual_seed
-            torch.cuda.manual_seed_all(torch.initial_seed())
-
-
-PREPARED = ("_models", "_optimizers", "_schedulers", "_dataloaders", "_custom_objects")  # of an Accelerator
-
-
-@contextlib.contextmanager
-def _accelerate_as_found(own: Accelerator | None) -> Iterator[None]:
-    """accelerate keeps one state per process, which an Accelerator of the caller reads: it is put back. So is `own`,
-    which trains without the objects that it had prepared: they are no part of this run's checkpoints."""
-    shared = [(cls._shared_state, dict(cls._shared_state)) for cls in (AcceleratorState, GradientState)]
-    kept = {k: list(v) if isinstance(v, list) else v for k, v in vars(own).items()} if own is not None else {}
-    accumulation = own.gradient_accumulation_steps if own is not None else None
-    if own is not None:
-        vars(own).update({name: [] for name in PREPARED})
-    try:
-        yield
-    finally:
-        for state, before in shared:
-            state.clear()
-            state.update(before)
-        if own is not None:
-            own.gradient_accumulation_steps = accumulation
-            vars(own).update(kept)
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:

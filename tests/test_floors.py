@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kdtoolkit"
 FLOORS = {
-    0: "allocator types distributed functional registry files signals",
+    0: "allocator restore types distributed functional registry files signals",
     0.5: "schedules trace preprocess watch",
     0.55: "stages",
     0.6: "fold",

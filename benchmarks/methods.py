@@ -33,7 +33,8 @@ METHODS = {
 def run(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         for name in args.methods:
-            folder = Path(args.runs) / f"{args.data}-{args.student}-{name}-e{args.epochs}-s{seed}"
+            data = f"{args.data}_{args.rows}" if args.rows else args.data
+            folder = Path(args.runs) / f"{data}-{args.student}-{name}-e{args.epochs}-s{seed}"
             if (folder / "report.md").exists():
                 continue
             teacher = None if name == "alone" else args.teacher
@@ -89,7 +90,7 @@ def _origin(final: dict, data: str, student: str, epochs: int) -> str:
     rows = f" --rows {config['train_limit']}" if config.get("train_limit") else ""
     packages = ", ".join(f"{p} {env['packages'][p]}" for p in ("torch", "timm"))
     return (
-        f"`python benchmarks/methods.py run --data {data} --student {student} --epochs {epochs}{rows} "
+        f"`python benchmarks/methods.py run --data {config['train_data']} --student {student} --epochs {epochs}{rows} "
         f"--precision {config['mixed_precision']} --teacher ... --seeds ...`; {env['device']}, {packages}, "
         f"{env['threads']} thread(s) a run; images/s depend on what else ran on the machine"
     )

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from kdtoolkit import cli, distill, list_methods
@@ -19,14 +18,6 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = (
     "--student cifar_resnet8 --data digits --train-limit 64 --batch-size 32 --progress false --report-to none".split()
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

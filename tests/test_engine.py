@@ -36,14 +36,6 @@ from kdtoolkit.settings import Settings, make_optimizer
 EVENTS = ["on_fit_start", "on_epoch_start", "on_losses", "on_grads", "on_step_end", "on_epoch_end", "on_fit_end"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory) -> str:
     """A real teacher: a ResNet-14 that has seen some of the digits."""

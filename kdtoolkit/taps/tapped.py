@@ -12,67 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fold import Swap, fold, unfold
-from .preprocess import Preprocess, input_shape
-from .registry import nearest
-from .stages import Stage as StageEnd
-from .stages import chain, find_stages, stage_at
-from .trace import Trace, trace
-from .types import Out, Shape, Stage
-
-
-class _Stop(Exception):
-    """Raised by the last tap of a reset pass: what follows is not needed."""
-
-
-class _Store:
-    """What the hooks of one model share during a forward."""
-
-    def __init__(self) -> None:
-        self.active = False
-        self.feats: dict[Stage, Tensor] = {}
-        self.versions: dict[Stage, int] = {}
-        self.fired: dict[Stage, int] = {}
-        self.replace: Mapping[Stage, Tensor] = {}
-        self.last: Stage | None = None
-
-    def begin(self, replace: Mapping[Stage, Tensor], last: Stage | None = None) -> None:
-        self.feats, self.versions, self.fired, self.replace, self.last = {}, {}, {}, replace, last
-        self.active = True
-
-
-def _inert(*_: Any) -> None:
-    """What a hook becomes in a pickled copy of its model."""
-
-
-class _Hook:
-    """The hook of one tap. It belongs to one module of one model: a deep copy (an EMA of the model) carries it along
-    without effect, and so does a pickled copy."""
-
-    def __init__(self, key: Stage, module: nn.Module, store: _Store):
-        self.key, self.module, self.store = key, module, store
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        store = self.store
-        if module is not self.module or not store.active:
-            return None
-        store.fired[self.key] = store.fired.get(self.key, 0) + 1
-        store.feats[self.key] = output
-        if isinstance(output, Tensor) and not torch.compiler.is_compiling():
-            store.versions[self.key] = output._version
-        if self.key == store.last:
-            raise _Stop
-        return store.replace.get(self.key)
-
-    def __deepcopy__(self, memo: dict) -> _Hook:
-        return self
-
-    def __reduce__(self) -> tuple:
-        return _make_inert, ()
-
-
-def _make_inert() -> Any:
-    return _inert
+from ..preprocess import input_shape
+from ..registry import nearest
+from ..stages import Stage as StageEnd
+from ..stages import chain, find_stages, stage_at
+from ..trace import Trace, trace
+from ..types import Out, Shape, Stage
+from .hooks import Hook, Stop, Store
 
 
 class Taps:
@@ -90,7 +36,7 @@ class Taps:
     def __init__(self, model: nn.Module, at: Sequence[Stage] | None = (), size: Any = None):
         self.model = model
         self.size = image_size(model, size)
-        self._store = _Store()
+        self._store = Store()
         self._handles: list[Any] = []
         self._trace: Trace | None = None
         self._stages: list[StageEnd] | None = None
@@ -181,7 +127,7 @@ class Taps:
         self._ends = ends
         for key, end in ends.items():
             module = self.model.get_submodule(end.name)
-            self._handles.append(module.register_forward_hook(_Hook(key, module, self._store)))
+            self._handles.append(module.register_forward_hook(Hook(key, module, self._store)))
         return self
 
     def key(self, key: Stage) -> Stage:
@@ -292,7 +238,7 @@ class Taps:
         self._store.begin(replace, last)
         try:
             self.model(self.prepare(x))
-        except _Stop:
+        except Stop:
             pass
         finally:
             self._store.active = False
@@ -304,96 +250,6 @@ class Taps:
             modules = None if names is None else [self.model.get_submodule(n) for n in names]
             self._chains[start, end] = modules
         return self._chains[start, end]
-
-
-class Frozen(Taps):
-    """A teacher: a tapped model in eval mode, without gradients for its parameters, with its own normalisation.
-
-    Takes images (B, 3, H, W) in [0, 1] and normalises them with the model's `pretrained_cfg` (`preprocess` overrides).
-    The plain pass builds no graph. It stays in eval mode whatever is done to the student, and is in no checkpoint,
-    because it is not an nn.Module. Images go in in the precision of the model's weights, which may be half.
-    `release()` takes off the hooks and gives the model back as it was.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        at: Sequence[Stage] | None = (),
-        size: Any = None,
-        *,
-        preprocess: Preprocess | None = None,
-        image: tuple[int, int] | None = None,
-    ):
-        self._flags = [(p, p.requires_grad) for p in model.parameters()]
-        self._modes = [(m, m.training) for m in model.modules()]
-        self._swaps: list[Swap] = []
-        first = next(model.parameters(), torch.empty(0))
-        self._home, self._dtype = first.device, first.dtype
-        self._format = _memory_format(model)
-        self.preprocess = preprocess or Preprocess.of(model, image)
-        super().__init__(model, at, size)  # may refuse: the model is left as it was
-        model.eval().requires_grad_(False)
-
-    def __call__(self, x: Tensor, replace: Mapping[Stage, Tensor] | None = None) -> Out:
-        self._stay_in_eval()
-        with torch.set_grad_enabled(_wants_grad(replace)):
-            return super().__call__(x, replace)
-
-    def reset(self, x: Tensor, replace: Mapping[Stage, Tensor], want: Sequence[Stage]) -> dict[Stage, Tensor]:
-        self._stay_in_eval()
-        with torch.set_grad_enabled(_wants_grad(replace)):
-            return super().reset(x, replace, want)
-
-    def prepare(self, x: Tensor) -> Tensor:
-        return self.preprocess(x).to(self._dtype)
-
-    def _checked(self, replace: Mapping[Stage, Tensor] | None) -> dict[Stage, Tensor]:
-        checked = super()._checked(replace)
-        if self._dtype == torch.float32:
-            return checked
-        return {key: feature.to(self._dtype) for key, feature in checked.items()}
-
-    def _stay_in_eval(self) -> None:
-        for module, _ in self._modes:
-            if module.training:
-                module.training = False
-
-    def fold(self, dtype: torch.dtype | None = None) -> int:
-        """Fold every BatchNorm into its convolution until `release`; returns how many. Same function, other rounding
-        (about 1e-6 of a logit in float32), a third less time on a ResNet. Call after `select`."""
-        keep = set(self.names.values())
-        swaps = fold(self.model, self.trace, keep=keep, dtype=dtype)
-        self._swaps += swaps
-        self.select(self.keys)
-        return len(swaps) // 2
-
-    def to(self, *args: Any, **kwargs: Any) -> Frozen:
-        for module in (self.model, *(folded for _, _, folded in self._swaps)):
-            module.to(*args, **kwargs)
-        return self
-
-    def release(self) -> nn.Module:
-        """The model without hooks; its modules, modes, flags, device and memory format as they were."""
-        self.remove()
-        unfold(self._swaps)
-        self._swaps = []
-        self.model.to(self._home).to(memory_format=self._format)
-        for p, flag in self._flags:
-            p.requires_grad_(flag)
-        for m, mode in self._modes:
-            m.training = mode
-        return self.model
-
-
-def _wants_grad(replace: Mapping[Stage, Tensor] | None) -> bool:
-    return torch.is_grad_enabled() and any(f.requires_grad for f in (replace or {}).values())
-
-
-def _memory_format(model: nn.Module) -> torch.memory_format:
-    """channels_last if the kernels of the convolutions lie that way."""
-    kernels = [p for p in model.parameters() if p.dim() == 4 and min(p.shape[1], p.shape[2] * p.shape[3]) > 1]
-    last = bool(kernels) and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
-    return torch.channels_last if last else torch.contiguous_format
 
 
 def image_size(model: nn.Module, size: Any = None) -> tuple[int, int, int]:

@@ -19,10 +19,10 @@ from .trace import Call, Trace, Value
 Swap = tuple[nn.Module, str, nn.Module]  # parent, attribute, the module that was there
 
 
-def fold(model: nn.Module, tr: Trace, *, keep: Collection[str] = (), dtype: torch.dtype | None = None) -> list[Swap]:
+def fold(model: nn.Module, tr: Trace, *, keep: Collection[Value] = (), dtype: torch.dtype | None = None) -> list[Swap]:
     """Swap every (convolution, BatchNorm) of `model` for one convolution; returns what `unfold` needs.
 
-    keep   names of modules whose output somebody reads
+    keep   values that somebody reads
     dtype  of the folded weights: autocast's, where it would cast them at every call anyway
     The old modules are left untouched, only their places in `model` change.
     """
@@ -33,7 +33,7 @@ def fold(model: nn.Module, tr: Trace, *, keep: Collection[str] = (), dtype: torc
     for name in list(tr.calls):
         conv = modules[name]
         call = tr.once(name)
-        if type(conv) is not nn.Conv2d or call is None or name in keep or len(call.values) != 1:
+        if type(conv) is not nn.Conv2d or call is None or len(call.values) != 1 or call.values[0] in keep:
             continue
         norm_call = norms.get(call.values[0])
         if norm_call is None or users[call.values[0]] != 1:

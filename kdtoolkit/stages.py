@@ -2,83 +2,164 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
-from .trace import Call, Trace, Value
+from .layout import layout
+from .trace import Call, Trace, Value, reaches, touches
 from .types import Shape
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+FRONTIER = 3  # most blocks whose outputs together end a stage
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor at the end of a stage: an output of `module`, whole ("") or a member of a tuple ("[1]")."""
+
+    module: str
+    path: str
+    leaf: int  # its place among the leaves of the output
+    shape: Shape
+    value: Value
+    left: int  # when the module returned
+    takers: tuple[str, ...] = ()  # if any, it is replaced where these modules take it and not where it is returned
+
+    @property
+    def name(self) -> str:
+        return self.module + self.path
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The end of one stage: the module whose output is the feature, the feature's shape, and whether it is a cut."""
+    """The end of one stage: the tensors that leave it, of which the main one is its feature."""
 
-    name: str
-    shape: Shape
-    stride: float  # image height over grid height
-    cut: bool  # every path from image to logits passes this value: the stage can be reset here
-    left: int
-    value: Value
+    parts: tuple[Part, ...]
+    main: int
+    stride: float  # image height over the height of the feature's grid
+    cut: bool  # every path from image to logits passes these tensors: the stage can be reset here
+    overwritten: bool = False  # something later writes into one of the tensors in place
+
+    @property
+    def left(self) -> int:
+        """When the last of its modules returned."""
+        return max(part.left for part in self.parts)
+
+    @property
+    def name(self) -> str:
+        return self.parts[self.main].name
+
+    @property
+    def shape(self) -> Shape:
+        return self.parts[self.main].shape
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Of every tensor that leaves the stage: what has to be replaced to reset the next one."""
+        return [part.shape for part in self.parts]
+
+    @property
+    def values(self) -> list[Value]:
+        return [part.value for part in self.parts]
 
 
-def stage_at(tr: Trace, name: str, channels: int | None = None) -> Stage | None:
-    """The stage that ends at module `name`; None unless it runs once and returns one image-dependent tensor."""
-    call = tr.once(name)
-    if channels is None:
-        channels = next((e.get("num_chs") for e in feature_info(tr.model) if e.get("module") == name), None)
-    if call is None or not call.bare or len(call.values) != 1:
+# ------------------------------------------------------------------------------------------------------ one stage's end
+def stage_at(
+    tr: Trace, name: str | Iterable[str], channels: int | None = None, stride: float | None = None, deepen: bool = False
+) -> Stage | None:
+    """The stage that ends where these modules return ("stages.2", or "stage2[1]" for a member of a tuple); None unless
+    each runs once and returns an image-dependent feature.
+
+    channels, stride  of the feature, where a table says them
+    deepen            names the innermost modules that return the same
+    """
+    parts: list[Part] = []
+    calls = []
+    names = [name] if isinstance(name, str) else list(name)
+    if channels is None and len(names) == 1:
+        table = feature_info(tr.model)
+        channels = next((e.get("num_chs") for e in table if e.get("module") == split(names[0])[0]), None)
+    for text in names:
+        module, path = split(text)
+        call = tr.once(module)
+        if call is None:
+            return None
+        calls.append(call)
+        parts += [p for p in _parts(tr, call, channels, stride) if path in ("", p.path)]
+    if not parts:
         return None
-    shape = layout(tr, call.shapes[0][1:], channels)
-    if shape is None:
-        return None
-    stride = tr.x.shape[2] / shape.grid[0]
-    return Stage(name, shape, stride, call.values[0] in tr.dominators, call.left, call.values[0])
+    cut, written = _is_cut(tr, [p.value for p in parts]), any(call.overwritten for call in calls)
+    main = min(parts, key=lambda part: _unlike(tr, part.shape, channels, stride))
+    if cut and len(parts) > 1:
+        parts = _without_dead_ends(tr, parts)
+        main = main if main in parts else min(parts, key=lambda part: _unlike(tr, part.shape, None, None))
+    stage = Stage(tuple(parts), parts.index(main), tr.x.shape[2] / main.shape.grid[0], cut, written)
+    return _deepen(tr, stage) if deepen else stage
 
 
-def layout(tr: Trace, sizes: tuple[int, ...], channels: int | None = None) -> Shape | None:
-    """What the dimensions of a feature mean, from its sizes, the image's aspect, and the model's own hints."""
-    height, width = tr.x.shape[2:]
-    if len(sizes) == 1:
-        return Shape(sizes, "NC")
-    if len(sizes) == 3:
-        last = channels is not None and sizes[2] == channels != sizes[0]
-        first = channels is not None and sizes[0] == channels != sizes[2]
-        if not first and not last:
-            off_first, off_last = (abs(math.log(g[0] / g[1] * width / height)) for g in (sizes[1:], sizes[:2]))
-            hint = getattr(tr.model, "output_fmt", None)
-            hint = getattr(hint, "value", hint)  # timm: an enum or a word
-            last = off_last < off_first - 1e-6 or (abs(off_last - off_first) < 1e-6 and hint == "NHWC")
-        return Shape(sizes, "NHWC" if last else "NCHW")
-    if len(sizes) == 2:
-        own: int = getattr(tr.model, "num_prefix_tokens", 0) or 0  # type: ignore[assignment]
-        for prefix in dict.fromkeys([own, 0, 1, 2]):
-            positions = sizes[0] - prefix
-            rows = round(math.sqrt(max(positions, 0) * height / width))
-            if rows > 0 and positions % rows == 0 and abs(math.log(rows * rows / positions * width / height)) < 0.35:
-                return Shape(sizes, "NLC", (rows, positions // rows), prefix)
-    return None
+def split(name: str) -> tuple[str, str]:
+    """ "stage2[1]" -> ("stage2", "[1]")."""
+    module, bracket, rest = name.partition("[")
+    return module, bracket + rest
 
 
-def find_stages(tr: Trace, groups: int = 4) -> list[Stage]:
+def _parts(tr: Trace, call: Call, channels: int | None, stride: float | None) -> list[Part]:
+    parts = []
+    for leaf, path, sizes, value in zip(call.leaves, call.paths, call.shapes, call.values, strict=True):
+        known = len(call.values) == 1 or channels in sizes[1:]  # what a table says is said of one of several
+        shape = layout(tr, sizes, channels if known else None, stride if known else None, call.name)
+        if shape is None:
+            return []
+        parts.append(Part(call.name, path, leaf, shape, value, call.left))
+    return parts
+
+
+def _unlike(tr: Trace, shape: Shape, channels: int | None, stride: float | None) -> float:
+    """How unlike the stage's feature one of its tensors is; the smallest is the main one."""
+    away = 10.0 * (channels not in (None, shape.channels)) + 5.0 * (shape.layout in ("NC", "NCL", "windows"))
+    return away + (abs(math.log2(tr.x.shape[2] / shape.grid[0] / stride)) if stride else 0.0)
+
+
+def _is_cut(tr: Trace, values: list[Value]) -> bool:
+    if len(values) == 1:
+        return values[0] in tr.dominators
+    return not reaches(tr.logits, tr.x, values)
+
+
+def _without_dead_ends(tr: Trace, parts: list[Part]) -> list[Part]:
+    """Leave out the tensors that nothing later reads. (Those that could be left out because another makes up for them
+    must stay: what is computed from them inside the module would not be replaced.)"""
+    keep = list(parts)
+    for part in parts:
+        others = [other.value for other in keep if other is not part]
+        if others and not touches(tr.logits, part.value, others):
+            keep.remove(part)
+    return keep
+
+
+# ----------------------------------------------------------------------------------------------------------- all stages
+def find_stages(tr: Trace, groups: int = 4, hints: bool = True) -> list[Stage]:
     """The stages of a network, shallow to deep.
 
     First the places that timm's `feature_info` names, each checked against the trace; where that gives fewer than two,
-    the values that every path from image to logits crosses, the last block of each resolution. A network of one width
-    and resolution (ViT, Mixer) is cut into `groups` equal groups of blocks.
+    or `hints` is False, the values that every path from image to logits crosses, the last block of each resolution. A
+    run of blocks of one width and resolution (ViT, Mixer) is cut into `groups` equal groups. A stage that other paths
+    lead past ends a block earlier, or in several tensors; where neither helps it keeps its tap and cannot be reset.
     """
-    stages = _from_feature_info(tr)
+    table = feature_info(tr.model) if hints else []
+    stages, missing = _from_table(tr, table)
     if len(stages) < 2:
         stages = _from_graph(tr) or stages
-    uniform = len({(s.shape.grid, s.shape.channels) for s in stages}) == 1
-    if uniform and len(stages) > groups:
-        stages = [stages[round((i + 1) * len(stages) / groups) - 1] for i in range(groups)]
-    return [_deepen(tr, s) for s in stages]
+    elif missing or _uniform(stages):
+        stages = _complete(tr, stages, missing)
+    return [_deepen(tr, s) for s in _cuts(tr, _grouped(stages, groups))]
 
 
 def feature_info(model: nn.Module) -> list[dict[str, Any]]:
@@ -88,89 +169,215 @@ def feature_info(model: nn.Module) -> list[dict[str, Any]]:
     return list(info) if isinstance(info, (list, tuple)) else []
 
 
-def _from_feature_info(tr: Trace) -> list[Stage]:
-    found: dict[Value, Stage] = {}
-    for entry in feature_info(tr.model):
-        name = _called(tr, entry.get("module", ""))
-        stage = stage_at(tr, name, entry.get("num_chs")) if name else None
-        if stage is not None:
-            found.setdefault(stage.value, stage)
-    return sorted(found.values(), key=lambda s: s.left)
+def _from_table(tr: Trace, table: list[dict[str, Any]]) -> tuple[list[Stage], list[float]]:
+    """Stages that a table names, and the strides of those of its entries that are not there."""
+    found: dict[tuple[Value, ...], Stage] = {}
+    missing = []
+    for entry in table:
+        name, stride = _called(tr, entry.get("module") or ""), entry.get("reduction")
+        stage = stage_at(tr, name, entry.get("num_chs"), stride) if name else None
+        if stage is not None and not stage.overwritten:
+            found.setdefault(tuple(stage.values), stage)
+        elif stride:
+            missing.append(float(stride))
+    return sorted(found.values(), key=lambda s: s.left), missing
 
 
 def _called(tr: Trace, name: str) -> str | None:
-    """`name`, or its last called descendant where it is a container that is iterated and not called."""
+    """`name`, or the only module whose name ends so, or its last called descendant where it is a container that is
+    iterated and not called."""
     modules = dict(tr.model.named_modules())
-    while name and name in modules and name not in tr.calls:
+    if name and name not in modules:
+        longer = [n for n in modules if n.endswith("." + name) and n.count(".") == name.count(".") + 1]
+        name = longer[0] if len(longer) == 1 else ""
+    while name and name not in tr.calls:
         children = list(modules[name]._modules)
         if not isinstance(modules[name], CONTAINERS) or not children:
             return None
         name = f"{name}.{children[-1]}"
-    return name if name and name in modules else None
+    return name or None
 
 
-def _from_graph(tr: Trace) -> list[Stage]:
-    """Dominator values that are outputs of building blocks; the last block of each run of equal resolution."""
+def _uniform(stages: list[Stage]) -> bool:
+    return len({(s.shape.grid, s.shape.channels) for s in stages}) == 1
+
+
+def _grouped(stages: list[Stage], groups: int) -> list[Stage]:
+    """Stages with every run of more than `groups` blocks of one width and resolution cut into that many."""
+    runs: dict[tuple, list[Stage]] = defaultdict(list)
+    for stage in stages:
+        runs[stage.shape.grid, stage.shape.channels].append(stage)
+    longest = max(runs.values(), key=len, default=[])
+    if len(longest) <= groups or 2 * len(longest) < len(stages):
+        return stages
+    ends = [longest[round((i + 1) * len(longest) / groups) - 1] for i in range(groups)]
+    return [s for s in stages if s not in longest or s in ends]
+
+
+def _complete(tr: Trace, stages: list[Stage], missing: list[float]) -> list[Stage]:
+    """What the table leaves out: strides whose entry is not there, and, of a transformer, the convolutional stages
+    of several blocks in front of it."""
+    uniform, have = _uniform(stages), {s.stride for s in stages}
+    more = [
+        run[-1]
+        for run in _runs(tr)
+        if run[-1].stride not in have
+        and run[-1].left < stages[-1].left
+        and (run[-1].stride in missing or (uniform and len(run) > 1 and run[-1].stride < stages[0].stride))
+    ]
+    return sorted([*more, *stages], key=lambda s: s.left)
+
+
+# ------------------------------------------------------------------------------------------------------------ the graph
+def _units(tr: Trace) -> list[Call]:
+    """The building blocks, in the order in which they return: modules that run once, with nothing above them but
+    containers and modules through which the resolution changes more than once (a backbone, a convolutional stem)."""
+    modules = dict(tr.model.named_modules())
+    open_ = {""} | {n for n, m in modules.items() if isinstance(m, CONTAINERS)} | _wide(tr, modules)
+    units = []
+    for name in tr.calls:
+        call = tr.once(name)
+        parents = [name[:i] for i, c in enumerate(name) if c == "."]
+        if name and call is not None and call.values and all(p in open_ for p in parents):
+            units.append(call)
+    return sorted(units, key=lambda c: (c.left, -len(c.name)))
+
+
+def _wide(tr: Trace, modules: dict[str, nn.Module]) -> set[str]:
+    """Modules inside of which whole blocks end at two or more resolutions that they were not given."""
+    blocks = [n for n in tr.calls if n and not _is_leaf(modules[n])]
+    ends = sorted((s for n in blocks if _is_end(s := stage_at(tr, n)) and not s.parts[1:]), key=lambda s: s.left)
+    wide = set()
+    for name in blocks:
+        call = tr.once(name)
+        if call is not None:
+            given = [s.shape.grid for s in ends if s.left < call.entered][-1:]
+            inside = {s.shape.grid for s in ends if s.parts[0].module.startswith(name + ".")}
+            if len(inside.difference(given)) >= 2:
+                wide.add(name)
+    return wide
+
+
+def _runs(tr: Trace) -> list[list[Stage]]:
+    """Ends of building blocks that every path crosses, in runs of equal resolution; leaves only where a run has
+    nothing else."""
     modules = dict(tr.model.named_modules())
     found: dict[Value, Stage] = {}
-    for name in tr.calls:
-        parents = [name[:i] for i, c in enumerate(name) if c == "."]
-        if not name or not all(isinstance(modules[p], CONTAINERS) for p in parents):
-            continue
-        stage = stage_at(tr, name)
-        if stage and stage.cut and stage.shape.layout != "NC" and math.prod(stage.shape.grid) > 1:
-            old = found.get(stage.value)
-            if old is None or _is_leaf(modules[old.name]):
-                found[stage.value] = stage
+    for call in _units(tr):
+        stage = stage_at(tr, call.name) if len(call.values) == 1 else None
+        if _is_end(stage) and stage.shape.layout != "NC" and math.prod(stage.shape.grid) > 1:
+            old = found.get(stage.values[0])
+            if old is None or _is_leaf(modules[old.parts[0].module]):
+                found[stage.values[0]] = stage
     runs: list[list[Stage]] = []
     for stage in sorted(found.values(), key=lambda s: s.left):
         if runs and runs[-1][-1].shape.grid == stage.shape.grid:
             runs[-1].append(stage)
         else:
             runs.append([stage])
-    ends = [([s for s in run if not _is_leaf(modules[s.name])] or run)[-1] for run in runs]
+    return [[s for s in run if not _is_leaf(modules[s.parts[0].module])] or run for run in runs]
+
+
+def _from_graph(tr: Trace) -> list[Stage]:
+    ends = [run[-1] for run in _runs(tr)]
     if len(ends) > 2:
         return ends
-    siblings = _numbered_siblings(tr, modules)
+    siblings = _numbered_siblings(tr)
     return siblings if len(siblings) >= 4 else ends
 
 
-def _numbered_siblings(tr: Trace, modules: dict[str, nn.Module]) -> list[Stage]:
+def _numbered_siblings(tr: Trace) -> list[Stage]:
     """The longest series blocks.0, blocks.1, ... of one shape, at any depth: a ViT's blocks inside its encoder."""
+    modules = dict(tr.model.named_modules())
     series: dict[tuple, list[Stage]] = defaultdict(list)
     for name in tr.calls:
-        parent, _, last = name.rpartition(".")
-        stem = last.rstrip("0123456789")
-        if stem != last and not _is_leaf(modules[name]):
+        stem = re.sub(r"\d+$", "", name)
+        if stem != name and not _is_leaf(modules[name]):
             stage = stage_at(tr, name)
-            if stage and stage.cut:
-                series[parent, stem, tuple(stage.shape)].append(stage)
+            if _is_end(stage):
+                series[stem, tuple(stage.shape)].append(stage)
     longest: list[Stage] = max(series.values(), key=lambda s: len(s), default=[])
     return sorted(longest, key=lambda s: s.left)
+
+
+def _is_end(stage: Stage | None) -> TypeGuard[Stage]:
+    return stage is not None and stage.cut and not stage.overwritten
 
 
 def _is_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None
 
 
+# ----------------------------------------------------------------------------------------------------------------- cuts
+def _cuts(tr: Trace, stages: list[Stage]) -> list[Stage]:
+    """Each stage with an end where the network can be cut, as far as there is one behind the stage before."""
+    found: list[Stage] = []
+    runs = [] if all(stage.cut for stage in stages) else _runs(tr)
+    for stage in stages:
+        ends = [stage]
+        if not stage.cut:
+            same = [s for run in runs for s in run if s.shape.grid == stage.shape.grid and s.left <= stage.left]
+            ends = [*same[-1:], *_frontier(tr, stage), stage]
+        later = [e for e in ends if not found or (e.left > found[-1].left and set(e.values) != set(found[-1].values))]
+        found += later[:1]
+    return found
+
+
+def _frontier(tr: Trace, stage: Stage) -> list[Stage]:
+    """The outputs of the last two or three blocks together, for networks whose blocks take the two before them. An
+    older output that a younger block of these takes too is replaced only where later modules take it."""
+    blocks: dict[Value, Call] = {}
+    for call in reversed([c for c in _units(tr) if c.left <= stage.left and len(c.shapes[0]) > 2]):
+        blocks.setdefault(call.values[0], call)
+    last = list(blocks.values())[:FRONTIER]
+    for count in range(2, len(last) + 1):
+        calls = last[:count]
+        end = stage_at(tr, [c.name for c in calls], stride=stage.stride)
+        if end is not None and end.cut:
+            taken = {v for c in calls for v in c.inputs}
+            parts = tuple(
+                dataclasses.replace(p, takers=_takers(tr, p.value, end.left)) if p.value in taken else p
+                for p in end.parts
+            )
+            own = [i for i, p in enumerate(parts) if p.module == stage.parts[stage.main].module]
+            main = next((i for i in own if parts[i].value in stage.values), (own or [end.main])[0])
+            step = tr.x.shape[2] / parts[main].shape.grid[0]
+            return [dataclasses.replace(end, parts=parts, main=main, stride=step)]
+    return []
+
+
+def _takers(tr: Trace, value: Value, after: int) -> tuple[str, ...]:
+    """The outermost modules that are entered later and take the value."""
+    takers = [n for n, calls in tr.calls.items() if n and any(c.entered > after and value in c.inputs for c in calls)]
+    return tuple(n for n in takers if not any(n.startswith(other + ".") for other in takers))
+
+
 def _deepen(tr: Trace, stage: Stage) -> Stage:
-    """The last block and not the Sequential around it (same value): gradient checkpointing bypasses the Sequential."""
+    """Each module as its innermost one."""
+    parts = tuple(dataclasses.replace(part, module=innermost(tr, part.module)) for part in stage.parts)
+    return dataclasses.replace(stage, parts=parts)
+
+
+def innermost(tr: Trace, name: str) -> str:
+    """The last block and not the Sequential around it, as far as both return the same: gradient checkpointing, and some
+    models, call the blocks of a Sequential and not itself."""
     modules = dict(tr.model.named_modules())
-    name = stage.name
     while isinstance(modules[name], nn.Sequential) and len(modules[name]):
         inner = f"{name}.{list(modules[name]._modules)[-1]}"
-        call = tr.once(inner)
-        if call is None or not call.bare or call.values != [stage.value]:
+        call, outer = tr.once(inner), tr.once(name)
+        if call is None or (name in tr.calls and (outer is None or call.values != outer.values)):
             break
         name = inner
-    return Stage(name, stage.shape, stage.stride, stage.cut, stage.left, stage.value)
+    return name
 
 
+# --------------------------------------------------------------------------------------------------------- run and pair
 def chain(tr: Trace, start: Stage, end: Stage) -> list[str] | None:
     """Names of called modules that lead from the output of `start` to the output of `end`, each fed with nothing but
     what the one before returned; None when anything else happens in between. Such a stage can be run alone."""
-    first = tr.once(start.name)
-    assert first is not None
+    if len(start.parts) > 1 or len(end.parts) > 1 or start.parts[0].path or end.parts[0].path:
+        return None
+    goal = end.parts[0].value
     takers: dict[Value, list[Call]] = defaultdict(list)
     for calls in tr.calls.values():
         call = calls[0]
@@ -179,7 +386,7 @@ def chain(tr: Trace, start: Stage, end: Stage) -> list[str] | None:
                 takers[call.inputs[0]].append(call)
 
     def search(value: Value, depth: int) -> list[str] | None:
-        if value == end.value:
+        if value == goal:
             return []
         if depth > 500:
             return None
@@ -189,7 +396,7 @@ def chain(tr: Trace, start: Stage, end: Stage) -> list[str] | None:
                 return [call.name, *rest]
         return None
 
-    return search(start.value, 0)
+    return search(start.parts[0].value, 0)
 
 
 def pair_stages(student: list[Stage], teacher: list[Stage]) -> list[tuple[int, int]]:

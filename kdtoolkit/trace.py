@@ -7,14 +7,16 @@ requiring grad, so the autograd graph is the data-flow graph from image to logit
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten_with_path, tree_leaves
 
 Value = tuple[Any, int]
 
@@ -29,8 +31,17 @@ class Call:
     inputs: list[Value]  # image-dependent tensors among its arguments
     plain: bool  # called with one positional tensor and nothing else
     bare: bool  # returned a tensor, not a tuple, list or dict
-    shapes: list[tuple[int, ...]]  # of the image-dependent tensors of its output
-    values: list[Value]
+    # the image-dependent tensors of its output: shape with the batch, value, place among the leaves of the output, and
+    # how one writes that: "" of a bare tensor, "[1]" of a tuple, "[out]" of a dict
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    leaves: list[int] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    overwritten: bool = False  # something later wrote into one of them in place
+
+    def add(self, shape: tuple[int, ...], value: Value, leaf: int, path: str) -> None:
+        for kept, new in ((self.shapes, shape), (self.values, value), (self.leaves, leaf), (self.paths, path)):
+            kept.append(new)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -55,12 +66,18 @@ class Trace:
         return self._dominators
 
 
-def _value(t: Tensor) -> Value | None:
+def value_of(t: Tensor) -> Value | None:
     return (t.grad_fn, t.output_nr) if t.grad_fn is not None else None
 
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.grad_fn is not None]
+
+
+def _written(path: Any) -> str:
+    """Where a tensor stands in a tree, as one writes it behind a module's name: "[1]", "[out]", "[0][1]"."""
+    names = {SequenceKey: "idx", MappingKey: "key", GetAttrKey: "name"}
+    return "".join(f"[{getattr(step, names[type(step)])}]" for step in path)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -85,18 +102,25 @@ def trace(model: nn.Module, size: tuple[int, int, int], batch: int = 2) -> Trace
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if device.type == "meta":
             raise _cannot_run(model, size, meta_error) from meta_error
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        modes = [(m, m.training) for m in model.modules()]
         try:
-            model.eval().requires_grad_(False)
-            return _run(model, torch.full((batch, *size), 0.5, device=device, dtype=_dtype(model)))
+            with quiet(model):
+                return _run(model, torch.full((batch, *size), 0.5, device=device, dtype=_dtype(model)))
         except Exception as error:
             raise _cannot_run(model, size, error) from error
-        finally:
-            for p, flag in flags:
-                p.requires_grad_(flag)
-            for m, mode in modes:
-                m.training = mode
+
+
+@contextlib.contextmanager
+def quiet(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode without trainable parameters, and afterwards as it was."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        yield model.eval().requires_grad_(False)
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        for m, mode in modes:
+            m.training = mode
 
 
 def _cannot_run(model: nn.Module, size: tuple[int, ...], error: Exception) -> ValueError:
@@ -117,24 +141,27 @@ def _forget(_: Any) -> Any:
 def _run(model: nn.Module, x: Tensor) -> Trace:
     calls: dict[str, list[Call]] = defaultdict(list)
     stack: list[tuple[int, list[Value], bool]] = []
+    outputs: list[tuple[Call, Tensor, int]] = []  # and their version when the module returned
     clock = 0
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal clock
         clock += 1
         plain = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
-        stack.append((clock, [v for t in _tensors((args, kwargs)) if (v := _value(t))], plain))
+        stack.append((clock, [v for t in _tensors((args, kwargs)) if (v := value_of(t))], plain))
 
     def leave(name: str):
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             nonlocal clock
             clock += 1
             entered, inputs, plain = stack.pop()
-            tensors = _tensors(output)
-            values = [v for t in tensors if (v := _value(t))]
-            bare = isinstance(output, Tensor)
-            shapes = [tuple(t.shape) for t in tensors]
-            calls[name].append(Call(name, entered, clock, inputs, plain, bare, shapes, values))
+            call = Call(name, entered, clock, inputs, plain, isinstance(output, Tensor))
+            for number, (path, t) in enumerate(tree_flatten_with_path(output)[0]):
+                value = value_of(t) if isinstance(t, Tensor) else None
+                if value:
+                    call.add(tuple(t.shape), value, number, _written(path))
+                    outputs.append((call, t, t._version))
+            calls[name].append(call)
 
         return hook
 
@@ -149,12 +176,45 @@ def _run(model: nn.Module, x: Tensor) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
+    for call, t, version in outputs:
+        call.overwritten |= t._version != version
     return Trace(model, leaf, _tensors(logits), dict(calls), isinstance(logits, Tensor))
+
+
+def reaches(outputs: Iterable[Tensor], leaf: Tensor, blocked: Collection[Value]) -> bool:
+    """Whether a path leads from `leaf` to `outputs` that goes through none of the `blocked` values."""
+    return any(getattr(node, "variable", None) is leaf for node in _nodes(outputs, blocked))
+
+
+def touches(outputs: Iterable[Tensor], value: Value, blocked: Collection[Value]) -> bool:
+    """Whether something between `outputs` and the `blocked` values reads `value`."""
+    outputs = list(outputs)
+    read = any((p, n) == value for node in _nodes(outputs, blocked) for p, n in node.next_functions)
+    return read or value in map(value_of, outputs)
+
+
+def sources(t: Tensor) -> list[Tensor]:
+    """The leaves that a tensor was computed from."""
+    found = {id(v): v for node in _nodes([t], ()) if (v := getattr(node, "variable", None)) is not None}
+    return [t] if t.grad_fn is None and t.requires_grad else list(found.values())
+
+
+def _nodes(outputs: Iterable[Tensor], blocked: Collection[Value]) -> Iterator[Any]:
+    """Every operation that `outputs` were computed by, back to the `blocked` values."""
+    todo = [v[0] for t in outputs if (v := value_of(t)) and v not in blocked]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        yield node
+        for parent, number in node.next_functions:
+            if parent is not None and (parent, number) not in blocked and parent not in seen:
+                seen.add(parent)
+                todo.append(parent)
 
 
 def _dominators(outputs: list[Tensor], leaf: Tensor) -> set[Value]:
     """Exact path counting: a value through which all paths leaf -> outputs pass is a dominator. Linear in the graph."""
-    roots = [v for t in outputs if (v := _value(t))]
+    roots = [v for t in outputs if (v := value_of(t))]
     order, seen, todo = [], set(), [(v[0], False) for v in roots]
     while todo:
         node, done = todo.pop()

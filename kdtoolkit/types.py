@@ -62,34 +62,52 @@ Weight = float | Callable[[Clock], float]
 class Shape(tuple[int, ...]):
     """Shape of one feature without its batch dimension; equal to the plain tuple of its sizes.
 
-    layout    "NCHW" (C, H, W), "NHWC" (H, W, C), "NLC" (L, C) tokens, "NC" (C,) a vector
-    grid      (rows, columns) of positions; (1, 1) for a vector
+    layout    "NCHW" (C, H, W), "NHWC" (H, W, C), "NLC" (L, C) tokens, "NCL" (C, L), "NC" (C,) a vector, "windows"
+              (L, C) tokens of one window, the windows of an image following each other in the batch
+    grid      (rows, columns) of positions of the whole image; (1, 1) for a vector
     channels  C
-    prefix    class, register and distillation tokens in front of the L - prefix positions ("NLC" only)
+    prefix    class, register and distillation tokens in front of the L - prefix positions ("NLC", "NCL")
+    order     "NLC" only: where each position of the grid, row by row, stands among the tokens; None is row by row
+    windows   (rows, columns) of windows in an image ("windows" only); the batch is that many times larger
     """
 
     layout: str
     grid: tuple[int, int]
     channels: int
     prefix: int
+    order: tuple[int, ...] | None
+    windows: tuple[int, int]
 
     def __new__(
-        cls, sizes: tuple[int, ...], layout: str | None = None, grid: tuple[int, int] | None = None, prefix: int = 0
+        cls,
+        sizes: tuple[int, ...],
+        layout: str | None = None,
+        grid: tuple[int, int] | None = None,
+        prefix: int = 0,
+        order: tuple[int, ...] | None = None,
+        windows: tuple[int, int] = (1, 1),
     ) -> Shape:
         self = super().__new__(cls, sizes)
         self.layout = layout or {3: "NCHW", 2: "NLC", 1: "NC"}.get(len(sizes), "?")
-        if self.layout not in ("NCHW", "NHWC", "NLC", "NC"):
+        if self.layout not in ("NCHW", "NHWC", "NLC", "NCL", "NC", "windows"):
             raise ValueError(f"feature of shape {tuple(sizes)} without batch: expected (C, H, W), (L, C) or (C,)")
-        self.prefix = prefix
-        self.channels = sizes[0] if self.layout in ("NCHW", "NC") else sizes[-1]
-        if self.layout == "NLC":
-            self.grid = grid or _token_grid(sizes[0], prefix)
+        self.prefix, self.order, self.windows = prefix, order, windows
+        self.channels = sizes[0] if self.layout in ("NCHW", "NCL", "NC") else sizes[-1]
+        if self.layout in ("NLC", "NCL", "windows"):
+            self.grid = grid or _token_grid(sizes[self.layout == "NCL"], prefix)
         else:
             self.grid = {"NCHW": tuple(sizes[1:3]), "NHWC": tuple(sizes[:2]), "NC": (1, 1)}[self.layout]  # type: ignore[assignment]
         return self
 
+    def like(self, other: Shape) -> bool:
+        """Whether a feature of this shape can stand where one of the other is expected."""
+        mine, its = (
+            (s.layout, s.grid, s.prefix, s.order, s.windows) if s.layout != "NC" else s.layout for s in (self, other)
+        )
+        return self == other and mine == its
+
     def __getnewargs__(self):  # deepcopy and pickle
-        return tuple(self), self.layout, self.grid, self.prefix
+        return tuple(self), self.layout, self.grid, self.prefix, self.order, self.windows
 
 
 def _token_grid(tokens: int, prefix: int) -> tuple[int, int]:

@@ -4,8 +4,8 @@ A room is a file of kdtoolkit/ or a folder with all its files; files of one fold
 room of architecture.md's floor reads another of the same floor, the lower one stands half a floor down:
 
 * `types` and `distributed` carry floor 0: schedules, trace and watch read them.
-* `stages` and `fold` use what `trace` found: 0.5, 0.55, 0.6; `preprocess` 0.5, because `models` (1) and `taps` (1)
-  both read it.
+* `layout`, `stages` and `fold` use what `trace` found: 0.53, 0.55, 0.6; `preprocess` 0.5, because `models` (1) and
+  `taps` (1) both read it.
 * `callbacks/base.py` is a room of its own, below the methods and above the types.
 * `evaluation` and `settings` read data, metrics and method, the engine reads them: 6.5. `assemble` and `finish`, which
   `api` (8) puts in front of and behind the engine: 7.5. The package itself 9, and what is written for people at a
@@ -22,17 +22,19 @@ PACKAGE = ROOT / "kdtoolkit"
 FLOORS = {
     0: "allocator restore types distributed functional registry files signals",
     0.5: "schedules trace preprocess watch",
+    0.53: "layout",
     0.55: "stages",
     0.6: "fold",
     1: "models taps callbacks.base",
-    2: "modules",
+    2: "modules tuning",
     3: "method",
     4: "offline data metrics checkpoint report journal plan",
     5: "objectives callbacks",
     6: "methods",
     6.5: "evaluation settings",
     7: "engine",
-    7.5: "assemble finish",
+    7.3: "networks fingerprint",
+    7.5: "assemble finish finetune told",
     8: "api",
     9: "kdtoolkit",
     10: "cli recipe",

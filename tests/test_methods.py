@@ -312,7 +312,7 @@ def slow_srkd(net, batch, numbers):
     for i in (1, 2, 3):
         target = plain[i - 1]
         if i in numbers:
-            target = blocks[i - 1](part.inputs[str(i)](s[i - 2]))
+            target = blocks[i - 1](part.inputs[str(i)][0](s[i - 2]))
         loss = loss + ((part.adapters[i - 1](s[i - 1]) - target) ** 2).mean()
     return loss
 
@@ -334,7 +334,7 @@ def test_gradient_through_the_teacher_reaches_earlier_stages_only_without_detach
     part(out._replace(feats=leaves), net.teachers[0](x), some()).backward()
     direct = {k: f.detach().requires_grad_() for k, f in out.feats.items()}
     adapted = [a(f) for a, f in zip(part.adapters, direct.values(), strict=True)]
-    kept = net.teachers[0].reset(x, {2: part.inputs["3"](direct[2].detach())}, [3])[3].detach()
+    kept = net.teachers[0].reset(x, {2: part.inputs["3"][0](direct[2].detach())}, [3])[3].detach()
     plain = net.teachers[0](x).feats
     targets = [plain[1], plain[2], kept]
     sum(nn.functional.mse_loss(a, t) for a, t in zip(adapted, targets, strict=True)).backward()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..method import Objective, objective, shapes_of
 from ..modules import Adapter
-from ..taps import Frozen, Taps
+from ..taps import Frozen, Taps, leaks
 from ..types import Batch, Out, Stage
 
 
@@ -54,18 +54,25 @@ class SRKD(Objective):
             depths = [taps.end(k).left for k in keys]
             if depths != sorted(set(depths)):
                 raise ValueError(f"stage reset needs pairs from shallow to deep, each tap once, got {self.pairs}")
-        for i in self.reset:
-            teacher.check_cut(self.pairs[i - 2][1])
+        resets = [self.pairs[i - 2][1] for i in self.reset]
+        for key in resets:
+            teacher.check_cut(key)
+        wrong = leaks(teacher, resets)
+        if wrong:
+            raise ValueError(f"the teacher cannot be reset at {resets}: {'; '.join(wrong)}; choose other layers=[...]")
         src, dst = shapes_of(student, [s for s, _ in pairs]), shapes_of(teacher, [t for _, t in pairs])
         self.adapters = nn.ModuleList(Adapter(s, t) for s, t in zip(src, dst, strict=True))  # M_i
-        self.inputs = nn.ModuleDict({str(i): Adapter(src[i - 2], dst[i - 2]) for i in self.reset})  # A_i
+        ends = {str(i): teacher.end(self.pairs[i - 2][1]).shapes for i in self.reset}
+        self.inputs = nn.ModuleDict(  # A_i, one for each tensor that leaves the teacher's stage
+            {i: nn.ModuleList(Adapter(src[int(i) - 2], shape) for shape in shapes) for i, shapes in ends.items()}
+        )
 
     def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:
         students, targets = self.features(student, teacher)
-        replace: dict[Stage, Tensor] = {}
+        replace: dict[Stage, list[Tensor]] = {}
         for i in self.reset:
             previous = students[i - 2].detach() if self.detach else students[i - 2]
-            replace[self.pairs[i - 2][1]] = self.inputs[str(i)](previous)
+            replace[self.pairs[i - 2][1]] = [a(previous) for a in self.inputs[str(i)]]  # type: ignore[attr-defined]
         if replace:
             outputs = self.teacher.reset(batch["x"], replace, [self.pairs[i - 1][1] for i in self.reset])
             targets = [outputs.get(t, target) for (_, t), target in zip(self.pairs, targets, strict=True)]

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..fold import Swap, fold, unfold
 from ..preprocess import Preprocess
 from ..types import Out, Stage
-from .tapped import Taps
+from .tapped import Replacement, Taps
 
 
 class Frozen(Taps):
@@ -42,12 +43,12 @@ class Frozen(Taps):
         super().__init__(model, at, size)  # may refuse: the model is left as it was
         model.eval().requires_grad_(False)
 
-    def __call__(self, x: Tensor, replace: Mapping[Stage, Tensor] | None = None) -> Out:
+    def __call__(self, x: Tensor, replace: Mapping[Stage, Replacement] | None = None) -> Out:
         self._stay_in_eval()
         with torch.set_grad_enabled(_wants_grad(replace)):
             return super().__call__(x, replace)
 
-    def reset(self, x: Tensor, replace: Mapping[Stage, Tensor], want: Sequence[Stage]) -> dict[Stage, Tensor]:
+    def reset(self, x: Tensor, replace: Mapping[Stage, Replacement], want: Sequence[Stage]) -> dict[Stage, Tensor]:
         self._stay_in_eval()
         with torch.set_grad_enabled(_wants_grad(replace)):
             return super().reset(x, replace, want)
@@ -55,11 +56,11 @@ class Frozen(Taps):
     def prepare(self, x: Tensor) -> Tensor:
         return self.preprocess(x).to(self._dtype)
 
-    def _checked(self, replace: Mapping[Stage, Tensor] | None) -> dict[Stage, Tensor]:
+    def _checked(self, replace: Mapping[Stage, Replacement] | None) -> dict[Stage, list[Tensor]]:
         checked = super()._checked(replace)
         if self._dtype == torch.float32:
             return checked
-        return {key: feature.to(self._dtype) for key, feature in checked.items()}
+        return {key: [t.to(self._dtype) for t in tensors] for key, tensors in checked.items()}
 
     def _stay_in_eval(self) -> None:
         for module, _ in self._modes:
@@ -69,7 +70,7 @@ class Frozen(Taps):
     def fold(self, dtype: torch.dtype | None = None) -> int:
         """Fold every BatchNorm into its convolution until `release`; returns how many. Same function, other rounding
         (about 1e-6 of a logit in float32), a third less time on a ResNet. Call after `select`."""
-        keep = set(self.names.values())
+        keep = {value for end in self._ends.values() for value in end.values}
         swaps = fold(self.model, self.trace, keep=keep, dtype=dtype)
         self._swaps += swaps
         self.select(self.keys)
@@ -93,8 +94,8 @@ class Frozen(Taps):
         return self.model
 
 
-def _wants_grad(replace: Mapping[Stage, Tensor] | None) -> bool:
-    return torch.is_grad_enabled() and any(f.requires_grad for f in (replace or {}).values())
+def _wants_grad(replace: Mapping[Stage, Replacement] | None) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tree_leaves(dict(replace or {})))
 
 
 def _memory_format(model: nn.Module) -> torch.memory_format:

@@ -15,10 +15,16 @@ from torch import Tensor, nn
 from ..preprocess import input_shape
 from ..registry import nearest
 from ..stages import Stage as StageEnd
-from ..stages import chain, find_stages, stage_at
+from ..stages import chain, find_stages, innermost, split, stage_at
 from ..trace import Trace, trace
 from ..types import Out, Shape, Stage
-from .hooks import Hook, Stop, Store
+from .hooks import Stop, Store, hook
+
+OVERWRITTEN = (
+    "is overwritten in place by a later operation: the feature would not be what the stage returned. Tap the module "
+    "that overwrites it, or build the model with inplace=False"
+)
+Replacement = Tensor | Sequence[Tensor]  # of the feature at a tap; several tensors where the stage ends in several
 
 
 class Taps:
@@ -86,26 +92,24 @@ class Taps:
                 )
             return self.stages[key - 1 if key > 0 else key]
         modules = dict(self.model.named_modules())
-        if key not in modules:
+        module, path = split(key)
+        if module not in modules:
             children = [n for n, _ in self.model.named_children()]
-            hint = nearest(key, [*children, *modules])
+            hint = nearest(module, [*children, *modules])
             raise ValueError(
                 f"tap {key!r} is not a module of {type(self.model).__name__}; its children: {', '.join(children)}{hint}"
             )
-        calls = self.trace.calls.get(key, [])
+        module = module if module in self.trace.calls else innermost(self.trace, module)
+        calls = self.trace.calls.get(module, [])
         if len(calls) != 1:
             often = "never fired" if not calls else f"fired {len(calls)} times in one forward"
-            raise ValueError(f"tap {key!r} {often}: {self._why(key)}")
-        if not calls[0].bare:
-            raise ValueError(
-                f"tap {key!r} returns {len(calls[0].shapes)} tensors in a tuple, list or dict, a tap needs one "
-                f"tensor: tap a module inside it or after it ({self._nearby(key)})"
-            )
-        end = stage_at(self.trace, key)
+            raise ValueError(f"tap {key!r} {often}: {self._why(module)}")
+        end = stage_at(self.trace, module + path, deepen=True)
         if end is None:
+            inside = f"; it returns {', '.join(map(repr, calls[0].paths))}" if path and calls[0].values else ""
             raise ValueError(
-                f"tap {key!r} returns no feature of the image: shape {calls[0].shapes}; "
-                "expected (B, C, H, W), (B, H, W, C), (B, L, C) or (B, C)"
+                f"tap {key!r} returns no feature of the image: shape {calls[0].shapes}{inside}; "
+                f"expected (B, C, H, W), (B, H, W, C), (B, L, C) or (B, C) ({self._nearby(module)})"
             )
         return end
 
@@ -123,11 +127,13 @@ class Taps:
     def select(self, keys: Sequence[Stage]) -> Taps:
         """Put hooks on these taps and no others. Negative stage numbers become positive ones."""
         ends = {self.key(k): self.end(k) for k in keys}
+        for key, end in ends.items():
+            if end.overwritten:
+                raise ValueError(f"tap {key!r} ({end.name}) {OVERWRITTEN}")
         self.remove()
         self._ends = ends
         for key, end in ends.items():
-            module = self.model.get_submodule(end.name)
-            self._handles.append(module.register_forward_hook(Hook(key, module, self._store)))
+            self._handles += hook(self.model, key, end, self._store)
         return self
 
     def key(self, key: Stage) -> Stage:
@@ -145,11 +151,11 @@ class Taps:
         self._forward = torch.compile(self._plain)
 
     # ------------------------------------------------------------------------------------------------------ forward
-    def __call__(self, x: Tensor, replace: Mapping[Stage, Tensor] | None = None) -> Out:
+    def __call__(self, x: Tensor, replace: Mapping[Stage, Replacement] | None = None) -> Out:
         """Logits (B, C) and the features of the taps. `replace` {tap: feature} gives the rest of the network another
         output of that stage; what is stored is still the model's own."""
-        replace = self._checked(replace)
-        logits, feats = self._forward(self.prepare(x), replace)
+        checked = self._checked(replace)
+        logits, feats = self._forward(self.prepare(x), checked)
         if not isinstance(logits, Tensor):
             raise ValueError(
                 f"{type(self.model).__name__} returns {type(logits).__name__}, logits must be one tensor (B, C); "
@@ -162,22 +168,34 @@ class Taps:
         """What is done to the image before the model: nothing here."""
         return x
 
-    def _plain(self, x: Tensor, replace: Mapping[Stage, Tensor]) -> tuple[Any, dict[Stage, Tensor]]:
+    def _plain(self, x: Tensor, replace: Mapping[Stage, list[Tensor]]) -> tuple[Any, dict[Stage, Tensor]]:
         store = self._store
         store.begin(replace)
         try:
             logits = self.model(x)
         finally:
             store.active = False
-        return logits, store.feats
+        return logits, {
+            key: store.feats[key, end.main] for key, end in self._ends.items() if (key, end.main) in store.feats
+        }
 
-    def _checked(self, replace: Mapping[Stage, Tensor] | None) -> dict[Stage, Tensor]:
-        replace = {self.key(k): v for k, v in (replace or {}).items()}
-        for key in replace:
+    def _checked(self, replace: Mapping[Stage, Replacement] | None) -> dict[Stage, list[Tensor]]:
+        """One list of tensors a tap."""
+        checked = {}
+        for given, value in (replace or {}).items():
+            key, tensors = self.key(given), [value] if isinstance(value, Tensor) else list(value)
             if key not in self._ends:
                 raise ValueError(f"cannot replace {key!r}, no tap is there; taps: {', '.join(map(repr, self._ends))}")
             self.check_cut(key)
-        return replace
+            end = self._ends[key]
+            if len(tensors) != len(end.parts):
+                names = ", ".join(f"{p.name} {tuple(p.shape)}" for p in end.parts)
+                raise ValueError(
+                    f"stage {key!r} of {type(self.model).__name__} ends in {len(end.parts)} tensors, {len(tensors)} "
+                    f"were given; give one for each of: {names}"
+                )
+            checked[key] = tensors
+        return checked
 
     def check_cut(self, key: Stage) -> None:
         """ValueError unless the output of this tap can be replaced."""
@@ -191,22 +209,32 @@ class Taps:
     def _check_feats(self) -> None:
         store = self._store
         for key, end in self._ends.items():
-            fired = store.fired.get(key, 0)
-            if fired != 1:
-                often = "never fired" if not fired else f"fired {fired} times"
-                raise RuntimeError(
-                    f"tap {key!r} ({end.name}) {often}: gradient checkpointing calls the children of a block "
-                    "directly, and some options fuse blocks. Tap a module inside it or turn the option off"
-                )
-            feature = store.feats[key]
-            if store.versions.get(key, -1) not in (-1, feature._version):
-                raise RuntimeError(
-                    f"tap {key!r} ({end.name}) was overwritten in place after it was stored: the feature is no longer "
-                    "what the stage returned. Tap the module that overwrites it, or build the model with inplace=False"
-                )
+            for number, part in enumerate(end.parts):
+                place = key, number
+                fired = store.fired.get(place, 0)
+                if fired != 1:
+                    often = "never fired" if not fired else f"fired {fired} times"
+                    raise RuntimeError(
+                        f"tap {key!r} ({part.name}) {often}: gradient checkpointing calls the children of a block "
+                        "directly, and some options fuse blocks. Tap a module inside it or turn the option off"
+                    )
+                if store.versions.get(place, -1) not in (-1, store.feats[place]._version):
+                    raise RuntimeError(f"tap {key!r} ({part.name}) {OVERWRITTEN}")
+                if torch.is_grad_enabled() and not store.grad.get(place, True) and self._learns(part.module):
+                    raise RuntimeError(
+                        f"tap {key!r} ({part.name}) was computed without autograd, no gradient would reach the "
+                        "network from it: reentrant gradient checkpointing does that. Use use_reentrant=False, or "
+                        "turn checkpointing off"
+                    )
+
+    def _learns(self, module: str) -> bool:
+        """Whether anything up to that module is trained."""
+        left = self.trace.calls[module][0].left
+        names = [name for name, calls in self.trace.calls.items() if calls[0].left <= left]
+        return any(p.requires_grad for name in names for p in self.model.get_submodule(name).parameters())
 
     # -------------------------------------------------------------------------------------------------------- reset
-    def reset(self, x: Tensor, replace: Mapping[Stage, Tensor], want: Sequence[Stage]) -> dict[Stage, Tensor]:
+    def reset(self, x: Tensor, replace: Mapping[Stage, Replacement], want: Sequence[Stage]) -> dict[Stage, Tensor]:
         """Stage-reset forwarding: {tap: the model's own stage run on the replacement of the tap before it}.
 
         x        (B, 3, H, W) the image, needed only where a stage cannot be run alone
@@ -217,11 +245,11 @@ class Taps:
         front of the first replacement, between the stages or behind the last is computed; else it is one forward that
         stops after the last wanted tap.
         """
-        replace = self._checked(replace)
+        checked = self._checked(replace)
         order = sorted(self._ends, key=lambda k: self._ends[k].left)
         before: dict[Stage, Stage] = {}
         for key in want:
-            earlier = [k for k in order if self._ends[k].left < self._ends[key].left and k in replace]
+            earlier = [k for k in order if self._ends[k].left < self._ends[key].left and k in checked]
             if not earlier:
                 raise ValueError(f"nothing is replaced in front of {key!r}, its reset output would be the plain one")
             before[key] = earlier[-1]
@@ -229,20 +257,20 @@ class Taps:
         if all(c is not None for c in chains.values()):
             outputs = {}
             for key, modules in chains.items():
-                feature = replace[before[key]]
+                (feature,) = checked[before[key]]
                 for module in modules or ():
                     feature = module(feature)
                 outputs[key] = feature
             return outputs
         last = max(want, key=order.index)
-        self._store.begin(replace, last)
+        self._store.begin(checked, last)
         try:
             self.model(self.prepare(x))
         except Stop:
             pass
         finally:
             self._store.active = False
-        return {key: self._store.feats[key] for key in want}
+        return {key: self._store.feats[key, self._ends[key].main] for key in want}
 
     def _chain(self, start: Stage, end: Stage) -> list[nn.Module] | None:
         if (start, end) not in self._chains:

@@ -1,0 +1,64 @@
+"""The proof that a stage reset is what it says: each stage computed from what was put in front of it and nothing else.
+
+It is read off the autograd graph of one forward, on the meta device where the model can run there: a leaf stands for
+the image and one for every tensor of every boundary. What autograd does not see (argmax, detach, Python that looks at
+values) is not seen here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..trace import quiet, sources
+from ..types import Stage
+from .tapped import Taps
+
+IMAGE = "the image"
+
+
+def leaks(taps: Taps, keys: Sequence[Stage]) -> list[str]:
+    """What is wrong with a reset at all the taps `keys` at once, a sentence each; [] if it is exact: every stage after
+    a reset one, and the logits, depend on all tensors of the boundary in front of them, and on nothing else."""
+    tr = taps.trace
+    shadow = Taps(tr.model, None, taps.size)
+    shadow._trace, shadow._stages = tr, taps._stages
+    try:
+        shadow.select(sorted((taps.key(k) for k in keys), key=lambda k: taps.end(k).left))
+        image = torch.empty_like(tr.x).requires_grad_()
+        given = {key: [_leaf(tr.x, shape) for shape in end.shapes] for key, end in shadow._ends.items()}
+        names = {id(image): IMAGE}
+        for key, end in shadow._ends.items():
+            names |= {id(t): part.name for t, part in zip(given[key], end.parts, strict=True)}
+        store = shadow._store
+        with quiet(tr.model), torch.enable_grad():
+            store.begin({key: [t.clone() for t in tensors] for key, tensors in given.items()})
+            logits = tree_leaves(tr.model(image.clone()))
+        outputs = {key: [store.feats[key, i] for i in range(len(given[key]))] for key in given}
+    finally:
+        shadow._store.active = False
+        shadow.remove()
+    return list(_faults({**outputs, "the logits": logits}, given, names))
+
+
+def _leaf(x: Tensor, shape: Sequence[int]) -> Tensor:
+    windows = getattr(shape, "windows", (1, 1))
+    batch = x.shape[0] * windows[0] * windows[1]
+    return torch.empty(batch, *shape, device=x.device, dtype=x.dtype, requires_grad=True)
+
+
+def _faults(
+    outputs: dict[Stage, list[Tensor]], given: dict[Stage, list[Tensor]], names: dict[int, str]
+) -> Iterable[str]:
+    before = {IMAGE}
+    for key, tensors in outputs.items():
+        found = {names[id(s)] for t in tensors if isinstance(t, Tensor) for s in sources(t) if id(s) in names}
+        where = f"stage {key!r}" if isinstance(key, int) else key
+        if found - before:
+            yield f"{where} still depends on {', '.join(sorted(found - before))}"
+        if before - found:
+            yield f"{where} does not depend on {', '.join(sorted(before - found))}"
+        before = {names[id(t)] for t in given.get(key, [])}

@@ -80,12 +80,14 @@ class Preprocess:
 
 def fixed_size(model: nn.Module) -> tuple[int, int] | None:
     """The only image size (H, W) that the model takes, or None when it takes any."""
-    embed = next((m for m in model.children() if isinstance(m, PatchEmbed)), None)  # patch_embed, a Mixer's stem
+    embeds = [m for m in model.children() if isinstance(m, PatchEmbed)]  # patch_embed, a Mixer's stem
+    first = next((m for m in model.children() if next(m.parameters(), None) is not None), None)
     cfg = config_of(model)
-    if not (cfg.get("fixed_input_size") if embed is None else embed.strict_img_size):
+    if not (any(m.strict_img_size for m in embeds) if embeds else cfg.get("fixed_input_size")):
         return None
-    built = getattr(embed or getattr(model, "patch_embed", None), "img_size", None)
-    size = built or getattr(model, "kd_model_args", {}).get("img_size") or cfg["input_size"][1:]
+    embed = first if first in embeds else getattr(model, "patch_embed", None)  # others see less than the image
+    size = getattr(embed, "img_size", None) or getattr(model, "kd_model_args", {}).get("img_size")
+    size = size or cfg["input_size"][1:]
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
 

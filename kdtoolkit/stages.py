@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -30,6 +30,7 @@ class Part:
     shape: Shape
     value: Value
     left: int  # when the module returned
+    read: bool = True  # something later reads it; what nothing reads is not replaced
     takers: tuple[str, ...] = ()  # if any, it is replaced where these modules take it and not where it is returned
 
     @property
@@ -39,7 +40,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Stage:
-    """The end of one stage: the tensors that leave it, of which the main one is its feature."""
+    """The end of one stage: the tensors that leave it, of which the main one is its feature. A reset of the next stage
+    replaces those that are read."""
 
     parts: tuple[Part, ...]
     main: int
@@ -61,9 +63,9 @@ class Stage:
         return self.parts[self.main].shape
 
     @property
-    def shapes(self) -> list[Shape]:
-        """Of every tensor that leaves the stage: what has to be replaced to reset the next one."""
-        return [part.shape for part in self.parts]
+    def boundary(self) -> list[Part]:
+        """What has to be replaced to reset the next stage."""
+        return [part for part in self.parts if part.read]
 
     @property
     def values(self) -> list[Value]:
@@ -96,11 +98,11 @@ def stage_at(
     if not parts:
         return None
     cut, written = _is_cut(tr, [p.value for p in parts]), any(call.overwritten for call in calls)
-    main = min(parts, key=lambda part: _unlike(tr, part.shape, channels, stride))
+    main = min(range(len(parts)), key=lambda i: _unlike(tr, parts[i].shape, channels, stride))
     if cut and len(parts) > 1:
-        parts = _without_dead_ends(tr, parts)
-        main = main if main in parts else min(parts, key=lambda part: _unlike(tr, part.shape, None, None))
-    stage = Stage(tuple(parts), parts.index(main), tr.x.shape[2] / main.shape.grid[0], cut, written)
+        parts = [part if used else dataclasses.replace(part, read=False) for part, used in _used(tr, parts)]
+        main, parts = _only(parts, main)
+    stage = Stage(tuple(parts), main, tr.x.shape[2] / parts[main].shape.grid[0], cut, written)
     return _deepen(tr, stage) if deepen else stage
 
 
@@ -133,15 +135,21 @@ def _is_cut(tr: Trace, values: list[Value]) -> bool:
     return not reaches(tr.logits, tr.x, values)
 
 
-def _without_dead_ends(tr: Trace, parts: list[Part]) -> list[Part]:
-    """Leave out the tensors that nothing later reads. (Those that could be left out because another makes up for them
-    must stay: what is computed from them inside the module would not be replaced.)"""
+def _used(tr: Trace, parts: list[Part]) -> list[tuple[Part, bool]]:
+    """Whether something later reads each part. (One that could be left out because another makes up for it must stay:
+    what is computed from it inside the module would not be replaced.)"""
     keep = list(parts)
     for part in parts:
         others = [other.value for other in keep if other is not part]
         if others and not touches(tr.logits, part.value, others):
             keep.remove(part)
-    return keep
+    return [(part, part in keep) for part in parts]
+
+
+def _only(parts: list[Part], main: int) -> tuple[int, list[Part]]:
+    """Without the parts that nothing reads, but for the feature itself; and where that is now."""
+    kept = [part for i, part in enumerate(parts) if part.read or i == main]
+    return kept.index(parts[main]), kept
 
 
 # ----------------------------------------------------------------------------------------------------------- all stages
@@ -217,14 +225,13 @@ def _grouped(stages: list[Stage], groups: int) -> list[Stage]:
 def _complete(tr: Trace, stages: list[Stage], missing: list[float]) -> list[Stage]:
     """What the table leaves out: strides whose entry is not there, and, of a transformer, the convolutional stages
     of several blocks in front of it."""
-    uniform, have = _uniform(stages), {s.stride for s in stages}
-    more = [
-        run[-1]
-        for run in _runs(tr)
-        if run[-1].stride not in have
-        and run[-1].left < stages[-1].left
-        and (run[-1].stride in missing or (uniform and len(run) > 1 and run[-1].stride < stages[0].stride))
-    ]
+    have = {s.stride for s in stages}
+    wanted = set(missing)
+    if _uniform(stages):
+        blocks = {s.values[0]: s.stride for s in _block_ends(tr, dict(tr.model.named_modules()))}
+        several = {stride for stride, count in Counter(blocks.values()).items() if count > 1}
+        wanted |= {stride for stride in several if stride < stages[0].stride}
+    more = [run[-1] for run in _runs(tr) if run[-1].stride in wanted - have and run[-1].left < stages[-1].left]
     return sorted([*more, *stages], key=lambda s: s.left)
 
 
@@ -245,12 +252,10 @@ def _units(tr: Trace) -> list[Call]:
 
 def _wide(tr: Trace, modules: dict[str, nn.Module]) -> set[str]:
     """Modules inside of which whole blocks end at two or more resolutions that they were not given."""
-    blocks = [n for n in tr.calls if n and not _is_leaf(modules[n])]
-    ends = sorted((s for n in blocks if _is_end(s := stage_at(tr, n)) and not s.parts[1:]), key=lambda s: s.left)
-    wide = set()
-    for name in blocks:
+    ends, wide = _block_ends(tr, modules), set()
+    for name in tr.calls:
         call = tr.once(name)
-        if call is not None:
+        if name and call is not None:
             given = [s.shape.grid for s in ends if s.left < call.entered][-1:]
             inside = {s.shape.grid for s in ends if s.parts[0].module.startswith(name + ".")}
             if len(inside.difference(given)) >= 2:
@@ -258,8 +263,14 @@ def _wide(tr: Trace, modules: dict[str, nn.Module]) -> set[str]:
     return wide
 
 
+def _block_ends(tr: Trace, modules: dict[str, nn.Module]) -> list[Stage]:
+    """Modules with children at whose output the network can be cut, in the order in which they return."""
+    names = [n for n in tr.calls if n and not _is_leaf(modules[n])]
+    return sorted((s for n in names if _is_end(s := stage_at(tr, n)) and not s.parts[1:]), key=lambda s: s.left)
+
+
 def _runs(tr: Trace) -> list[list[Stage]]:
-    """Ends of building blocks that every path crosses, in runs of equal resolution; leaves only where a run has
+    """Ends of building blocks that every path crosses, in runs of about equal resolution; leaves only where a run has
     nothing else."""
     modules = dict(tr.model.named_modules())
     found: dict[Value, Stage] = {}
@@ -271,7 +282,7 @@ def _runs(tr: Trace) -> list[list[Stage]]:
                 found[stage.values[0]] = stage
     runs: list[list[Stage]] = []
     for stage in sorted(found.values(), key=lambda s: s.left):
-        if runs and runs[-1][-1].shape.grid == stage.shape.grid:
+        if runs and abs(math.log2(runs[-1][-1].stride / stage.stride)) < 0.5:  # convolutions without padding trim a bit
             runs[-1].append(stage)
         else:
             runs.append([stage])

@@ -62,9 +62,9 @@ class SRKD(Objective):
             raise ValueError(f"the teacher cannot be reset at {resets}: {'; '.join(wrong)}; choose other layers=[...]")
         src, dst = shapes_of(student, [s for s, _ in pairs]), shapes_of(teacher, [t for _, t in pairs])
         self.adapters = nn.ModuleList(Adapter(s, t) for s, t in zip(src, dst, strict=True))  # M_i
-        ends = {str(i): teacher.end(self.pairs[i - 2][1]).shapes for i in self.reset}
+        ends = {str(i): teacher.end(self.pairs[i - 2][1]).boundary for i in self.reset}
         self.inputs = nn.ModuleDict(  # A_i, one for each tensor that leaves the teacher's stage
-            {i: nn.ModuleList(Adapter(src[int(i) - 2], shape) for shape in shapes) for i, shapes in ends.items()}
+            {i: nn.ModuleList(Adapter(src[int(i) - 2], part.shape) for part in parts) for i, parts in ends.items()}
         )
 
     def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:

@@ -56,11 +56,11 @@ class Frozen(Taps):
     def prepare(self, x: Tensor) -> Tensor:
         return self.preprocess(x).to(self._dtype)
 
-    def _checked(self, replace: Mapping[Stage, Replacement] | None) -> dict[Stage, list[Tensor]]:
+    def _checked(self, replace: Mapping[Stage, Replacement] | None) -> dict[Stage, dict[int, Tensor]]:
         checked = super()._checked(replace)
         if self._dtype == torch.float32:
             return checked
-        return {key: [t.to(self._dtype) for t in tensors] for key, tensors in checked.items()}
+        return {key: {i: t.to(self._dtype) for i, t in parts.items()} for key, parts in checked.items()}
 
     def _stay_in_eval(self) -> None:
         for module, _ in self._modes:

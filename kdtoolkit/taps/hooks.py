@@ -25,7 +25,7 @@ class Store:
         self.begin({})
         self.active = False
 
-    def begin(self, replace: Mapping[Stage, Sequence[Tensor]], last: Stage | None = None) -> None:
+    def begin(self, replace: Mapping[Stage, Mapping[int, Tensor]], last: Stage | None = None) -> None:
         self.feats: dict[tuple[Stage, int], Tensor] = {}
         self.versions: dict[tuple[Stage, int], int] = {}
         self.fired: dict[tuple[Stage, int], int] = {}
@@ -118,7 +118,7 @@ def hook(model: nn.Module, key: Stage, end: StageEnd, store: Store) -> list[Any]
     last = max(modules, key=lambda name: max(p.left for p in end.parts if p.module == name))
     for name in modules:
         module = model.get_submodule(name)
-        places = [(i, p.leaf, not p.takers) for i, p in enumerate(end.parts) if p.module == name]
+        places = [(i, p.leaf, p.read and not p.takers) for i, p in enumerate(end.parts) if p.module == name]
         handles.append(module.register_forward_hook(Hook(key, module, store, places, name == last)))
     for name in dict.fromkeys(taker for part in end.parts for taker in part.takers):
         module = model.get_submodule(name)

@@ -29,15 +29,15 @@ def leaks(taps: Taps, keys: Sequence[Stage]) -> list[str]:
     try:
         shadow.select(sorted((taps.key(k) for k in keys), key=lambda k: taps.end(k).left))
         image = torch.empty_like(tr.x).requires_grad_()
-        given = {key: [_leaf(tr.x, shape) for shape in end.shapes] for key, end in shadow._ends.items()}
-        names = {id(image): IMAGE}
-        for key, end in shadow._ends.items():
-            names |= {id(t): part.name for t, part in zip(given[key], end.parts, strict=True)}
+        ends, names = shadow._ends, {id(image): IMAGE}
+        given = {key: [_leaf(tr.x, part.shape) for part in end.boundary] for key, end in ends.items()}
+        for key, end in ends.items():
+            names |= {id(t): part.name for t, part in zip(given[key], end.boundary, strict=True)}
         store = shadow._store
         with quiet(tr.model), torch.enable_grad():
-            store.begin({key: [t.clone() for t in tensors] for key, tensors in given.items()})
+            store.begin(shadow._checked({key: [t.clone() for t in tensors] for key, tensors in given.items()}))
             logits = tree_leaves(tr.model(image.clone()))
-        outputs = {key: [store.feats[key, i] for i in range(len(given[key]))] for key in given}
+        outputs = {key: [store.feats[key, i] for i in range(len(end.parts))] for key, end in ends.items()}
     finally:
         shadow._store.active = False
         shadow.remove()

@@ -168,7 +168,7 @@ class Taps:
         """What is done to the image before the model: nothing here."""
         return x
 
-    def _plain(self, x: Tensor, replace: Mapping[Stage, list[Tensor]]) -> tuple[Any, dict[Stage, Tensor]]:
+    def _plain(self, x: Tensor, replace: Mapping[Stage, dict[int, Tensor]]) -> tuple[Any, dict[Stage, Tensor]]:
         store = self._store
         store.begin(replace)
         try:
@@ -179,8 +179,8 @@ class Taps:
             key: store.feats[key, end.main] for key, end in self._ends.items() if (key, end.main) in store.feats
         }
 
-    def _checked(self, replace: Mapping[Stage, Replacement] | None) -> dict[Stage, list[Tensor]]:
-        """One list of tensors a tap."""
+    def _checked(self, replace: Mapping[Stage, Replacement] | None) -> dict[Stage, dict[int, Tensor]]:
+        """{tap: {part of the stage: tensor}}."""
         checked = {}
         for given, value in (replace or {}).items():
             key, tensors = self.key(given), [value] if isinstance(value, Tensor) else list(value)
@@ -188,13 +188,13 @@ class Taps:
                 raise ValueError(f"cannot replace {key!r}, no tap is there; taps: {', '.join(map(repr, self._ends))}")
             self.check_cut(key)
             end = self._ends[key]
-            if len(tensors) != len(end.parts):
-                names = ", ".join(f"{p.name} {tuple(p.shape)}" for p in end.parts)
+            if len(tensors) != len(end.boundary):
+                names = ", ".join(f"{p.name} {tuple(p.shape)}" for p in end.boundary)
                 raise ValueError(
-                    f"stage {key!r} of {type(self.model).__name__} ends in {len(end.parts)} tensors, {len(tensors)} "
+                    f"stage {key!r} of {type(self.model).__name__} ends in {len(end.boundary)} tensors, {len(tensors)} "
                     f"were given; give one for each of: {names}"
                 )
-            checked[key] = tensors
+            checked[key] = dict(zip((i for i, p in enumerate(end.parts) if p.read), tensors, strict=True))
         return checked
 
     def check_cut(self, key: Stage) -> None:
@@ -257,7 +257,7 @@ class Taps:
         if all(c is not None for c in chains.values()):
             outputs = {}
             for key, modules in chains.items():
-                (feature,) = checked[before[key]]
+                (feature,) = checked[before[key]].values()
                 for module in modules or ():
                     feature = module(feature)
                 outputs[key] = feature

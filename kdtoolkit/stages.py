@@ -294,7 +294,7 @@ def _from_graph(tr: Trace) -> list[Stage]:
     if len(ends) > 2:
         return ends
     siblings = _numbered_siblings(tr)
-    return siblings if len(siblings) >= 4 else ends
+    return siblings if len(siblings) >= (4 if len(ends) > 1 else 2) else ends
 
 
 def _numbered_siblings(tr: Trace) -> list[Stage]:

@@ -79,7 +79,8 @@ def _tokens(tr: Trace, count: int, stride: float | None) -> tuple[tuple[int, int
 
 def _order(tr: Trace, positions: int, name: str) -> tuple[int, ...] | None:
     """Hiera keeps its tokens mask unit by mask unit and has a method that tells where they belong."""
-    reroll, number = getattr(tr.model, "reroll", None), name.rpartition(".")[2]
+    reroll = next((m.reroll for m in tr.model.modules() if hasattr(m, "reroll")), None)
+    number = name.rpartition(".")[2]
     if reroll is None or not number.isdecimal():
         return None
     tokens = reroll(torch.arange(positions, dtype=torch.float32, device="cpu").view(1, -1, 1), int(number)).flatten()

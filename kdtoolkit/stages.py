@@ -153,16 +153,15 @@ def _only(parts: list[Part], main: int) -> tuple[int, list[Part]]:
 
 
 # ----------------------------------------------------------------------------------------------------------- all stages
-def find_stages(tr: Trace, groups: int = 4, hints: bool = True) -> list[Stage]:
+def find_stages(tr: Trace, groups: int = 4) -> list[Stage]:
     """The stages of a network, shallow to deep.
 
     First the places that timm's `feature_info` names, each checked against the trace; where that gives fewer than two,
-    or `hints` is False, the values that every path from image to logits crosses, the last block of each resolution. A
-    run of blocks of one width and resolution (ViT, Mixer) is cut into `groups` equal groups. A stage that other paths
-    lead past ends a block earlier, or in several tensors; where neither helps it keeps its tap and cannot be reset.
+    the values that every path from image to logits crosses, the last block of each resolution. A run of blocks of one
+    width and resolution (ViT, Mixer) is cut into `groups` equal groups. A stage that other paths lead past ends a block
+    earlier, or in several tensors; where neither helps it keeps its tap and cannot be reset.
     """
-    table = feature_info(tr.model) if hints else []
-    stages, missing = _from_table(tr, table)
+    stages, missing = _from_table(tr, feature_info(tr.model))
     if len(stages) < 2:
         stages = _from_graph(tr) or stages
     elif missing or _uniform(stages):
@@ -171,10 +170,15 @@ def find_stages(tr: Trace, groups: int = 4, hints: bool = True) -> list[Stage]:
 
 
 def feature_info(model: nn.Module) -> list[dict[str, Any]]:
-    """timm's table of stages; empty for models of other libraries."""
-    info = getattr(model, "feature_info", None)
-    info = getattr(info, "info", info)
-    return list(info) if isinstance(info, (list, tuple)) else []
+    """timm's table of stages, of the model or of the first module in it that has one (a model in a wrapper); empty for
+    models of other libraries."""
+    for prefix, module in model.named_modules():
+        info = getattr(module, "feature_info", None)
+        info = getattr(info, "info", info)
+        if isinstance(info, (list, tuple)) and info and all(isinstance(entry, dict) for entry in info):
+            inside = prefix + "." if prefix else ""
+            return [{**entry, "module": inside + (entry.get("module") or "")} for entry in info]
+    return []
 
 
 def _from_table(tr: Trace, table: list[dict[str, Any]]) -> tuple[list[Stage], list[float]]:
@@ -182,7 +186,7 @@ def _from_table(tr: Trace, table: list[dict[str, Any]]) -> tuple[list[Stage], li
     found: dict[tuple[Value, ...], Stage] = {}
     missing = []
     for entry in table:
-        name, stride = _called(tr, entry.get("module") or ""), entry.get("reduction")
+        name, stride = _called(tr, entry["module"]), entry.get("reduction")
         stage = stage_at(tr, name, entry.get("num_chs"), stride) if name else None
         if stage is not None and not stage.overwritten:
             found.setdefault(tuple(stage.values), stage)
@@ -273,9 +277,10 @@ def _runs(tr: Trace) -> list[list[Stage]]:
     """Ends of building blocks that every path crosses, in runs of about equal resolution; leaves only where a run has
     nothing else."""
     modules = dict(tr.model.named_modules())
+    learned = min((c[0].left for n, c in tr.calls.items() if modules[n]._parameters), default=0)
     found: dict[Value, Stage] = {}
     for call in _units(tr):
-        stage = stage_at(tr, call.name) if len(call.values) == 1 else None
+        stage = stage_at(tr, call.name) if len(call.values) == 1 and call.left >= learned else None
         if _is_end(stage) and stage.shape.layout != "NC" and math.prod(stage.shape.grid) > 1:
             old = found.get(stage.values[0])
             if old is None or _is_leaf(modules[old.parts[0].module]):

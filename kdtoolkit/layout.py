@@ -79,7 +79,7 @@ def _tokens(tr: Trace, count: int, stride: float | None) -> tuple[tuple[int, int
 
 def _order(tr: Trace, positions: int, name: str) -> tuple[int, ...] | None:
     """Hiera keeps its tokens mask unit by mask unit and has a method that tells where they belong."""
-    reroll = next((m.reroll for m in tr.model.modules() if hasattr(m, "reroll")), None)
+    reroll: Any = next((m.reroll for m in tr.model.modules() if hasattr(m, "reroll")), None)
     number = name.rpartition(".")[2]
     if reroll is None or not number.isdecimal():
         return None

@@ -120,11 +120,18 @@ def _plan_row(
         if taps is not None:
             end = taps.end(row[side])
             plan |= {side: end.name, f"{side}_shape": list(end.shape), f"{side}_layout": end.shape.layout}
-    adapter = row.get("adapter")
-    if adapter is not None:
-        identity = getattr(adapter, "is_identity", False)
-        plan |= {"adapter": "identity" if identity else type(adapter).__name__, "adapter_parameters": _count(adapter)}
+    between = [(_called(row["adapter"]), row["adapter"])] if row.get("adapter") is not None else []
+    between += [
+        (f"entry {_called(adapter)}", adapter) for adapter in row.get("entry") or ()
+    ]  # in front of a reset stage
+    if between:
+        plan |= {"adapter": " + ".join(name for name, _ in between)}
+        plan |= {"adapter_parameters": sum(_count(adapter) for _, adapter in between)}
     return plan
+
+
+def _called(adapter: nn.Module) -> str:
+    return "identity" if getattr(adapter, "is_identity", False) else type(adapter).__name__
 
 
 def build_objectives(

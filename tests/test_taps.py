@@ -5,17 +5,21 @@ import functools
 import io
 import pickle
 import re
+import warnings
 
 import pytest
 import timm
 import torch
 import torchvision
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kdtoolkit.models  # noqa: F401  (registers the cifar nets with timm)
+from kdtoolkit.methods import create_method
 from kdtoolkit.preprocess import Preprocess, fixed_size, normalisation
 from kdtoolkit.taps import Frozen, Taps
+from kdtoolkit.types import Clock
 
 NETS = {  # name -> (keywords, image size, stages)
     "resnet10t": ({}, 64, 5),
@@ -32,13 +36,15 @@ NETS = {  # name -> (keywords, image size, stages)
     "vit_tiny_patch16_224": ({"img_size": 64, "depth": 4}, 64, 4),
     "swin_tiny_patch4_window7_224": ({"img_size": 64, "window_size": 4, "depths": (1, 1, 1, 1)}, 64, 4),
     "mixer_s32_224": ({"img_size": 64}, 64, 4),
+    "pit_ti_224": ({"img_size": 64}, 64, 3),
 }
 FOREIGN = {
     "torchvision_resnet18": (lambda: torchvision.models.resnet18(num_classes=10), 64, 5),
     "torchvision_vit": (lambda: torchvision.models.VisionTransformer(64, 16, 5, 2, 32, 64, num_classes=10), 64, 4),
     "own": (lambda: Own(), 32, 3),
 }
-ALL = [*NETS, *FOREIGN]
+SEVERAL = {"pit_ti_224"}  # stages that end in more than one tensor
+ALL = [n for n in [*NETS, *FOREIGN] if n not in SEVERAL]
 RESIDUAL = ["resnet10t", "cifar_wrn16_1", "cifar_densenet40_12", "convnext_atto", "vit_tiny_patch16_224"]
 
 
@@ -432,7 +438,42 @@ def test_pickle_of_a_tapped_model():
     taps.remove()
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet8", "vit_tiny_patch16_224"])
+def test_copies_and_pickles_of_taps():
+    student, teacher = Taps(Own(), size=32), Frozen(copy.deepcopy(net("cifar_resnet8")), size=32)
+    method = create_method("srkd", student, [teacher])
+    batch = {"x": torch.rand(4, 3, 32, 32), "y": torch.zeros(4, dtype=torch.long), "index": torch.arange(4)}
+    average = ModelEmaV3(method, decay=0.5)  # a deep copy
+    average.module.train()
+    torch.manual_seed(0)
+    losses = method(batch, Clock()).losses
+    torch.manual_seed(0)
+    copied = average.module(batch, Clock()).losses
+    assert {k: v.item() for k, v in losses.items()} == {k: v.item() for k, v in copied.items()}
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in method.parameters())
+    assert all(p.grad is None for p in average.module.parameters())
+    assert average.module.taps.model is average.module.student is not method.student
+    assert average.module.teachers == method.teachers
+    again = pickle.loads(pickle.dumps(student))
+    assert again.keys == student.keys and again.shapes == student.shapes
+    method.release()
+
+
+def test_the_student_that_is_handed_back_can_be_exported():
+    model = Own().eval()
+    method = create_method("at", Taps(model, None, 32), [Frozen(copy.deepcopy(net("cifar_resnet8")), size=32)])
+    assert any(m._forward_hooks for m in model.modules())
+    method.release()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    x = torch.rand(2, 3, 32, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        program = torch.export.export(model, (x,))
+    assert torch.equal(program.module()(x), model(x))
+    assert len(program.graph_signature.user_outputs) == 1
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "vit_tiny_patch16_224", "pit_ti_224"])
 def test_compile_keeps_features(name):
     torch._dynamo.reset()
     model = copy.deepcopy(net(name))
@@ -446,7 +487,7 @@ def test_compile_keeps_features(name):
         assert all(torch.equal(out.feats[k], plain.feats[k]) for k in taps.keys)
     sum(f.mean() for f in out.feats.values()).backward()
     assert next(model.parameters()).grad.abs().sum() > 0
-    noise = torch.rand_like(plain.feats[1])
+    noise = [torch.rand(2, *part.shape) for part in taps.end(1).boundary]
     assert torch.equal(
         taps(x, replace={1: noise}).logits, Taps(model, size=size_of(name))(x, replace={1: noise}).logits
     )

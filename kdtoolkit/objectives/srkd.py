@@ -12,6 +12,7 @@ Differs  the paper does not say whether gradients flow through the teacher's sta
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -66,6 +67,12 @@ class SRKD(Objective):
         self.inputs = nn.ModuleDict(  # A_i, one for each tensor that leaves the teacher's stage
             {i: nn.ModuleList(Adapter(src[int(i) - 2], part.shape) for part in parts) for i, parts in ends.items()}
         )
+
+    def describe(self) -> list[dict[str, Any]]:
+        rows = super().describe()
+        for i in self.reset:
+            rows[i - 1]["entry"] = self.inputs[str(i)]
+        return rows
 
     def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:
         students, targets = self.features(student, teacher)

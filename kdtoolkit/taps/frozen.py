@@ -67,6 +67,13 @@ class Frozen(Taps):
             if module.training:
                 module.training = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
+        """Itself: a teacher that does not change is shared by the copies of a method."""
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _frozen, (self.model, tuple(self.keys) or None, self.size, self.preprocess)
+
     def fold(self, dtype: torch.dtype | None = None) -> int:
         """Fold every BatchNorm into its convolution until `release`; returns how many. Same function, other rounding
         (about 1e-6 of a logit in float32), a third less time on a ResNet. Call after `select`."""
@@ -92,6 +99,10 @@ class Frozen(Taps):
         for m, mode in self._modes:
             m.training = mode
         return self.model
+
+
+def _frozen(model: nn.Module, at: Sequence[Stage] | None, size: Any, preprocess: Preprocess) -> Frozen:
+    return Frozen(model, at, size, preprocess=preprocess)
 
 
 def _wants_grad(replace: Mapping[Stage, Replacement] | None) -> bool:

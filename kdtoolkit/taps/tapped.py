@@ -6,6 +6,7 @@ place. Nothing else of the model is touched: whatever comes next takes what the 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -145,6 +146,16 @@ class Taps:
         for handle in self._handles:
             handle.remove()
         self._handles, self._ends, self._chains = [], {}, {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Taps:
+        """Taps of the copied model, found once for both."""
+        taps = Taps(copy.deepcopy(self.model, memo), None, self.size)
+        taps._trace, taps._stages = self._trace, self._stages
+        memo[id(self)] = taps
+        return taps.select(self.keys)
+
+    def __reduce__(self) -> tuple:
+        return Taps, (self.model, tuple(self.keys) or None, self.size)
 
     def compile(self) -> None:
         """Compile the forward; hooks must not be changed afterwards."""

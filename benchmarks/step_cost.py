@@ -1,12 +1,14 @@
 """What a distillation step costs: time and peak memory of a KD and an SRKD step against the student's step plus the
-teacher's forward.
+teacher's forward; and a training step with every stage tapped against the same step without taps.
 
     python benchmarks/step_cost.py [--precision bf16] [--rounds 9] [--device cuda]
+    python benchmarks/step_cost.py taps [--precision bf16] [--rounds 15] [--device cuda]
 
 Everything is interleaved in one process; times are medians over the rounds, and only ratios mean anything. Peak memory
 is what a step allocates at its highest point: on the CPU from the profiler's record of every allocation, on CUDA from
 the allocator's counter. `teacher` is the plain forward that anyone would write: model.eval() under no_grad and
-autocast, nothing folded; `teacher, ours` is the Frozen teacher of a KD step.
+autocast, nothing folded; `teacher, ours` is the Frozen teacher of a KD step. With `taps` the features are kept to the
+end of the step and nothing is computed from them; `calls` is how many modules were called with and without taps.
 """
 
 from __future__ import annotations
@@ -30,6 +32,13 @@ from kdtoolkit.allocator import keep_freed_memory
 from kdtoolkit.types import Batch, Clock
 
 Step = Callable[[], None]
+NETS = {  # name -> (constructor arguments, pixels, batch)
+    "cifar_resnet20": ({}, 32, 128),
+    "resnet18": ({}, 64, 32),
+    "vit_tiny_patch16_224": ({"img_size": 64, "patch_size": 8}, 64, 32),
+    "swin_tiny_patch4_window7_224": ({"img_size": 64, "window_size": 4, "depths": (1, 1, 2, 1)}, 64, 32),
+    "hrnet_w18_small": ({}, 64, 16),
+}
 
 
 def build(args: argparse.Namespace) -> dict[str, Step]:
@@ -110,19 +119,73 @@ def peak(step: Step, device: str) -> float:
     return highest / 2**20
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", default="cifar_resnet56")
-    parser.add_argument("--student", default="cifar_resnet20")
-    parser.add_argument("--size", type=int, default=32, help="pixels")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "no"])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", default="")
-    args = parser.parse_args()
-    if args.device == "cpu":
-        keep_freed_memory()  # as every run of distill() does
+def tapped(name: str, args: argparse.Namespace) -> tuple[Step, Callable[[bool], Taps], Callable[[], int]]:
+    options, size, batch = NETS[name]
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=100, **options).to(args.device, memory_format=torch.channels_last)
+    taps = Taps(model, None, size)
+    everything = list(range(1, len(taps.stages) + 1))
+    x = torch.rand(batch, 3, size, size, device=args.device).contiguous(memory_format=torch.channels_last)
+    y = torch.randint(0, 100, (batch,), device=args.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    device, half = torch.device(args.device).type, args.precision == "bf16"
+
+    def tap(every: bool) -> Taps:
+        return taps.select(everything if every else [])
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            out = taps(x)
+        torch.nn.functional.cross_entropy(out.logits.float(), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def calls() -> int:
+        count = 0
+
+        def counted(*_: object) -> None:
+            nonlocal count
+            count += 1
+
+        handles = [m.register_forward_pre_hook(counted) for m in model.modules()]
+        taps(x)
+        for handle in handles:
+            handle.remove()
+        return count
+
+    return step, tap, calls
+
+
+def tap_row(name: str, args: argparse.Namespace) -> str:
+    step, tap, calls = tapped(name, args)
+    counts, memory = {}, {}
+    for every in (True, False):
+        tap(every)
+        step(), step()
+        counts[every], memory[every] = calls(), peak(step, args.device)
+    ratios, plain = [], []
+    for number in range(args.rounds):
+        times = {}
+        for every in (False, True) if number % 2 else (True, False):
+            tap(every)
+            times[every] = seconds(step, args.device)
+        ratios.append(times[True] / times[False])
+        plain.append(times[False])
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return (
+        f"| {name} | {len(tap(True).keys)} | {statistics.median(plain) * 1e3:.1f} | {statistics.median(ratios):.3f} "
+        f"({low:.3f} to {high:.3f}) | {memory[True] / memory[False]:.3f} | {counts[True]} / {counts[False]} |"
+    )
+
+
+def machine(args: argparse.Namespace) -> str:
+    return (
+        f"{args.precision}, {args.device} ({platform.machine()}, {torch.get_num_threads()} threads), torch "
+        f"{torch.__version__}, kdtoolkit {kdtoolkit.__version__}"
+    )
+
+
+def method_lines(args: argparse.Namespace) -> list[str]:
     steps = build(args)
     for step in steps.values():
         step(), step()
@@ -136,9 +199,8 @@ def main() -> None:
     both = [s + t for s, t in zip(times["student"], times["teacher"], strict=True)]
     ratios = {n: statistics.median(k / b for k, b in zip(times[n], both, strict=True)) for n in ("kd", "srkd")}
     lines = [
-        f"{args.teacher} -> {args.student}, batch {args.batch}, {args.size} px, {args.precision}, {args.device} "
-        f"({platform.machine()}, {torch.get_num_threads()} threads), torch {torch.__version__}, "
-        f"kdtoolkit {kdtoolkit.__version__}, medians of {args.rounds} interleaved rounds",
+        f"{args.teacher} -> {args.student}, batch {args.batch}, {args.size} px, {machine(args)}, medians of "
+        f"{args.rounds} interleaved rounds",
         "",
         "| step | ms | of student + teacher | peak MiB | of student + teacher |",
         "|---|---|---|---|---|",
@@ -148,6 +210,34 @@ def main() -> None:
         lines.append(
             f"| {name} | {middle[name] * 1e3:.1f} | {share:.3f} | {memory[name]:.1f} | {memory[name] / both_m:.3f} |"
         )
+    return lines
+
+
+def tap_lines(args: argparse.Namespace) -> list[str]:
+    return [
+        f"{machine(args)}, {args.rounds} rounds in turns",
+        "",
+        "| network | taps | step without, ms | ratio, median (quartiles) | memory | calls with / without |",
+        "|---|---|---|---|---|---|",
+        *(tap_row(name, args) for name in NETS),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="methods", choices=["methods", "taps"])
+    parser.add_argument("--teacher", default="cifar_resnet56")
+    parser.add_argument("--student", default="cifar_resnet20")
+    parser.add_argument("--size", type=int, default=32, help="pixels")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "no"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", default="")
+    args = parser.parse_args()
+    if args.device == "cpu":
+        keep_freed_memory()  # as every run of distill() does
+    lines = {"methods": method_lines, "taps": tap_lines}[args.what](args)
     print("\n".join(lines))
     if args.out:
         with Path(args.out).open("a") as file:

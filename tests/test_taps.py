@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import kdtoolkit.models  # noqa: F401  (registers the cifar nets with timm)
 from kdtoolkit.methods import create_method
 from kdtoolkit.preprocess import Preprocess, fixed_size, normalisation
-from kdtoolkit.taps import Frozen, Taps
+from kdtoolkit.taps import Frozen, Taps, leaks
 from kdtoolkit.types import Clock
 
 NETS = {  # name -> (keywords, image size, stages)
@@ -627,3 +627,160 @@ def test_a_frozen_model_keeps_its_own_precision_and_memory_format(dtype):
     teacher.to(memory_format=torch.contiguous_format)
     teacher.release()
     assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last) and model.conv1.weight.dtype == dtype
+
+
+# ----------------------------------------------------------------------------------------- boundaries of every kind
+class Block(nn.Module):
+    def __init__(self, i, o):
+        super().__init__()
+        self.conv = nn.Conv2d(i, o, 3, 2, 1)
+
+    def forward(self, x):
+        return self.conv(x).relu()
+
+
+class Branches(nn.Module):
+    """Two streams to the end: a stage ends in a dict or in a tuple of two maps and a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = Both(3, 8, "dict"), Both(8, 12, "tuple")
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x):
+        out = self.one(x, x)
+        coarse, fine, scale = self.two(out["coarse"], out["fine"])
+        return self.head((coarse.mean((2, 3)) + fine.mean((2, 3))) * scale)
+
+
+class Both(nn.Module):
+    def __init__(self, i, o, kind):
+        super().__init__()
+        self.coarse, self.fine, self.kind = Block(i, o), nn.Conv2d(i, o, 3, padding=1), kind
+
+    def forward(self, coarse, fine):
+        coarse, fine = self.coarse(coarse), self.fine(fine)
+        return {"fine": fine, "coarse": coarse, "unused": fine + 1} if self.kind == "dict" else (coarse, fine, 0.5)
+
+
+@torch.no_grad()
+def test_stages_that_end_in_several_tensors():
+    torch.manual_seed(0)
+    model = Branches().eval()
+    taps = Taps(model, ["one", "one[fine]", "two[0]", "two"], 32)
+    assert taps.end("one").cut and not taps.end("one[fine]").cut
+    assert sorted(p.name for p in taps.end("one").boundary) == ["one[coarse]", "one[fine]"]
+    assert taps.shapes["one[fine]"] == (8, 32, 32) and taps.shapes["two[0]"] == (12, 16 // 2, 8)
+    x, other = torch.rand(2, 2, 3, 32, 32)
+    out = taps(x)
+    assert torch.equal(out.logits, model(x))
+    assert torch.equal(out.feats["one[fine]"], model.one.fine(x))
+    assert leaks(taps, ["one", "two"]) == []
+    noise = [torch.rand(2, *part.shape) for part in taps.end("one").boundary]
+    assert torch.equal(taps(x, replace={"one": noise}).logits, taps(other, replace={"one": noise}).logits)
+    by_reset = taps.reset(x, {"one": noise}, ["two"])["two"]
+    assert torch.equal(by_reset, taps(other, replace={"one": noise}).feats["two"])
+    with pytest.raises(ValueError, match=r"stage 'one' of Branches ends in 2 tensors, 1 were given; .* one\[coarse\] "):
+        taps(x, replace={"one": noise[0]})
+    with pytest.raises(ValueError, match=r"cannot reset Branches at 'one\[fine\]' .*other paths lead past it"):
+        taps(x, replace={"one[fine]": noise[0]})
+
+
+@torch.no_grad()
+def test_a_block_that_takes_the_two_before_it():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.three = Block(3, 8), Block(8, 8), Block(8, 8)
+            self.skip, self.head = nn.Conv2d(8, 8, 1, 4), nn.Linear(8, 10)
+
+        def forward(self, x):
+            a = self.one(x)
+            b = self.two(a)
+            return self.head((self.three(b) + self.skip(a)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Two().eval()
+    model.feature_info = [{"module": n, "num_chs": 8, "reduction": r} for n, r in (("one", 2), ("two", 4))]
+    taps = Taps(model, size=32)
+    end = taps.end(2)
+    assert [p.name for p in end.boundary] == ["two", "one"] and end.name == "two"
+    assert end.boundary[1].takers == ("skip",)  # `two` itself must still get the first output as it was
+    assert leaks(taps, [2]) == []
+    x, other = torch.rand(2, 2, 3, 32, 32)
+    noise = [torch.rand(2, *part.shape) for part in end.boundary]
+    first, second = taps(x, replace={2: noise}), taps(other, replace={2: noise})
+    assert torch.equal(first.logits, second.logits)
+    assert torch.equal(first.feats[2], taps(x).feats[2])  # its own, untouched
+
+
+def test_a_side_path_that_hooks_cannot_replace_is_found():
+    class Side(Own):
+        def forward(self, x):
+            x = self.features[0](x)
+            return self.head(self.features[2](self.features[1](x)).mean((2, 3)) + self.features[0].kept.mean())
+
+    class Keeps(Block):
+        def forward(self, x):
+            x = super().forward(x)
+            self.kept = x * 2
+            return x
+
+    model = Side().eval()
+    model.features[0] = Keeps(3, 8)
+    taps = Taps(model, ["features.0", "features.1"], 32)
+    assert taps.end("features.0").cut  # everything is computed from it, and yet
+    assert leaks(taps, ["features.0"]) == ["the logits still depend on the image"]
+    with pytest.raises(ValueError, match="the teacher cannot be reset at .*still depends? on the image"):
+        create_method(
+            "srkd", Taps(Own(), size=32), [Frozen(model, size=32)], layers=[(1, "features.0"), (2, "features.1")]
+        )
+
+
+def test_models_in_wrappers():
+    class Wrap(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net((x - 0.5) / 0.25)
+
+    class Bare(nn.Module):
+        """A backbone without any metadata, and a head."""
+
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = Backbone(), nn.Linear(16, 10)
+
+        def forward(self, x):
+            return self.head(self.backbone(x)["out"].mean((2, 3)))
+
+    class Backbone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = Block(3, 8), Block(8, 12), Block(12, 16)
+
+        def forward(self, x):
+            return {"out": self.c(self.b(self.a(x)))}
+
+    own = Taps(timm.create_model("resnet10t", num_classes=10), None, 64)
+    wrapped = Taps(Wrap(own.model), size=64)
+    assert [s.name for s in wrapped.stages] == ["net." + s.name for s in own.stages]
+    taps = Taps(nn.Sequential(nn.Identity(), torchvision.models.resnet18(num_classes=10)), size=64)
+    assert [taps.strides[k] for k in taps.keys] == [2, 4, 8, 16, 32]
+    assert list(Taps(Bare(), size=32).names.values()) == ["backbone.a", "backbone.b", "backbone.c"]
+
+
+def test_a_tap_keeps_the_tensor_itself_and_costs_no_call():
+    model = Own()
+    taps = Taps(model, size=32)
+    given = {}
+    for key, name in taps.names.items():
+        model.get_submodule(name).register_forward_hook(lambda m, a, out, k=key: given.update({k: out}))
+    counts, handles = calls_of(model)
+    out = taps(torch.rand(2, 3, 32, 32))
+    assert all(out.feats[key] is given[key] for key in taps.keys)
+    assert set(counts.values()) == {1}
+    for handle in handles:
+        handle.remove()

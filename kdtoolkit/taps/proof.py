@@ -17,7 +17,7 @@ from ..trace import quiet, sources
 from ..types import Stage
 from .tapped import Taps
 
-IMAGE = "the image"
+IMAGE, LOGITS = "the image", "the logits"
 
 
 def leaks(taps: Taps, keys: Sequence[Stage]) -> list[str]:
@@ -41,7 +41,7 @@ def leaks(taps: Taps, keys: Sequence[Stage]) -> list[str]:
     finally:
         shadow._store.active = False
         shadow.remove()
-    return list(_faults({**outputs, "the logits": logits}, given, names))
+    return list(_faults({**outputs, LOGITS: logits}, given, names))
 
 
 def _leaf(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -56,9 +56,9 @@ def _faults(
     before = {IMAGE}
     for key, tensors in outputs.items():
         found = {names[id(s)] for t in tensors if isinstance(t, Tensor) for s in sources(t) if id(s) in names}
-        where = f"stage {key!r}" if isinstance(key, int) else key
+        where = LOGITS if key == LOGITS else f"the output of {key!r}"
         if found - before:
-            yield f"{where} still depends on {', '.join(sorted(found - before))}"
+            yield f"{where} still depend{'s' * (key != LOGITS)} on {', '.join(sorted(found - before))}"
         if before - found:
-            yield f"{where} does not depend on {', '.join(sorted(before - found))}"
+            yield f"{where} do{'es' * (key != LOGITS)} not depend on {', '.join(sorted(before - found))}"
         before = {names[id(t)] for t in given.get(key, [])}

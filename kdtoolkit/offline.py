@@ -44,6 +44,7 @@ class Offline(Method):
         self.teacher_of = dict(share_teacher or {name: 0 for name in objectives})
         self.preprocess = preprocess or Preprocess.of(student.model, image)
         self._select()
+        student.rehearse()
 
     def _select(self) -> None:
         """Taps only where an objective reads: a feature that nobody reads is not kept alive."""

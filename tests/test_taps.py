@@ -784,3 +784,20 @@ def test_a_tap_keeps_the_tensor_itself_and_costs_no_call():
     assert set(counts.values()) == {1}
     for handle in handles:
         handle.remove()
+
+
+def test_a_student_is_rehearsed_in_training_mode():
+    googlenet = torchvision.models.googlenet(num_classes=10, init_weights=False, aux_logits=True)
+    teacher = Frozen(copy.deepcopy(net("cifar_resnet8")), size=64)
+    with pytest.raises(ValueError, match="GoogLeNet returns GoogLeNetOutputs, logits must be one tensor"):
+        create_method("kd", Taps(googlenet, None, 64), [teacher])
+    assert googlenet.training and not any(m._forward_hooks for m in googlenet.modules())
+
+    class Skips(Own):
+        def forward(self, x):
+            for block in self.features[:2] if self.training else self.features:
+                x = block(x)
+            return self.head(x.mean((2, 3)).repeat(1, 2)[:, :16])
+
+    with pytest.raises(RuntimeError, match=r"tap 3 \(features.2.2\) never fired"):
+        create_method("at", Taps(Skips(), None, 32), [teacher])

@@ -52,7 +52,8 @@ class Regressor(nn.Module):
 class FitNet(Objective):
     """Hints from a middle stage.
 
-    hint  which pair of stages, counted from 1 (-1 the last); "middle"; or "all" for every pair (several hints)
+    hint    which pair of stages, counted from 1 (-1 the last); "middle"; or "all" for every pair (several hints)
+    resize  of an Adapter: "pool" or "interpolate"
     """
 
     def __init__(
@@ -62,10 +63,13 @@ class FitNet(Objective):
         pairs: Sequence[tuple[Stage, Stage]] = (),
         *,
         hint: int | str = "middle",
+        resize: str = "pool",
     ):
         super().__init__(student, teacher, choose(pairs, hint))
         shapes = [(student.end(s).shape, teacher.end(t).shape) for s, t in self.pairs]
-        self.adapters = nn.ModuleList((Regressor if Regressor.fits(s, t) else Adapter)(s, t) for s, t in shapes)
+        self.adapters = nn.ModuleList(
+            Regressor(s, t) if Regressor.fits(s, t) else Adapter(s, t, resize=resize) for s, t in shapes
+        )
 
     def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:
         features = zip(self.adapters, *self.features(student, teacher), strict=True)

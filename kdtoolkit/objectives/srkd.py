@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional
@@ -32,6 +33,7 @@ class SRKD(Objective):
             () is the paper's M-FitNet
     detach  True: the target is a constant, only the adapter in front of the teacher's stage learns from it. False:
             gradients flow through the frozen stage into the student's earlier stages
+    resize  of the adapters: "pool" or "interpolate"
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class SRKD(Objective):
         *,
         reset: str | Sequence[int] = "all",
         detach: bool = True,
+        resize: str = "pool",
     ):
         super().__init__(student, teacher, pairs)
         if len(self.pairs) < 2:
@@ -62,10 +65,13 @@ class SRKD(Objective):
         if wrong:
             raise ValueError(f"the teacher cannot be reset at {resets}: {'; '.join(wrong)}; choose other layers=[...]")
         src, dst = shapes_of(student, [s for s, _ in pairs]), shapes_of(teacher, [t for _, t in pairs])
-        self.adapters = nn.ModuleList(Adapter(s, t) for s, t in zip(src, dst, strict=True))  # M_i
+        self.adapters = nn.ModuleList(Adapter(s, t, resize=resize) for s, t in zip(src, dst, strict=True))  # M_i
         ends = {str(i): teacher.end(self.pairs[i - 2][1]).boundary for i in self.reset}
         self.inputs = nn.ModuleDict(  # A_i, one for each tensor that leaves the teacher's stage
-            {i: nn.ModuleList(Adapter(src[int(i) - 2], part.shape) for part in parts) for i, parts in ends.items()}
+            {
+                i: nn.ModuleList(Adapter(src[int(i) - 2], p.shape, resize=resize) for p in parts)
+                for i, parts in ends.items()
+            }
         )
 
     def describe(self) -> list[dict[str, Any]]:
@@ -84,7 +90,13 @@ class SRKD(Objective):
             outputs = self.teacher.reset(batch["x"], replace, [self.pairs[i - 1][1] for i in self.reset])
             targets = [outputs.get(t, target) for (_, t), target in zip(self.pairs, targets, strict=True)]
         adapted = [adapter(f) for adapter, f in zip(self.adapters, students, strict=True)]
-        return functional.srkd(adapted, targets)
+        return functional.srkd(adapted, targets) + _nothing(self.inputs, adapted[0])
+
+
+def _nothing(inputs: nn.Module, like: Tensor) -> Tensor:
+    """Zero that hangs on every A_i: one whose tensor goes past the teacher's next stage, straight to its head
+    (EfficientViM), has no other gradient, and DDP expects one."""
+    return sum((p.float().sum() * 0.0 for p in inputs.parameters()), like.new_zeros((), dtype=torch.float32))
 
 
 def _numbers(reset: str | Sequence[int], count: int) -> list[int]:

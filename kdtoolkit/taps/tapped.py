@@ -167,11 +167,7 @@ class Taps:
         output of that stage; what is stored is still the model's own."""
         checked = self._checked(replace)
         logits, feats = self._forward(self.prepare(x), checked)
-        if not isinstance(logits, Tensor):
-            raise ValueError(
-                f"{type(self.model).__name__} returns {type(logits).__name__}, logits must be one tensor (B, C); "
-                "wrap the model or set the option that makes it return logits alone"
-            )
+        self._check_logits(logits)
         self._check_feats()
         return Out(logits, feats)
 
@@ -217,6 +213,13 @@ class Taps:
                 "image to the logits; choose a tap where the whole network passes through one tensor"
             )
 
+    def _check_logits(self, logits: Any) -> None:
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"{type(self.model).__name__} returns {type(logits).__name__}, logits must be one tensor (B, C); "
+                "wrap the model or set the option that makes it return logits alone"
+            )
+
     def _check_feats(self) -> None:
         store = self._store
         for key, end in self._ends.items():
@@ -243,6 +246,28 @@ class Taps:
         left = self.trace.calls[module][0].left
         names = [name for name, calls in self.trace.calls.items() if calls[0].left <= left]
         return any(p.requires_grad for name in names for p in self.model.get_submodule(name).parameters())
+
+    def rehearse(self) -> None:
+        """A forward in training mode without numbers: what would fail in the first batch fails now. ValueError for
+        logits that are no tensor, RuntimeError for a tap that does not fire. Models that cannot run on the meta device
+        are not rehearsed."""
+        shadow = self.trace.model
+        if shadow is self.model:
+            return
+        taps = Taps(shadow, None, self.size)
+        taps._trace, taps._stages = self._trace, self._stages
+        try:
+            taps.select(self.keys)
+            shadow.train()
+            try:
+                logits, _ = taps._plain(self.trace.x.detach(), {})
+            except Exception:  # data-dependent code
+                return
+            taps._check_logits(logits)
+            taps._check_feats()
+        finally:
+            shadow.eval()
+            taps.remove()
 
     # -------------------------------------------------------------------------------------------------------- reset
     def reset(self, x: Tensor, replace: Mapping[Stage, Replacement], want: Sequence[Stage]) -> dict[Stage, Tensor]:

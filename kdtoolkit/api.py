@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
 from torch import nn
 
-from . import assemble, checkpoint, finish
+from . import assemble, checkpoint, finetune, finish, told
 from .assemble import Facts, Parts
 from .callbacks import Callback, Checkpoints, ProgressLog, Trackers
 from .callbacks.trackers import choose
@@ -22,8 +22,8 @@ from .files import write_json, write_yaml
 from .journal import Row, environment
 from .plan import Plan
 from .restore import accelerate_as_found, random_as_found
-from .schedules import SCHEDULERS
-from .settings import Settings, make_optimizer, schedule
+from .settings import SHARED, Settings, schedule
+from .tuning import StayStill
 from .types import Weight
 
 
@@ -34,7 +34,8 @@ class DistillResult:
     student     the network, bare: on the CPU, in eval mode, no hooks, no adapters
     metrics     top1, top5, loss, ece, teacher_top1, agreement, retention = top1 / teacher_top1, cost and compression
                 (with retention_above_chance) of the chosen epoch; accuracies in percent; "split", "epoch" and "chosen"
-                ("last" or "best") say which numbers they are
+                ("last" or "best") say which numbers they are; teacher_finetuned_top1, _split, _epoch, _folder and
+                _reused (found in teacher_dir) of a teacher that got a new head
     history     the rows of metrics.jsonl
     plan        taps, shapes, adapters, losses, weights, parameter counts; printable
     output_dir  the folder, or None
@@ -69,6 +70,12 @@ def distill(
     num_classes: int | None = None,
     callbacks: Sequence[Callback] = (),
     teacher_head: str | None = None,
+    teacher_dir: str | os.PathLike[str] | None = None,
+    teacher_training: Mapping[str, Any] | None = None,
+    freeze: int | str | Sequence[str] | None = None,
+    layer_decay: float | None = None,
+    student_weights: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    teacher_weights: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any] | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool | str | os.PathLike[str] = False,
     overwrite: bool = False,
@@ -93,7 +100,7 @@ def distill(
     eval_every: int = 1,
     eval_test: str = "auto",
     student_args: Mapping[str, Any] | None = None,
-    teacher_args: Mapping[str, Any] | None = None,
+    teacher_args: Mapping[str, Any] | Sequence[Any] | None = None,
     baseline: Any = None,
     label: str = "",
     **method_options: Any,
@@ -101,7 +108,8 @@ def distill(
     """Train `student` from `teacher` on `train_data`; returns the student, its numbers and its folder.
 
     teacher      nn.Module, timm name, "local-dir:PATH", "hf-hub:ID", PATH.safetensors, a list of these, or None
-    student      the same, without the list; a name without a weight tag starts from random weights
+    student      the same, without the list; a name without a weight tag starts from random weights. A source of other
+                 classes than the data keeps its weights and gets a new head
     train_data   HF Dataset, DatasetDict or IterableDataset, torch Dataset, DataLoader, preset ("cifar100", "digits"),
                  Hub name, folder of parquet or of images. Images stay in [0, 1]: each model normalises its own input
     eval_data    the test set; default the data's own test split
@@ -131,10 +139,20 @@ def distill(
     eval_every   epochs between two evaluations; the last epoch is always evaluated
     eval_test    evaluate the test set at "every" evaluation, or at the "end"; "auto" is "end" with a validation split
     teacher_head what to do with a teacher of other classes than the data: "finetune" gives it (of your own module: a
-                 copy) a new head and trains it whole on the data first, with the settings of this run, "linear-probe"
-                 only the head; "feature-only" uses its features and not its logits; "as-is" insists that the classes
-                 are the same
-    student_args, teacher_args  {option: value} for the constructors of networks that are given by name
+                 copy) a new head and trains it whole on the data first, "linear-probe" only the head; "feature-only"
+                 uses its features and not its logits; "as-is" insists that the classes are the same
+    teacher_training  {argument: value} of distill() for that training alone; the others are those of this run, save
+                 freeze and layer_decay
+    teacher_dir  folder of fine-tuned teachers, where a run finds those that an earlier one made of the same network,
+                 data and settings; default output_dir/finetuned
+    freeze       what of the student is not trained: a number of stages from the image, names of modules, or "backbone"
+                 (all but the classifier); its BatchNorm statistics stay too
+    layer_decay  factor of the student's learning rate from one layer to the next towards the image, above 0 to 1;
+                 default None, the same rate everywhere
+    student_weights, teacher_weights  .safetensors, .pth or .pt file, folder, "hf-hub:ID" or state dict for a network
+                 given by name or as a module (of a teacher's: a copy); with several teachers a list
+    student_args, teacher_args  {option: value} for the constructors of networks that are given by name, such as
+                 img_size and patch_size, to which timm resamples weights; for several teachers also a list
     output_dir   folder of checkpoints, student/, metrics.jsonl and report.md; default None, nothing is written
     overwrite    True empties an output_dir that holds another run
     resume       "auto" goes on where output_dir stopped, if it holds a run; True insists; or a checkpoint's folder
@@ -162,48 +180,42 @@ def distill(
         return _distill(given, method_options)
 
 
-def _distill(given: Mapping[str, Any], method_options: Mapping[str, Any]) -> DistillResult:
-    losses_of_run = assemble.check_names(given, method_options, list(given))
-    settings = _settings(given)
-    accelerator, baseline, progress = given["accelerator"], given["baseline"], given["progress"]
-    mixed_precision, resume, overwrite = given["mixed_precision"], given["resume"], given["overwrite"]
+def _distill(given: dict[str, Any], method_options: Mapping[str, Any]) -> DistillResult:
+    losses = assemble.check_names(given, method_options, list(given))
+    settings = Settings.of(given)
+    finetune.settings_of(given)
     folder = Path(given["output_dir"]) if given["output_dir"] is not None else None
     trackers = [] if given["dry_run"] else choose(given["report_to"], folder is not None)
-    shown = {True: "auto", False: "off"}[progress] if isinstance(progress, bool) else progress
-    log = ProgressLog(shown, label=given["label"])
-    for callback in given["callbacks"]:
-        if not isinstance(callback, Callback):
-            raise ValueError(
-                f"callbacks holds {callback!r}: each must be a kdtoolkit.Callback, made by calling its class"
-            )
-    if baseline is True and (folder is None or not isinstance(given["student"], str)):
-        raise ValueError(
-            "baseline=True trains the student alone first: it needs output_dir and a student given by name"
-        )
-    resume_from = None if given["dry_run"] else checkpoint.claim(folder, resume, overwrite)
-    ready = None if given["dry_run"] else _accelerator(accelerator, mixed_precision, settings, trackers, folder)
+    log = _log(given, folder)
+    resume_from = None if given["dry_run"] else checkpoint.claim(folder, given["resume"], given["overwrite"])
+    ready = None if given["dry_run"] else _accelerator(given, settings, trackers, folder)
     facts = Facts.of(given)
-    parts = assemble.build(given, losses_of_run, method_options, facts)
+    parts = assemble.build(given, losses, method_options, facts)
+    parts.notes += [finetune.told(given)] if parts.to_adapt else []
     try:
         settings = _placed(settings, given, parts, facts)
-        plan = assemble.plan_of(parts, facts, settings)
+        plan = told.plan_of(parts, facts, settings)
         if ready is None:
             return DistillResult(parts.net, plan=plan, output_dir=folder)
         schedule(settings, facts.data, ready.num_processes)
         if folder is not None and resume_from is None:
             _empty(folder, ready)
+        if log.mode != "off" and ready.is_main_process:
+            print(*parts.notes, sep="\n", end="\n" if parts.notes else "")
         alone = _baseline(given, facts)
         if parts.to_adapt:
-            trained = _adapted(given, parts, facts)
-            parts = assemble.build(given, losses_of_run, method_options, facts, trained)
-        config = assemble.config_of(given, method_options, losses_of_run, settings)
+            nets, extra, notes = finetune.adapted(given, parts, facts, distill, ready)
+            parts = assemble.build(given, losses, method_options, facts, nets)
+            parts.extra, plan["notes"] = extra, [*plan["notes"], *notes]
+        config = told.config_of(given, method_options, losses, settings)
         if folder is not None and ready.is_main_process:
             write_yaml(folder / "config.yaml", config)
             write_json(folder / "env.json", environment(ready))
             write_json(folder / "plan.json", plan)
         watchers: list[Callback] = [Checkpoints(), log, *([Trackers(config)] if trackers else [])]
-        card = assemble.card_of(given, losses_of_run)
-        run = Run(parts.method, facts.data, settings, ready, [*given["callbacks"], *watchers], folder, card)
+        watchers += [StayStill(parts.still)] if parts.still is not None else []
+        card, callbacks = told.card_of(given, losses), [*given["callbacks"], *watchers]
+        run = Run(parts.method, facts.data, settings, ready, callbacks, folder, card, parts.layers)
         try:
             run.fit(resume_from)
             chosen = finish.choose(run)
@@ -221,35 +233,21 @@ def _distill(given: Mapping[str, Any], method_options: Mapping[str, Any]) -> Dis
     return result
 
 
-def _settings(given: Mapping[str, Any]) -> Settings:
-    """The numbers of the run, each checked."""
-    epochs, max_steps, optimizer = given["epochs"], given["max_steps"], given["optimizer"]
-    if epochs is not None and max_steps is not None:
-        raise ValueError(f"epochs={epochs} and max_steps={max_steps}: give one of them")
-    epochs = 30 if epochs is None and max_steps is None else epochs
-    whole = {"epochs": epochs, "max_steps": max_steps}
-    whole |= {n: given[n] for n in ("batch_size", "grad_accum", "log_every", "eval_every")}
-    for name, number in whole.items():
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise ValueError(f"{name} is {number!r}, it must be a whole number from 1")
-    if given["scheduler"] not in SCHEDULERS:
-        raise ValueError(f"unknown scheduler {given['scheduler']!r}; known: {', '.join(SCHEDULERS)}")
-    if given["eval_test"] not in ("auto", "every", "end"):
-        raise ValueError(f"eval_test is {given['eval_test']!r}; allowed: 'auto', 'every', 'end'")
-    if given["grad_clip"] is not None and not given["grad_clip"] > 0:
-        raise ValueError(f"grad_clip is {given['grad_clip']!r}: the largest norm of the gradient, above 0")
-    papers = optimizer in ("sgd", "nesterov", "momentum")
-    same = "momentum scheduler warmup_epochs grad_clip compile seed eval_test".split()
-    settings = Settings(
-        optimizer=optimizer,
-        lr=(0.05 if papers else 1e-3) if given["lr"] is None else given["lr"],
-        weight_decay=(5e-4 if papers else 0.05) if given["weight_decay"] is None else given["weight_decay"],
-        milestones=tuple(given["milestones"]),
-        **whole,
-        **{name: given[name] for name in same},
-    )
-    make_optimizer(nn.Linear(1, 1), settings)  # an unknown name or a bad rate is told now
-    return settings
+def _log(given: Mapping[str, Any], folder: Path | None) -> ProgressLog:
+    """The printer of this run, after a look at the arguments that only distill() knows."""
+    progress = given["progress"]
+    progress = {True: "auto", False: "off"}[progress] if isinstance(progress, bool) else progress
+    log = ProgressLog(progress, label=given["label"])
+    for callback in given["callbacks"]:
+        if not isinstance(callback, Callback):
+            raise ValueError(
+                f"callbacks holds {callback!r}: each must be a kdtoolkit.Callback, made by calling its class"
+            )
+    if given["baseline"] is True and (folder is None or not isinstance(given["student"], str)):
+        raise ValueError(
+            "baseline=True trains the student alone first: it needs output_dir and a student given by name"
+        )
+    return log
 
 
 def _placed(s: Settings, given: Mapping[str, Any], parts: Parts, facts: Facts) -> Settings:
@@ -263,10 +261,9 @@ def _placed(s: Settings, given: Mapping[str, Any], parts: Parts, facts: Facts) -
     return replace(s, channels_last=last, batch_size=size, monitor="val" if facts.data.val is not None else None)
 
 
-def _accelerator(
-    own: Accelerator | None, precision: str | None, s: Settings, trackers: list[str], folder: Path | None
-) -> Accelerator:
+def _accelerator(given: Mapping[str, Any], s: Settings, trackers: list[str], folder: Path | None) -> Accelerator:
     """The caller's, set up for this run, or one with a fresh state: accelerate keeps one state per process."""
+    own, precision = given["accelerator"], given["mixed_precision"]
     loading = DataLoaderConfiguration(
         split_batches=True, use_seedable_sampler=True, data_seed=s.seed, non_blocking=True
     )
@@ -299,12 +296,6 @@ def _empty(folder: Path, accelerator: Accelerator) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- other runs
-SHARED = (
-    "epochs max_steps batch_size optimizer lr weight_decay scheduler warmup_epochs report_to mixed_precision "
-    "grad_accum compile channels_last grad_clip seed progress momentum milestones log_every eval_every eval_test"
-).split()
-
-
 def _baseline(given: Mapping[str, Any], facts: Facts) -> Path | None:
     """The folder of the same student trained alone."""
     baseline = given["baseline"]
@@ -315,37 +306,7 @@ def _baseline(given: Mapping[str, Any], facts: Facts) -> Path | None:
     if baseline is not True:
         return Path(baseline)
     folder = Path(given["output_dir"]) / "baseline"
-    same = {name: given[name] for name in (*SHARED, "student", "student_args")}
+    own = ("student", "student_args", "student_weights", "freeze", "layer_decay")
+    same = {name: given[name] for name in (*SHARED, *own)}
     distill(None, method="none", train_data=facts.data, output_dir=folder, resume="auto", label="alone", **same)
     return folder
-
-
-class _StayInEval(Callback):
-    """A linear probe trains the head and leaves the statistics of the rest as they are."""
-
-    def on_epoch_start(self, run: Run) -> None:
-        run.method.eval()
-
-
-def _adapted(given: Mapping[str, Any], parts: Parts, facts: Facts) -> list[nn.Module]:
-    """The teachers, those with a new head trained on the data."""
-    parts.release()
-    probe = given["teacher_head"] == "linear-probe"
-    nets: list[nn.Module] = [teacher.model for teacher in parts.teachers]
-    for number in parts.to_adapt:
-        net: Any = nets[number]
-        head = {id(p) for p in net.get_classifier().parameters()}
-        flags = {p: p.requires_grad for p in net.parameters()}
-        folder = Path(given["output_dir"]) / "finetuned" / str(number) if given["output_dir"] is not None else None
-        same = {name: given[name] for name in SHARED} | {"callbacks": [_StayInEval()] if probe else []}
-        try:
-            for p in net.parameters():
-                p.requires_grad_(not probe or id(p) in head)
-            distill(
-                None, net, facts.data, method="none", output_dir=folder, resume="auto" if folder else False,
-                label=f"teacher {given['teacher_head']}", **same,
-            )  # fmt: skip
-        finally:
-            for p, flag in flags.items():
-                p.requires_grad_(flag)
-    return nets

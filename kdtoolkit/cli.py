@@ -78,7 +78,7 @@ def _recipes() -> dict[str, Path]:
 
 
 def _distill(args: argparse.Namespace) -> None:
-    own = ("do", "dry", "traceback", "loss", "option", "student_arg", "teacher_arg", "layers")
+    own = "do dry traceback loss option student_arg teacher_arg teacher_training layers".split()
     given = {k: v for k, v in vars(args).items() if v is not None and k not in own}
     options = _pairs(args.option, "--option")
     taken = next((name for name in options if name in inspect.signature(distill).parameters), None)
@@ -90,7 +90,9 @@ def _distill(args: argparse.Namespace) -> None:
     result = distill(
         teacher[0] if teacher and len(teacher) == 1 else teacher, given.pop("student"), given.pop("data"),
         losses=_pairs(args.loss, "--loss") or None, student_args=_pairs(args.student_arg, "--student-arg") or None,
-        teacher_args=_pairs(args.teacher_arg, "--teacher-arg") or None, dry_run=args.dry, **given, **options,
+        teacher_args=_pairs(args.teacher_arg, "--teacher-arg") or None,
+        teacher_training=_pairs(args.teacher_training, "--teacher-training") or None,
+        dry_run=args.dry, **given, **options,
     )  # fmt: skip
     if args.dry:
         print(result.plan)
@@ -107,6 +109,7 @@ def _methods(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------------------- flags
 KINDS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
 BY_HAND = "teacher student train_data eval_data method layers losses dry_run student_args teacher_args".split()
+BY_HAND += ["teacher_training"]
 SAYABLE = {"transforms": "str", "validation": "float | int | str", "baseline": "bool | str"}  # of those of any type
 
 
@@ -124,6 +127,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add("--layers", **repeat, metavar="S:T", help="student tap and teacher tap, stages or modules; repeat it")
     add("--student-arg", **repeat, metavar="NAME=VALUE", help="of the student's constructor; repeat it")
     add("--teacher-arg", **repeat, metavar="NAME=VALUE", help="of the teacher's constructor; repeat it")
+    add("--teacher-training", **repeat, metavar="NAME=VALUE", help="of its fine-tuning, e.g. epochs=3; repeat it")
     meanings = _meanings(inspect.getdoc(distill) or "")
     for name, parameter in inspect.signature(distill).parameters.items():
         allowed = [kind.strip() for kind in SAYABLE.get(name, str(parameter.annotation)).split("|")]

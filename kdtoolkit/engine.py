@@ -57,6 +57,7 @@ class Run:
 
     accelerator, method (bare), net (prepared), optimizer, scheduler, data, clock, callbacks, settings, output_dir,
     journal (rows of metrics.jsonl), best ({"epoch", "step", "top1"}), stop (set a reason to end after this step).
+    `layers` {parameter of the first network: layer} is needed for settings.layer_decay.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Run:
         callbacks: Sequence[Callback] = (),
         output_dir: Path | None = None,
         card: Mapping[str, Any] | None = None,
+        layers: Mapping[str, int] | None = None,
     ):
         self.method, self.data, self.settings, self.accelerator = method, data, settings, accelerator
         self.callbacks = list(callbacks)
@@ -83,14 +85,14 @@ class Run:
         self.stop: str | None = None
         self.signalled = False
         self.epoch_start = 0  # step at which this epoch began
-        self._prepare(dict(card or {}))
+        self._prepare(dict(card or {}), layers)
 
     @property
     def teacher_metrics(self) -> dict[str, dict[str, float]]:
         return self.evaluator.teacher_metrics
 
     # ----------------------------------------------------------------------------------------------------- building
-    def _prepare(self, card: dict[str, Any]) -> None:
+    def _prepare(self, card: dict[str, Any], layers: Mapping[str, int] | None) -> None:
         s, accelerator = self.settings, self.accelerator
         loader, self.clock, factor = schedule(s, self.data, accelerator.num_processes)
         if accelerator.device.type == "cpu":
@@ -102,12 +104,14 @@ class Run:
         self.method.to(memory_format=memory)
         if s.compile:
             self.method.compile()
-        optimizer = make_optimizer(self.method, s)
+        optimizer = make_optimizer(self.method, s, layers)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         prepared = accelerator.prepare(self.method, optimizer, loader, scheduler)
         self.net, self.optimizer, self.loader, self.scheduler = prepared
         names = {name: type(net).__name__ for name, net in self.method.networks().items()}
         optim = f"{s.optimizer} lr={s.lr} wd={s.weight_decay} {s.scheduler}"
+        if s.layer_decay is not None:
+            optim += f" layer_decay={s.layer_decay}"
         if s.grad_accum > 1:
             optim += f" grad_accum={s.grad_accum}"
         told = {"seed": s.seed, "total_steps": self.clock.total_steps, "batch_size": s.batch_size, "optimizer": optim}
@@ -215,7 +219,7 @@ class Run:
         clock.epoch += 1
         self.epoch_start = clock.step
         row = self.watch.close("epoch")
-        self.journal.add(event="epoch", epoch=clock.epoch, step=clock.step, lr=self.scheduler.get_last_lr()[0], **row)
+        self.journal.add(event="epoch", epoch=clock.epoch, step=clock.step, lr=max(self.scheduler.get_last_lr()), **row)
         over = clock.step >= clock.total_steps or bool(self.stop)
         self.emit("on_epoch_end", self._evaluate_epoch(over))
 
@@ -316,7 +320,7 @@ class Run:
 
     def _log(self) -> None:
         self.check_finite()
-        row = {"lr": self.scheduler.get_last_lr()[0]} | self.watch.close("interval")
+        row = {"lr": max(self.scheduler.get_last_lr())} | self.watch.close("interval")
         self.journal.add(event="train", epoch=self.clock.epoch, step=self.clock.step, **row)
 
     # --------------------------------------------------------------------------------------------------- evaluation

@@ -41,7 +41,7 @@ def measure(run: Any, parts: Any, facts: Any, chosen: dict[str, Any]) -> dict[st
     """The final numbers. All ranks call it; hooks are gone afterwards, for costs are those of the bare networks."""
     split = facts.data.test or facts.data.val
     final: dict[str, Any] = run.evaluate(split, "student") if split is not None else {}
-    final |= {"split": split.name if split else None} | chosen
+    final |= {"split": split.name if split else None} | chosen | parts.extra
     teacher = run.teacher_metrics.get(f"teacher/{split.name}") if split is not None else None
     if teacher:
         final |= {f"teacher_{k}": v for k, v in teacher.items()}

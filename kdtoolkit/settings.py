@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -14,7 +15,19 @@ from torch.utils.data import DataLoader
 from . import schedules
 from .data import Data
 from .registry import nearest
+from .tuning import rates
 from .types import Clock
+
+PLAIN = {
+    "sgd": "momentum",
+    "momentum": "momentum",
+    "nesterov": "nesterov",
+}  # decay on every parameter, as in the papers
+# arguments of distill() that a run shares with those it starts: a baseline, the fine-tuning of a teacher
+SHARED = (
+    "epochs max_steps batch_size optimizer lr weight_decay scheduler warmup_epochs report_to mixed_precision "
+    "grad_accum compile channels_last grad_clip seed progress momentum milestones log_every eval_every eval_test"
+).split()
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,7 @@ class Settings:
     lr: float = 0.05
     weight_decay: float = 5e-4
     momentum: float = 0.9
+    layer_decay: float | None = None  # factor of the learning rate from one layer to the next towards the image
     scheduler: str = "cosine"
     milestones: tuple[float, ...] = (0.5, 2 / 3, 5 / 6)  # shares of the run, for "multistep"
     warmup_epochs: float = 0.0
@@ -50,6 +64,48 @@ class Settings:
                 allowed = "from 0 to below 1" if most == 1 else "a finite number from 0"
                 raise ValueError(f"{name} is {number!r}; allowed: {allowed}")
 
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Settings:
+        """From the arguments of distill(), each checked."""
+        epochs, max_steps, papers = given["epochs"], given["max_steps"], given["optimizer"] in PLAIN
+        if epochs is not None and max_steps is not None:
+            raise ValueError(f"epochs={epochs} and max_steps={max_steps}: give one of them")
+        epochs = 30 if epochs is None and max_steps is None else epochs
+        whole = {"epochs": epochs, "max_steps": max_steps}
+        whole |= {n: given[n] for n in ("batch_size", "grad_accum", "log_every", "eval_every")}
+        _check(given, whole)
+        same = "optimizer momentum scheduler warmup_epochs grad_clip compile seed eval_test layer_decay".split()
+        settings = cls(
+            lr=(0.05 if papers else 1e-3) if given["lr"] is None else given["lr"],
+            weight_decay=(5e-4 if papers else 0.05) if given["weight_decay"] is None else given["weight_decay"],
+            milestones=tuple(given["milestones"]),
+            **whole,
+            **{name: given[name] for name in same},
+        )
+        make_optimizer(
+            nn.Linear(1, 1), replace(settings, layer_decay=None)
+        )  # an unknown name or a bad rate is told now
+        return settings
+
+
+def _check(given: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+    """ValueError for a value that is not allowed; `whole` must be whole numbers from 1, or None."""
+    for name, number in whole.items():
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ValueError(f"{name} is {number!r}, it must be a whole number from 1")
+    if given["scheduler"] not in schedules.SCHEDULERS:
+        raise ValueError(f"unknown scheduler {given['scheduler']!r}; known: {', '.join(schedules.SCHEDULERS)}")
+    if given["eval_test"] not in ("auto", "every", "end"):
+        raise ValueError(f"eval_test is {given['eval_test']!r}; allowed: 'auto', 'every', 'end'")
+    if given["grad_clip"] is not None and not given["grad_clip"] > 0:
+        raise ValueError(f"grad_clip is {given['grad_clip']!r}: the largest norm of the gradient, above 0")
+    decay = given["layer_decay"]
+    if decay is not None and (isinstance(decay, (bool, str)) or not 0 < decay <= 1):
+        raise ValueError(
+            f"layer_decay is {decay!r}: the factor of the learning rate from one layer to the next towards the image, "
+            "above 0 and at most 1; None is the same rate everywhere"
+        )
+
 
 def schedule(s: Settings, data: Data, ranks: int) -> tuple[DataLoader, Clock, Callable[[int], float]]:
     """Training batches, how many of them, and the learning-rate factor of optimizer step n."""
@@ -68,22 +124,28 @@ def schedule(s: Settings, data: Data, ranks: int) -> tuple[DataLoader, Clock, Ca
     return loader, clock, schedules.lr_factor(s.scheduler, updates, warmup=warmup, milestones=s.milestones)
 
 
-def make_optimizer(method: nn.Module, s: Settings) -> torch.optim.Optimizer:
+def make_optimizer(method: nn.Module, s: Settings, layers: Mapping[str, int] | None = None) -> torch.optim.Optimizer:
     """timm's optimizers by name. "sgd" is plain momentum and "nesterov" Nesterov's, both with decay on every parameter
-    as in the papers; every other name is timm's, without decay on biases and norms."""
-    plain = {"sgd": "momentum", "momentum": "momentum", "nesterov": "nesterov"}
+    as in the papers; every other name is timm's, without decay on biases and norms.
+
+    layers  parameter of the first network -> layer, as tuning.layer_numbers() gives it; needed for s.layer_decay
+    """
+    filtered = s.optimizer not in PLAIN
+    given: dict[str, Any] = {"momentum": s.momentum, "lr": s.lr, "weight_decay": s.weight_decay}
+    groups: Any = method
+    if s.layer_decay is not None:
+        if layers is None:
+            raise ValueError(f"layer_decay={s.layer_decay} needs the layers of the network: tuning.layer_numbers(taps)")
+        net = next(iter(method.networks().values()))  # type: ignore[operator]
+        same = {"lr": s.lr, "weight_decay": s.weight_decay, "decay": s.layer_decay}
+        groups = rates(method, net, layers, filtered=filtered, **same)
     try:
         return create_optimizer_v2(
-            method,
-            opt=plain.get(s.optimizer, s.optimizer),
-            lr=s.lr,
-            weight_decay=s.weight_decay,
-            momentum=s.momentum,
-            filter_bias_and_bn=s.optimizer not in plain,
+            groups, opt=PLAIN.get(s.optimizer, s.optimizer), filter_bias_and_bn=filtered, **given
         )
     except (AssertionError, KeyError, ValueError) as error:
         known = list(map(str, list_optimizers()))
-        if str(s.optimizer).lower().removeprefix("lookahead_") in [*plain, *known]:
+        if str(s.optimizer).lower().removeprefix("lookahead_") in [*PLAIN, *known]:
             raise ValueError(f"optimizer={s.optimizer!r}, lr={s.lr}, weight_decay={s.weight_decay}: {error}") from error
         raise ValueError(
             f"optimizer={s.optimizer!r}: {error}; allowed are 'sgd', 'nesterov' and the names of "

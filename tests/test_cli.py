@@ -62,6 +62,12 @@ VALUES = [
     ("--teacher a b", {"teacher": ["a", "b"]}),
     ("--teacher a", {"teacher": "a"}),
     ("--method srkd", {"method": "srkd"}),
+    ("--freeze 2 --layer-decay 0.75", {"freeze": 2, "layer_decay": 0.75}),
+    ("--freeze backbone", {"freeze": "backbone"}),
+    ("--freeze conv1,layer1", {"freeze": "conv1,layer1"}),
+    ("--student-weights a.pth --teacher-weights b.pth", {"student_weights": "a.pth", "teacher_weights": "b.pth"}),
+    ("--teacher-head finetune --teacher-dir 7", {"teacher_head": "finetune", "teacher_dir": "7"}),
+    ("--teacher-training epochs=3 --teacher-training lr=0.1", {"teacher_training": {"epochs": 3, "lr": 0.1}}),
 ]
 
 
@@ -74,6 +80,7 @@ def test_flags_become_values_of_the_right_type(said, flags, given):
 
 def test_flags_left_out_leave_the_defaults(said):
     named = "teacher student train_data method losses student_args teacher_args dry_run".split()
+    named += ["teacher_training"]
     assert set(said()) == set(named)
 
 

@@ -7,6 +7,7 @@ room of architecture.md's floor reads another of the same floor, the lower one s
 * `layout`, `stages` and `fold` use what `trace` found: 0.53, 0.55, 0.6; `preprocess` 0.5, because `models` (1) and
   `taps` (1) both read it.
 * `callbacks/base.py` is a room of its own, below the methods and above the types.
+* `networks` and `fingerprint` read models, data and `tuning`; `assemble` and `finetune` read them: 7.3.
 * `evaluation` and `settings` read data, metrics and method, the engine reads them: 6.5. `assemble` and `finish`, which
   `api` (8) puts in front of and behind the engine: 7.5. The package itself 9, and what is written for people at a
   shell (`cli`, `recipe`) 10.

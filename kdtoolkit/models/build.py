@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from timm.models import is_model_pretrained
 from torch import Tensor, nn
 
+from kdtoolkit.models.weights import metadata_cfg, translated
+
 UNREADABLE = (RuntimeError, OSError, EOFError, SafetensorError, pickle.UnpicklingError)
 # the bases are the HTTP library's own error, whichever it is
 UNREACHABLE: tuple[Any, ...] = (OSError, *HfHubHTTPError.__bases__)
@@ -65,6 +67,13 @@ def build(
     recorded = {**getattr(model, "kd_model_args", {}), **args}
     model.kd_model_args = {k: v for k, v in recorded.items() if k not in NOT_RECORDED}
     return model
+
+
+def is_name(spec: object) -> bool:
+    """Whether build() would take `spec` as a timm name, and not as a module, file, folder or name on the Hub."""
+    if not isinstance(spec, str) or spec.endswith(".safetensors"):
+        return False
+    return not spec.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and (timm.is_model(spec) or not _is_path(spec))
 
 
 def _is_path(text: str) -> bool:
@@ -154,7 +163,7 @@ def _from_file(path: Path, num_classes: int | None, load: bool, role: str, kwarg
             "create the model yourself and pass the nn.Module"
         )
     _known(name, role)
-    cfg = _metadata_cfg(meta, path, role)
+    cfg = metadata_cfg(meta, path, role)
     options = {**({"shortcut": meta["shortcut"]} if "shortcut" in meta else {}), **kwargs}
     classes = cfg.get("num_classes", num_classes)
     if load and num_classes not in (None, classes):
@@ -166,20 +175,8 @@ def _from_file(path: Path, num_classes: int | None, load: bool, role: str, kwarg
     return model
 
 
-def _metadata_cfg(meta: dict[str, str], path: Path, role: str) -> dict[str, Any]:
-    """num_classes, mean and std of a safetensors file, as far as it has them."""
-    try:
-        cfg: dict[str, Any] = {k: tuple(map(float, meta[k].split(","))) for k in ("mean", "std") if k in meta}
-        return {**cfg, **({"num_classes": int(meta["num_classes"])} if "num_classes" in meta else {})}
-    except ValueError as error:
-        raise ValueError(
-            f"{role}: the metadata of {path} is damaged ({error}); expected num_classes as an integer, mean and std as "
-            "numbers with commas between"
-        ) from error
-
-
 def _load(model: nn.Module, state: dict[str, Tensor], problem: str) -> None:
-    own = model.state_dict()
+    state, own = translated(model, state), model.state_dict()
     shaped = [k for k, v in state.items() if k in own and v.shape != own[k].shape]
     result = model.load_state_dict({k: v for k, v in state.items() if k not in shaped}, strict=False)
     faults = {

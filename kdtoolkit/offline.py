@@ -121,13 +121,12 @@ def _plan_row(
         if taps is not None:
             end = taps.end(row[side])
             plan |= {side: end.name, f"{side}_shape": list(end.shape), f"{side}_layout": end.shape.layout}
-    between = [(_called(row["adapter"]), row["adapter"])] if row.get("adapter") is not None else []
-    between += [
-        (f"entry {_called(adapter)}", adapter) for adapter in row.get("entry") or ()
-    ]  # in front of a reset stage
+    entry = list(row.get("entry") or ())  # in front of a reset stage, one for each tensor that enters it
+    between = ([] if row.get("adapter") is None else [row["adapter"]]) + entry
     if between:
-        plan |= {"adapter": " + ".join(name for name, _ in between)}
-        plan |= {"adapter_parameters": sum(_count(adapter) for _, adapter in between)}
+        told = [_called(adapter) for adapter in between[: len(between) - len(entry)]]
+        told += [f"entry {_called(entry[0])}" + (f" x {len(entry)}" if len(entry) > 1 else "")] if entry else []
+        plan |= {"adapter": " + ".join(told), "adapter_parameters": sum(map(_count, between))}
     return plan
 
 

@@ -370,8 +370,12 @@ def _takers(tr: Trace, value: Value, after: int) -> tuple[str, ...]:
 
 def _deepen(tr: Trace, stage: Stage) -> Stage:
     """Each module as its innermost one."""
-    parts = tuple(dataclasses.replace(part, module=innermost(tr, part.module)) for part in stage.parts)
-    return dataclasses.replace(stage, parts=parts)
+    return dataclasses.replace(stage, parts=tuple(_deep(tr, part) for part in stage.parts))
+
+
+def _deep(tr: Trace, part: Part) -> Part:
+    call = tr.once(innermost(tr, part.module))
+    return part if call is None else dataclasses.replace(part, module=call.name, left=call.left)
 
 
 def innermost(tr: Trace, name: str) -> str:

@@ -143,6 +143,10 @@ def test_numbers(name):
     assert torch.equal(again.logits, logits)
     assert all(torch.equal(again.feats[k], named.feats[k]) for k in taps.keys)
 
+    # the network behind a stage gives the same without what lies in front of it
+    behind = taps.rest(torch.zeros_like(x), cuts[-1], own[cuts[-1]])
+    assert torch.equal(behind.logits, logits)
+
     # noise in every place: what comes after does not see the image, and what comes before does not see the noise
     noise = {k: [torch.randn_like(t) * t.std() for t in tensors] for k, tensors in own.items()}
     first, second = taps(x, replace=noise), taps(other, replace=noise)

@@ -801,3 +801,24 @@ def test_a_student_is_rehearsed_in_training_mode():
 
     with pytest.raises(RuntimeError, match=r"tap 3 \(features.2.2\) never fired"):
         create_method("at", Taps(Skips(), None, 32), [teacher])
+
+
+@torch.no_grad()
+def test_behind_a_stage_nothing_in_front_of_it_is_computed():
+    torch.manual_seed(0)
+    model = Branches().eval()
+    taps = Taps(model, ["one"], 32)
+    x = torch.rand(2, 3, 32, 32)
+    model.feature_info = []
+    plain = Taps(model, [part.name for part in taps.end("one").boundary], 32)(x)
+    own = list(plain.feats.values())
+    nan = torch.full_like(x, float("nan"))
+    counts = []
+    handle = model.one.coarse.conv.register_forward_pre_hook(lambda *_: counts.append(1))
+    assert torch.equal(taps.rest(nan, "one", own).logits, plain.logits)
+    assert counts == [] and "forward" not in vars(model.one.coarse)
+    assert torch.equal(taps(x, replace={"one": own}).logits, plain.logits) and counts == [1]
+    handle.remove()
+    with pytest.raises(ValueError, match="ends in 2 tensors, 1 were given"):
+        taps.rest(x, "one", own[0])
+    assert "forward" not in vars(model.one.coarse)

@@ -53,6 +53,11 @@ class Frozen(Taps):
         with torch.set_grad_enabled(_wants_grad(replace)):
             return super().reset(x, replace, want)
 
+    def rest(self, x: Tensor, at: Stage, feature: Replacement) -> Out:
+        self._stay_in_eval()
+        with torch.set_grad_enabled(_wants_grad({at: feature})):
+            return super().rest(x, at, feature)
+
     def prepare(self, x: Tensor) -> Tensor:
         return self.preprocess(x).to(self._dtype)
 

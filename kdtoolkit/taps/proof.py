@@ -8,6 +8,7 @@ values) is not seen here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..trace import quiet, sources
 from ..types import Stage
-from .tapped import Taps
+from .hooks import Store, hook
+
+if TYPE_CHECKING:
+    from .tapped import Taps
 
 IMAGE, LOGITS = "the image", "the logits"
 
@@ -23,24 +27,26 @@ IMAGE, LOGITS = "the image", "the logits"
 def leaks(taps: Taps, keys: Sequence[Stage]) -> list[str]:
     """What is wrong with a reset at all the taps `keys` at once, a sentence each; [] if it is exact: every stage after
     a reset one, and the logits, depend on all tensors of the boundary in front of them, and on nothing else."""
-    tr = taps.trace
-    shadow = Taps(tr.model, None, taps.size)
-    shadow._trace, shadow._stages = tr, taps._stages
+    tr, store = taps.trace, Store()
+    ends = {taps.key(key): taps.end(key) for key in sorted(keys, key=lambda k: taps.end(k).left)}
+    for key in ends:
+        taps.check_cut(key)
+    given = {key: [_leaf(tr.x, part.shape) for part in end.boundary] for key, end in ends.items()}
+    image = torch.empty_like(tr.x).requires_grad_()
+    names = {id(image): IMAGE}
+    replace = {}
+    for key, end in ends.items():
+        names |= {id(t): part.name for t, part in zip(given[key], end.boundary, strict=True)}
+        replace[key] = dict(zip((i for i, p in enumerate(end.parts) if p.read), given[key], strict=True))
+    handles = [handle for key, end in ends.items() for handle in hook(tr.model, key, end, store)]
     try:
-        shadow.select(sorted((taps.key(k) for k in keys), key=lambda k: taps.end(k).left))
-        image = torch.empty_like(tr.x).requires_grad_()
-        ends, names = shadow._ends, {id(image): IMAGE}
-        given = {key: [_leaf(tr.x, part.shape) for part in end.boundary] for key, end in ends.items()}
-        for key, end in ends.items():
-            names |= {id(t): part.name for t, part in zip(given[key], end.boundary, strict=True)}
-        store = shadow._store
         with quiet(tr.model), torch.enable_grad():
-            store.begin(shadow._checked({key: [t.clone() for t in tensors] for key, tensors in given.items()}))
+            store.begin({key: {i: t.clone() for i, t in parts.items()} for key, parts in replace.items()})
             logits = tree_leaves(tr.model(image.clone()))
-        outputs = {key: [store.feats[key, i] for i in range(len(end.parts))] for key, end in ends.items()}
     finally:
-        shadow._store.active = False
-        shadow.remove()
+        for handle in handles:
+            handle.remove()
+    outputs = {key: [store.feats[key, i] for i in range(len(end.parts))] for key, end in ends.items()}
     return list(_faults({**outputs, LOGITS: logits}, given, names))
 
 

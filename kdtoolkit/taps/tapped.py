@@ -6,6 +6,7 @@ place. Nothing else of the model is touched: whatever comes next takes what the 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +20,9 @@ from ..stages import Stage as StageEnd
 from ..stages import chain, find_stages, innermost, split, stage_at
 from ..trace import Trace, trace
 from ..types import Out, Shape, Stage
+from .ghosts import Ghosts
 from .hooks import Stop, Store, hook
+from .proof import leaks
 
 OVERWRITTEN = (
     "is overwritten in place by a later operation: the feature would not be what the stage returned. Tap the module "
@@ -49,6 +52,7 @@ class Taps:
         self._stages: list[StageEnd] | None = None
         self._ends: dict[Stage, StageEnd] = {}
         self._chains: dict[tuple[Stage, Stage], list[nn.Module] | None] = {}
+        self._ghosts: dict[Stage, Ghosts | None] = {}
         self._forward: Any = self._plain
         if at is not None:
             self.select(list(at) if at else list(range(1, len(self.stages) + 1)))
@@ -145,7 +149,7 @@ class Taps:
         """Take every hook off the model."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._ends, self._chains = [], {}, {}
+        self._handles, self._ends, self._chains, self._ghosts = [], {}, {}, {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Taps:
         """Taps of the copied model, found once for both."""
@@ -165,10 +169,9 @@ class Taps:
     def __call__(self, x: Tensor, replace: Mapping[Stage, Replacement] | None = None) -> Out:
         """Logits (B, C) and the features of the taps. `replace` {tap: feature} gives the rest of the network another
         output of that stage; what is stored is still the model's own."""
-        checked = self._checked(replace)
-        logits, feats = self._forward(self.prepare(x), checked)
+        logits, feats = self._forward(self.prepare(x), self._checked(replace))
         self._check_logits(logits)
-        self._check_feats()
+        self._check_feats(self._ends)
         return Out(logits, feats)
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -220,9 +223,9 @@ class Taps:
                 "wrap the model or set the option that makes it return logits alone"
             )
 
-    def _check_feats(self) -> None:
+    def _check_feats(self, ends: Mapping[Stage, StageEnd]) -> None:
         store = self._store
-        for key, end in self._ends.items():
+        for key, end in ends.items():
             for number, part in enumerate(end.parts):
                 place = key, number
                 fired = store.fired.get(place, 0)
@@ -264,7 +267,7 @@ class Taps:
             except Exception:  # data-dependent code
                 return
             taps._check_logits(logits)
-            taps._check_feats()
+            taps._check_feats(taps._ends)
         finally:
             shadow.eval()
             taps.remove()
@@ -279,7 +282,7 @@ class Taps:
 
         A stage that is a chain of called modules is run by itself. Where that holds for every wanted tap, nothing in
         front of the first replacement, between the stages or behind the last is computed; else it is one forward that
-        stops after the last wanted tap.
+        begins behind the first replacement and stops after the last wanted tap.
         """
         checked = self._checked(replace)
         order = sorted(self._ends, key=lambda k: self._ends[k].left)
@@ -301,12 +304,33 @@ class Taps:
         last = max(want, key=order.index)
         self._store.begin(checked, last)
         try:
-            self.model(self.prepare(x))
+            with self._skipping(min(checked, key=order.index), x.shape[0]):
+                self.model(self.prepare(x))
         except Stop:
             pass
         finally:
             self._store.active = False
         return {key: self._store.feats[key, self._ends[key].main] for key in want}
+
+    def rest(self, x: Tensor, at: Stage, feature: Replacement) -> Out:
+        """The network behind the stage `at`, run on `feature` in place of that stage's output (one tensor for each of
+        `end(at).boundary`); nothing in front of it is computed. Of x (B, 3, H, W) only the size is looked at. Features
+        are those of the taps behind the stage."""
+        checked, end = self._checked({at: feature}), self.end(at)
+        with self._skipping(self.key(at), x.shape[0]):
+            logits, feats = self._plain(self.prepare(x), checked)
+        behind = {key: e for key, e in self._ends.items() if e.left > end.left}
+        self._check_logits(logits)
+        self._check_feats(behind)
+        return Out(logits, {key: feats[key] for key in behind})
+
+    def _skipping(self, key: Stage, batch: int) -> contextlib.AbstractContextManager[None]:
+        """Nothing in front of a replaced stage is computed, where it is proven that nothing else reads it."""
+        if key not in self._ghosts:
+            exact = not leaks(self, [key])
+            self._ghosts[key] = Ghosts(self.model, self.trace, self.end(key)) if exact else None
+        ghosts = self._ghosts[key]
+        return contextlib.nullcontext() if ghosts is None else ghosts(batch)
 
     def _chain(self, start: Stage, end: Stage) -> list[nn.Module] | None:
         if (start, end) not in self._chains:

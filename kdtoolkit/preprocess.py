@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
+from .trace import trace
+
 
 def config_of(model: nn.Module) -> dict[str, Any]:
     """timm's `pretrained_cfg` of a model as a plain dict; empty for models of other libraries."""
@@ -53,10 +55,13 @@ class Preprocess:
     @classmethod
     def of(cls, model: nn.Module, image: tuple[int, int] | None = None) -> Preprocess:
         """From the model's `pretrained_cfg`; `image` (H, W) is the size of the data, resized only where the model's
-        own size is fixed (a ViT's position table) and differs."""
+        own size is fixed (a ViT's position table) and differs. Where only its table says so (which is that of the
+        published weights), a model that runs on images of that size gets them as they are."""
         mean, std = normalisation(model) or (None, None)
         size = fixed_size(model)
-        return cls(mean, std, None if image is None or size == tuple(image) else size)
+        if image is None or size in (None, tuple(image)) or (not _embeds(model) and _runs(model, image)):
+            return cls(mean, std)
+        return cls(mean, std, size)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.size is not None and tuple(x.shape[-2:]) != self.size:
@@ -80,7 +85,7 @@ class Preprocess:
 
 def fixed_size(model: nn.Module) -> tuple[int, int] | None:
     """The only image size (H, W) that the model takes, or None when it takes any."""
-    embeds = [m for m in model.children() if isinstance(m, PatchEmbed)]  # patch_embed, a Mixer's stem
+    embeds = _embeds(model)
     first = next((m for m in model.children() if next(m.parameters(), None) is not None), None)
     cfg = config_of(model)
     if not (any(m.strict_img_size for m in embeds) if embeds else cfg.get("fixed_input_size")):
@@ -90,6 +95,18 @@ def fixed_size(model: nn.Module) -> tuple[int, int] | None:
     size = size or cfg["input_size"][1:]
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
+
+
+def _embeds(model: nn.Module) -> list[PatchEmbed]:
+    return [m for m in model.children() if isinstance(m, PatchEmbed)]  # patch_embed, a Mixer's stem
+
+
+def _runs(model: nn.Module, image: tuple[int, int]) -> bool:
+    try:
+        trace(model, (input_shape(model)[0], *image))
+    except ValueError:
+        return False
+    return True
 
 
 def input_shape(model: nn.Module) -> tuple[int, int, int]:

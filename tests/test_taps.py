@@ -150,6 +150,15 @@ def test_default_size_is_what_the_model_was_built_for(name, given, fixed):
     assert Frozen(model)(x).logits.shape == (2, 3)
 
 
+def test_a_size_that_only_the_table_fixes_is_tried():
+    own = timm.create_model(
+        "hiera_tiny_224", img_size=32, embed_dim=16, num_heads=1, stages=(1, 1, 2, 1), num_classes=3
+    )
+    assert Preprocess.of(own, (32, 32)).size is None  # built for these images, whatever its table says
+    assert Preprocess.of(own, (48, 48)).size == fixed_size(own) == (224, 224)
+    assert Preprocess.of(net("vit_tiny_patch16_224"), (32, 32)).size == (64, 64)
+
+
 def test_preprocess():
     model = timm.create_model("resnet10t", in_chans=1)
     mean, std = normalisation(model)

@@ -98,3 +98,96 @@ def lr_factor(
         return 1.0
 
     return factor
+
+
+# ------------------------------------------------------------------------------ coefficients by epoch, of the papers
+def sigmoid_rampup(epoch: float, length: float) -> float:
+    """exp(-5 (1 - epoch / length)^2) up to `length` epochs, then 1; 0.0067 at epoch 0, which is the first.
+
+    Laine & Aila 2017, "Temporal Ensembling"; length 80 in ONE, OKDDip, PCL and DKEL, 5 to 30 in Mean Teacher. Negative
+    epochs count as 0; length 0 is no ramp.
+    """
+    return math.exp(-5.0 * (1.0 - linear_rampup(epoch, length)) ** 2)
+
+
+def linear_rampup(epoch: float, length: float) -> float:
+    """epoch / length, from 0 to 1 and then 1. Length 0 is no ramp.
+
+    ReviewKD's authors pass the 0-based epoch (the first has weight 0), mdistiller (ReviewKD, DKD) epoch + 1.
+    """
+    if length < 0:
+        raise ValueError(f"a ramp is 0 epochs long or longer, got {length}")
+    return min(max(epoch, 0.0) / length, 1.0) if length else 1.0
+
+
+def cosine_rampdown(epoch: float, length: float) -> float:
+    """(1 + cos(pi epoch / length)) / 2, from 1 to 0 at `length` epochs, then 0. Loshchilov & Hutter 2017, "SGDR"."""
+    return 0.5 * (1.0 + math.cos(math.pi * linear_rampup(epoch, length)))
+
+
+def exponential_decay(epoch: float, rate: float = 0.5, cut: float = 0.01) -> float:
+    """exp(-rate * epoch), 0 once it is `cut` or less: the share of ensemble knowledge in DKEL (Shao & Chen 2023).
+
+    rate  per epoch; the paper tries 0.05 to 1
+    """
+    if rate < 0:
+        raise ValueError(f"a decay has a rate of 0 or more an epoch, got {rate}")
+    share = math.exp(-rate * epoch)
+    return share if share > cut else 0.0
+
+
+def rampup_as_coded(epoch: float, weight: float, until: float = 80) -> float:
+    """weight * exp(-5 (1 - epoch / weight)^2) up to epoch `until`, `weight` after it: for reproduction only.
+
+    What the published code of DKEL (weight 0.1) and of PCL's reproduction (weight 1) computes in place of
+    weight * sigmoid_rampup(epoch, 80): nearly 0 for all epochs from the second or third to the 80th.
+    """
+    if weight <= 0:
+        raise ValueError(f"this ramp divides by its weight, which must be above 0, got {weight}")
+    return weight * math.exp(-5.0 * (1.0 - epoch / weight) ** 2) if epoch <= until else weight
+
+
+@dataclass(frozen=True)
+class SigmoidRampUp:
+    """`weight` times `sigmoid_rampup` of the whole epochs that are over; `length` in epochs."""
+
+    weight: float = 1.0
+    length: float = 80.0
+
+    def __call__(self, clock: Clock) -> float:
+        return self.weight * sigmoid_rampup(clock.epoch, self.length)
+
+
+@dataclass(frozen=True)
+class LinearRampUp:
+    """`weight` times `linear_rampup` of the whole epochs that are over, plus `first` (1 counts epochs from 1)."""
+
+    weight: float = 1.0
+    length: float = 20.0
+    first: int = 0
+
+    def __call__(self, clock: Clock) -> float:
+        return self.weight * linear_rampup(clock.epoch + self.first, self.length)
+
+
+@dataclass(frozen=True)
+class ExponentialDecay:
+    """`weight` times `exponential_decay` of the whole epochs that are over."""
+
+    weight: float = 1.0
+    rate: float = 0.5
+    cut: float = 0.01
+
+    def __call__(self, clock: Clock) -> float:
+        return self.weight * exponential_decay(clock.epoch, self.rate, self.cut)
+
+
+@dataclass(frozen=True)
+class RampUpAsCoded:
+    """`rampup_as_coded` of the whole epochs that are over."""
+
+    weight: float = 0.1
+    until: float = 80.0
+
+    def __call__(self, clock: Clock) -> float:
+        return rampup_as_coded(clock.epoch, self.weight, self.until)

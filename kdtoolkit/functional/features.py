@@ -1,9 +1,4 @@
-"""The mathematics of distillation as pure functions of tensors: no state, no device code.
-
-Students' tensors come first, then teachers', then labels, then hyper-parameters by keyword with the papers' defaults.
-Half-precision inputs are taken to float32; float64 stays float64. Logits have classes in dimension 1 and losses are
-means over every other position, so (B, C) and (B, C, H, W) both work. Every function returns a scalar.
-"""
+"""Losses between feature maps of student and teacher, and the maps and matrices they compare."""
 
 from __future__ import annotations
 
@@ -13,30 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def full(x: Tensor) -> Tensor:
-    """At least float32: bfloat16 and float16 are taken up, float32 and float64 stay."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def ce(student_logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy, mean over the batch. Logits (B, C, ...), labels (B, ...) int64."""
-    return F.cross_entropy(full(student_logits), labels, label_smoothing=label_smoothing)
-
-
-def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
-    """T^2 KL(softmax(z_t / T) || softmax(z_s / T)), summed over classes, mean over the batch. Logits (B, C, ...).
-
-    Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network".
-    """
-    log_s = F.log_softmax(full(student_logits) / temperature, dim=1)
-    log_t = F.log_softmax(full(teacher_logits) / temperature, dim=1)
-    return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1).mean() * temperature**2
-
-
-def logits_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Mean squared difference of logits, (B, C, ...). Ba & Caruana 2014, "Do Deep Nets Really Need to be Deep?"."""
-    return F.mse_loss(full(student_logits), full(teacher_logits))
+from .logits import full
 
 
 def fitnet(student_features: Tensor, teacher_features: Tensor) -> Tensor:

@@ -238,7 +238,9 @@ class Run:
             if accelerator.sync_gradients:
                 self.emit("on_grads")
                 if self.settings.grad_clip is not None:
-                    accelerator.clip_grad_norm_(self.method.parameters(), self.settings.grad_clip)
+                    accelerator.unscale_gradients()
+                    for parameters in self.method.clipped():
+                        torch.nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip)
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()

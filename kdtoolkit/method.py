@@ -74,6 +74,11 @@ class Method(nn.Module):
         """Logits (B, C) of one network for images in [0, 1], for evaluation."""
         raise NotImplementedError
 
+    def clipped(self) -> list[list[nn.Parameter]]:
+        """Parameters whose gradients share one norm where it is limited: networks that do not know of each other
+        have one each."""
+        return [list(self.parameters())]
+
     def place(
         self,
         device: torch.device,

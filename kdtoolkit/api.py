@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
@@ -69,7 +70,7 @@ def distill(
     transforms: Any = None,
     num_classes: int | None = None,
     callbacks: Sequence[Callback] = (),
-    teacher_head: str | None = None,
+    teacher_head: str | Sequence[str | None] | None = None,
     teacher_dir: str | os.PathLike[str] | None = None,
     teacher_training: Mapping[str, Any] | None = None,
     freeze: int | str | Sequence[str] | None = None,
@@ -138,9 +139,10 @@ def distill(
                  rows, "none" (the last epoch is taken), or "test" (the best epoch is chosen on the test set: say so)
     eval_every   epochs between two evaluations; the last epoch is always evaluated
     eval_test    evaluate the test set at "every" evaluation, or at the "end"; "auto" is "end" with a validation split
-    teacher_head what to do with a teacher of other classes than the data: "finetune" gives it (of your own module: a
-                 copy) a new head and trains it whole on the data first, "linear-probe" only the head; "feature-only"
-                 uses its features and not its logits; "as-is" insists that the classes are the same
+    teacher_head what to do with a teacher that was made for other data: "finetune" trains it (of your own module: a
+                 copy) on the data first, with a new head where its classes differ, "linear-probe" only the head;
+                 "feature-only" uses its features and not its logits; "as-is" insists that the classes are the same; a
+                 list says it for each of several teachers
     teacher_training  {argument: value} of distill() for that training alone; the others are those of this run, save
                  freeze and layer_decay
     teacher_dir  folder of fine-tuned teachers, where a run finds those that an earlier one made of the same network,
@@ -176,7 +178,7 @@ def distill(
     CheckpointError and Interrupted during it: the last good checkpoint is kept. student/ is saved before the report.
     """
     given = {name: value for name, value in locals().items() if name != "method_options"}
-    with random_as_found(), accelerate_as_found(accelerator):
+    with random_as_found(), accelerate_as_found(accelerator), torch.inference_mode(False), torch.enable_grad():
         return _distill(given, method_options)
 
 
@@ -214,7 +216,8 @@ def _distill(given: dict[str, Any], method_options: Mapping[str, Any]) -> Distil
             write_json(folder / "plan.json", plan)
         watchers: list[Callback] = [Checkpoints(), log, *([Trackers(config)] if trackers else [])]
         watchers += [StayStill(parts.still)] if parts.still is not None else []
-        card, callbacks = told.card_of(given, losses), [*given["callbacks"], *watchers]
+        card = told.card_of(given, method_options, losses, [teacher.model for teacher in parts.teachers])
+        callbacks = [*given["callbacks"], *watchers]
         run = Run(parts.method, facts.data, settings, ready, callbacks, folder, card, parts.layers)
         try:
             run.fit(resume_from)
@@ -252,7 +255,8 @@ def _log(given: Mapping[str, Any], folder: Path | None) -> ProgressLog:
 
 def _placed(s: Settings, given: Mapping[str, Any], parts: Parts, facts: Facts) -> Settings:
     """Settings that depend on the models and the data."""
-    convolutional = any(isinstance(m, nn.Conv2d) for m in parts.net.modules())
+    tied = len(list(parts.net.named_parameters(remove_duplicate=False))) > len(list(parts.net.parameters()))
+    convolutional = any(isinstance(m, nn.Conv2d) for m in parts.net.modules()) and not tied  # as checkpoints of such
     last = convolutional if given["channels_last"] == "auto" else bool(given["channels_last"])
     if facts.data is None:
         return replace(s, channels_last=last)

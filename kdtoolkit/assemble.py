@@ -17,7 +17,7 @@ from . import networks
 from .method import Method, Objective
 from .methods import create_method, default_losses
 from .methods.create import check_losses, check_options, needs_teacher
-from .networks import HEADS, several
+from .networks import several
 from .preprocess import Preprocess
 from .taps import Frozen, Taps
 from .tuning import Still, layer_numbers
@@ -32,9 +32,8 @@ def check_names(given: Mapping[str, Any], options: Mapping[str, Any], known: Seq
 
     given  the arguments of distill();  options  those that it passes on;  known  names of its own
     """
-    method, teacher, head = given["method"], given["teacher"], given["teacher_head"]
-    if head is not None and head not in HEADS:
-        raise ValueError(f"teacher_head={head!r}; allowed: {', '.join(map(repr, HEADS))}")
+    method, teacher = given["method"], given["teacher"]
+    networks.heads(given)
     if isinstance(method, Method):
         _check_own(method, given, options)
         return {}
@@ -137,7 +136,7 @@ class Parts:
     def release(self) -> None:
         """Every network without hooks, flags and modes as they were."""
         self.method.release()
-        for teacher in self.teachers:
+        for teacher in reversed(self.teachers):
             teacher.release()
         if self.still is not None:
             self.still.release()
@@ -154,6 +153,13 @@ def build(
 
     teachers  teachers whose heads were trained, in place of given["teacher"]
     """
+    with networks.unharmed(given["student"] if given["student_weights"] is not None else None):
+        return _built(given, losses, options, facts, teachers)
+
+
+def _built(
+    given: Mapping[str, Any], losses: Mapping[str, Weight], options: Mapping[str, Any], facts: Facts, teachers: Any
+) -> Parts:
     if isinstance(given["method"], Method):
         parts = _own_parts(given["method"], facts)
     else:

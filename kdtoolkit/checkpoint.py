@@ -30,6 +30,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or does not belong to this run."""
 
 
+class NotFree(ValueError):
+    """The output folder holds something else."""
+
+
 def save(accelerator: Accelerator, folder: Path, card: dict[str, Any]) -> None:
     """Write the state of everything that was prepared or registered. All ranks call it, rank 0 renames."""
     temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
@@ -111,7 +115,7 @@ def claim(folder: Path | None, resume: Any, overwrite: bool) -> Path | None:
     begun = resume == "auto" and not (folder / "checkpoints").exists()
     if _used(folder) and not overwrite and not begun:
         holds = f"checkpoints/last ({where(read_card(last))})" if last.exists() else "other files"
-        raise ValueError(f"{folder} holds {holds}: pass resume='auto' or overwrite=True, or another output_dir")
+        raise NotFree(f"{folder} holds {holds}: pass resume='auto' or overwrite=True, or another output_dir")
     return source
 
 
@@ -149,7 +153,7 @@ def check(folder: Path, card: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} holds no checkpoint ({CARD} is missing); start without resume, or give its folder"
         )
-    keys = ("method", "losses", "networks", "seed", "total_steps", "batch_size", "optimizer")
+    keys = ("method", "losses", "networks", "options", "seed", "total_steps", "batch_size", "optimizer")
     wrong = [f"{k}: {found.get(k)!r} there, {card[k]!r} now" for k in keys if k in card and found.get(k) != card[k]]
     if wrong:
         raise CheckpointError(
@@ -176,4 +180,6 @@ def load_weights(module: nn.Module, folder: Path) -> None:
 
     path = folder / "model.safetensors"
     state = load_file(path) if path.exists() else torch.load(folder / "pytorch_model.bin", map_location="cpu")
-    module.load_state_dict(state)
+    own = module.state_dict(keep_vars=True)
+    held = {id(own[key]): state[key] for key in state if key in own}  # of tied tensors the file holds one
+    module.load_state_dict({key: held[id(v)] for key, v in own.items() if id(v) in held} | state)

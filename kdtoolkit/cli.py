@@ -124,7 +124,12 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add("--method", default="kd", help="a name that `kdtoolkit methods` lists (default 'kd')")
     add("--loss", **repeat, metavar="NAME=WEIGHT", help="replaces the method's own sum; repeat it")
     add("--option", **repeat, metavar="NAME=VALUE", help="of a loss, e.g. detach=False; repeat it")
-    add("--layers", **repeat, metavar="S:T", help="student tap and teacher tap, stages or modules; repeat it")
+    add(
+        "--layers",
+        **repeat,
+        metavar="S:T",
+        help="student tap and teacher tap, stages or modules (write --layers=-1:-1); repeat it",
+    )
     add("--student-arg", **repeat, metavar="NAME=VALUE", help="of the student's constructor; repeat it")
     add("--teacher-arg", **repeat, metavar="NAME=VALUE", help="of the teacher's constructor; repeat it")
     add("--teacher-training", **repeat, metavar="NAME=VALUE", help="of its fine-tuning, e.g. epochs=3; repeat it")
@@ -171,7 +176,8 @@ def _layers(text: str) -> tuple[int | str, int | str]:
     student, colon, teacher = text.partition(":")
     if not (student and colon and teacher):
         raise ValueError(f"--layers {text!r}: write STUDENT:TEACHER, e.g. 2:3 or layer2:layer3")
-    return tuple(int(tap) if tap.isdecimal() else tap for tap in (student, teacher))  # type: ignore[return-value]
+    numbers = [int(tap) if tap.removeprefix("-").isdecimal() else tap for tap in (student, teacher)]
+    return numbers[0], numbers[1]
 
 
 def _pairs(texts: list[str], flag: str) -> dict[str, Any]:

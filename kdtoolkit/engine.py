@@ -234,7 +234,7 @@ class Run:
                 self.check_finite()
             accelerator.backward(sum(losses.values()))
             if clock.step == 0:
-                self._first_batch()
+                self._first_batch(losses)
             if accelerator.sync_gradients:
                 self.emit("on_grads")
                 if self.settings.grad_clip is not None:
@@ -261,8 +261,14 @@ class Run:
             batch["x"] = batch["x"].contiguous(memory_format=torch.channels_last)
         return batch
 
-    def _first_batch(self) -> None:
-        """Every parameter that is trained has a gradient from the first batch, or construction was wrong."""
+    def _first_batch(self, losses: dict[str, Tensor]) -> None:
+        """Every loss reaches a parameter, and every parameter that is trained has a gradient from the first batch, or
+        construction was wrong."""
+        dead = next((name for name, loss in losses.items() if not loss.requires_grad), None)
+        if dead is not None:
+            raise RuntimeError(
+                f"the loss {dead!r} reaches no trained parameter: what it reads is frozen. Freeze less, or leave it out"
+            )
         without = [n for n, p in self.method.named_parameters() if p.requires_grad and p.grad is None]
         if without:
             shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")

@@ -6,18 +6,22 @@ old head, teacher_head, the data, the settings and the seed. The student, the me
 
 from __future__ import annotations
 
+import copy
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from . import fingerprint, models
+from .checkpoint import CheckpointError, NotFree
 from .files import write_json
-from .networks import TRAINED, plain
+from .networks import TRAINED, heads, plain
 from .registry import nearest
 from .settings import SHARED, Settings
 from .tuning import classifier_of
@@ -34,7 +38,8 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     weight_decay, a length of its own replaces the run's. ValueError for what is unknown or has no effect.
     """
     own = dict(given["teacher_training"] or {})
-    if own and given["teacher_head"] not in TRAINED:
+    asked = [head for head in heads(given) if head in TRAINED]
+    if own and not asked:
         raise ValueError(
             f"teacher_training has no effect with teacher_head={given['teacher_head']!r}: pass "
             + " or ".join(f"teacher_head={head!r}" for head in TRAINED)
@@ -44,7 +49,7 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"teacher_training: unknown {name!r}{nearest(name, ALLOWED) or '.'} Allowed: {', '.join(ALLOWED)}"
             )
-    probe = given["teacher_head"] == "linear-probe"
+    probe = "linear-probe" in asked
     if probe and own.get("freeze") is not None:
         raise ValueError("teacher_training: freeze has no effect, teacher_head='linear-probe' trains the head alone")
     same = {name: given[name] for name in SHARED} | {"layer_decay": None, "freeze": "backbone" if probe else None}
@@ -77,12 +82,14 @@ def adapted(
     numbers: dict[str, Any] = {}
     notes = []
     for number in parts.to_adapt:
-        name = "teacher" if number == 0 else f"teacher/{number}"
-        row = _ready(nets[number], given, facts, name, train, accelerator)
+        name, head = "teacher" if number == 0 else f"teacher/{number}", heads(given)[number]
+        own = {**given, "teacher_head": head, "teacher": nets[number]}
+        own["mixed_precision"] = given["mixed_precision"] or accelerator.mixed_precision
+        row = _ready(nets[number], own, facts, name, train, accelerator)
         numbers |= {f"{name}_finetuned_{k}": v for k, v in row.items()}
         told = f"top1 {row['top1']:.2f} on {row['split']}" if row.get("top1") is not None else "not evaluated"
         where = f"found in {row['folder']}" if row["reused"] else f"kept in {row['folder'] or 'memory'}"
-        notes.append(f"{name}: fine-tuned ({given['teacher_head']}), {told}, {where}")
+        notes.append(f"{name}: fine-tuned ({head}), {told}, {where}")
     return nets, numbers, notes
 
 
@@ -98,16 +105,28 @@ def _ready(
     if done:
         assert folder is not None
         return _found(net, folder) | {"folder": str(folder), "reused": True}
-    net.requires_grad_(True)
-    result = train(
-        None, net, facts.data, method="none", output_dir=folder, resume="auto" if folder else False,
-        label=f"{name} {given['teacher_head']}", **options,
-    )  # fmt: skip
+    _switch_on(net, classifier_of(plain(net, facts.image)))
+    same = {"method": "none", "output_dir": folder, "label": f"{name} {given['teacher_head']}", **options}
+    start = copy.deepcopy(net.state_dict())
+    try:
+        result = train(None, net, facts.data, resume="auto" if folder else False, **same)
+    except (CheckpointError, SafetensorError, NotFree) as error:  # what is there is damaged: a cache is made anew
+        print(f"kdtoolkit: {error}; the teacher is fine-tuned anew", file=sys.stderr)
+        net.load_state_dict(start)
+        result = train(None, net, facts.data, overwrite=True, **same)
     row = {k: result.metrics.get(k) for k in ("top1", "split", "epoch", "chosen")}
     if folder is not None and accelerator.is_main_process:
         write_json(folder / DONE, row | {"teacher_head": given["teacher_head"], "training": options})
     accelerator.wait_for_everyone()
     return row | {"folder": str(folder) if folder else None, "reused": False}
+
+
+def _switch_on(net: nn.Module, head: list[str]) -> None:
+    """A teacher that came frozen is trained whole; of others what its owner froze stays so, but for the head."""
+    everything = not any(p.requires_grad for n, p in net.named_parameters() if n.rpartition(".")[0] not in head)
+    for name, p in net.named_parameters():
+        if everything or name.rpartition(".")[0] in head:
+            p.requires_grad_(True)
 
 
 def place(net: nn.Module, given: Mapping[str, Any], facts: Any) -> Path | None:
@@ -118,7 +137,9 @@ def place(net: nn.Module, given: Mapping[str, Any], facts: Any) -> Path | None:
     if root is None:
         return None
     spec = {k: v for k, v in models.spec_of(net).items() if k != "source"}
-    weights = fingerprint.of_network(net, classifier_of(plain(net, facts.image)))
+    if Path(root).expanduser().is_file():
+        raise ValueError(f"teacher_dir {root} is a file: give a folder")
+    weights = fingerprint.of_network(net)
     training = {k: v for k, v in settings_of(given).items() if k not in SHOWN}
     key = fingerprint.of_plain([spec, weights, given["teacher_head"], training, fingerprint.of_data(facts.data)])
     return Path(root).expanduser() / f"{spec['architecture'] or type(net).__name__}-{key}"
@@ -127,7 +148,7 @@ def place(net: nn.Module, given: Mapping[str, Any], facts: Any) -> Path | None:
 def _found(net: nn.Module, folder: Path) -> dict[str, Any]:
     try:
         net.load_state_dict(load_file(folder / "student" / "model.safetensors"))
-        row = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        row = dict(json.loads((folder / DONE).read_text(encoding="utf-8")))
     except Exception as error:  # a missing or damaged file, each in the words of its library
         raise ValueError(
             f"the fine-tuned teacher in {folder} cannot be loaded ({type(error).__name__}: {error}): delete the "

@@ -26,15 +26,29 @@ def of_plain(value: Any) -> str:
     return hashlib.blake2b(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:LENGTH]
 
 
-def of_network(net: nn.Module, without: list[str]) -> str:
-    """Digest of structure and weights; modules named in `without` do not count."""
+def of_network(net: nn.Module) -> str:
+    """Digest of structure, plain attributes and weights."""
     found = hashlib.blake2b()
     for name, value in net.state_dict().items():
-        if not any(name.startswith(f"{module}.") for module in without):
-            found.update(name.encode())
-            _add(found, value)
-    structure = [(n, str(m)) for n, m in net.named_modules() if n not in without and not any(m.children())]
+        found.update(name.encode())
+        _add(found, value)
+    structure = [(n, type(m).__qualname__, _plain_of(m)) for n, m in net.named_modules()]
     return of_plain([found.hexdigest(), structure, type(net).__qualname__])
+
+
+IGNORED = ("training", "pretrained_cfg", "default_cfg", "num_classes", "kd_model_args", "grad_checkpointing")
+
+
+def _plain_of(module: nn.Module) -> list[str]:
+    """Attributes of a module that its weights do not tell: numbers, words, functions."""
+    told = []
+    for key, value in sorted(vars(module).items()):
+        if not key.startswith("_") and key not in IGNORED:
+            if isinstance(value, (bool, int, float, str, tuple, list, torch.Size)):
+                told.append(f"{key}={value!r}")
+            elif callable(value):
+                told.append(f"{key}={getattr(value, '__qualname__', type(value).__qualname__)}")
+    return told
 
 
 def of_data(data: Data) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import models
-from .preprocess import Preprocess, config_of
+from .preprocess import Preprocess, config_of, input_shape
 from .taps import Frozen, Taps
 from .tuning import new_head, outputs
 
@@ -43,8 +44,24 @@ def student(given: Mapping[str, Any], facts: Any, notes: list[str]) -> nn.Module
         if not named:
             new_head(plain(net, facts.image), facts.classes, given["seed"])
     if weights is not None:
-        notes.append(models.put(net, weights, role="student"))
+        notes.append(models.put(net, weights, role="student", load=not dry))
     return trainable(net, facts)
+
+
+@contextlib.contextmanager
+def unharmed(net: Any) -> Iterator[None]:
+    """The caller's module keeps its weights where what follows is refused; None and names have none."""
+    if not isinstance(net, nn.Module):
+        yield
+        return
+    before, table = copy.deepcopy(net.state_dict()), getattr(net, "pretrained_cfg", None)
+    try:
+        yield
+    except BaseException:
+        net.load_state_dict(before)
+        if table is not None:
+            net.pretrained_cfg = table
+        raise
 
 
 def trainable(net: nn.Module, facts: Any) -> nn.Module:
@@ -57,6 +74,7 @@ def trainable(net: nn.Module, facts: Any) -> nn.Module:
             f"the student has weights of {', '.join(sorted(kinds))}; trained are those of torch.float32: pass "
             'student.float(), and mixed_precision="bf16" for speed'
         )
+    colours(net, "student")
     held = outputs(plain(net, facts.image))
     if held != facts.classes:
         raise ValueError(
@@ -65,12 +83,34 @@ def trainable(net: nn.Module, facts: Any) -> nn.Module:
     return net
 
 
+def colours(net: nn.Module, role: str) -> None:
+    """ValueError unless the network takes images of three channels, which all data here has."""
+    channels = input_shape(net)[0]
+    if channels != 3:
+        raise ValueError(
+            f"the {role} takes images of {channels} channels, those of the data have 3 (grey ones are repeated): build "
+            f"it with {role}_args={{'in_chans': 3}}"
+        )
+
+
 def _no_options(spec: Any, args: Any, role: str) -> None:
     if args and isinstance(spec, nn.Module):
         raise ValueError(f"{role}_args={dict(args)} has no effect on a network that is already built: pass its name")
 
 
 # ------------------------------------------------------------------------------------------------------------ teachers
+def heads(given: Mapping[str, Any]) -> list[str | None]:
+    """What is done to each teacher: teacher_head, given once for all or as a list."""
+    count, asked = len(several(given["teacher"])), given["teacher_head"]
+    each = list(asked) if isinstance(asked, (list, tuple)) else [asked] * max(count, 1)
+    if isinstance(asked, (list, tuple)) and len(asked) != count:
+        raise ValueError(f"teacher_head is a list of {len(asked)} for {count} teachers: one for each, None for none")
+    wrong = [head for head in each if head is not None and head not in HEADS]
+    if wrong:
+        raise ValueError(f"teacher_head={wrong[0]!r}; allowed: {', '.join(map(repr, HEADS))}, or a list, one a teacher")
+    return each
+
+
 def teachers(
     frozen: list[Frozen],
     given: Mapping[str, Any],
@@ -80,7 +120,8 @@ def teachers(
     student: nn.Module,
     notes: list[str],
 ) -> list[int]:
-    """Fills `frozen`; returns the numbers of those with a new head. The caller's own module is never changed: a copy.
+    """Fills `frozen`; returns the numbers of those that are trained first. The caller's own module is never changed: a
+    copy.
 
     trained  teachers that are ready, in place of given["teacher"]
     """
@@ -91,19 +132,21 @@ def teachers(
         label = "the teacher" if len(specs) == 1 else f"teacher {number}"
         net = _teacher(spec, given, facts, same["teacher_args"][number], same["teacher_weights"][number], notes)
         apart(net, student)
+        colours(net, "teacher")
         held = outputs(plain(net, facts.image))
-        if given["teacher_head"] in TRAINED and not trained:
+        head = heads(given)[number]
+        if head in TRAINED and not trained:
+            net = copy.deepcopy(net) if net is spec else net
             if held != facts.classes:
-                net = copy.deepcopy(net) if net is spec else net
                 new_head(plain(net, facts.image), facts.classes, given["seed"])
-                fresh.append(number)
-            notes.append(_told(label, held, facts.classes, given["teacher_head"]))
+            fresh.append(number)
+            notes.append(_told(label, held, facts.classes, head))
         pre = Preprocess.of(net, facts.image)
         teacher = Frozen(net, None, pre.size or facts.image, preprocess=pre)
         frozen.append(teacher)
         held = outputs(teacher)
         if held != facts.classes:
-            _check_other(label, held, facts.classes, given["teacher_head"], losses)
+            _check_other(label, held, facts.classes, head, losses)
             teacher.scored = False  # type: ignore[attr-defined]
     return fresh
 
@@ -138,7 +181,7 @@ def _teacher(spec: Any, given: Mapping[str, Any], facts: Any, args: Any, weights
 
 def _told(label: str, held: int, classes: int, head: str) -> str:
     if held == classes:
-        return f"{label} has the {classes} classes of the data already: teacher_head={head!r} leaves it as it is"
+        return f"{label} keeps its head of {classes} classes, and is trained first ({head})"
     return f"{label} gets a new head of {classes} classes in place of {held}, which is trained first ({head})"
 
 

@@ -85,7 +85,7 @@ class Offline(Method):
 
     def release(self) -> None:
         self.taps.remove()
-        for teacher in self.teachers:
+        for teacher in reversed(self.teachers):
             teacher.release()
 
     def plan(self) -> dict[str, Any]:

@@ -86,8 +86,7 @@ def stage_at(
     calls = []
     names = [name] if isinstance(name, str) else list(name)
     if channels is None and len(names) == 1:
-        table = feature_info(tr.model)
-        channels = next((e.get("num_chs") for e in table if e.get("module") == split(names[0])[0]), None)
+        channels = next((e.get("num_chs") for e in tr.table if e["module"] == split(names[0])[0]), None)
     for text in names:
         module, path = split(text)
         call = tr.once(module)
@@ -161,24 +160,12 @@ def find_stages(tr: Trace, groups: int = 4) -> list[Stage]:
     width and resolution (ViT, Mixer) is cut into `groups` equal groups. A stage that other paths lead past ends a block
     earlier, or in several tensors; where neither helps it keeps its tap and cannot be reset.
     """
-    stages, missing = _from_table(tr, feature_info(tr.model))
+    stages, missing = _from_table(tr, tr.table)
     if len(stages) < 2:
         stages = _from_graph(tr) or stages
     elif missing or _uniform(stages):
         stages = _complete(tr, stages, missing)
     return [_deepen(tr, s) for s in _cuts(tr, _grouped(stages, groups))]
-
-
-def feature_info(model: nn.Module) -> list[dict[str, Any]]:
-    """timm's table of stages, of the model or of the first module in it that has one (a model in a wrapper); empty for
-    models of other libraries."""
-    for prefix, module in model.named_modules():
-        info = getattr(module, "feature_info", None)
-        info = getattr(info, "info", info)
-        if isinstance(info, (list, tuple)) and info and all(isinstance(entry, dict) for entry in info):
-            inside = prefix + "." if prefix else ""
-            return [{**entry, "module": inside + (entry.get("module") or "")} for entry in info]
-    return []
 
 
 def _from_table(tr: Trace, table: list[dict[str, Any]]) -> tuple[list[Stage], list[float]]:
@@ -405,11 +392,14 @@ def chain(tr: Trace, start: Stage, end: Stage) -> list[str] | None:
             if call.name and call.left <= end.left and call.values[0] != call.inputs[0]:
                 takers[call.inputs[0]].append(call)
 
+    dead: set[Value] = set()  # values from which no chain leads to the goal
+
     def search(value: Value, depth: int) -> list[str] | None:
         if value == goal:
             return []
-        if depth > 500:
+        if depth > 500 or value in dead:
             return None
+        dead.add(value)
         for call in sorted(takers[value], key=lambda c: c.entered - c.left):  # the outermost module first
             rest = search(call.values[0], depth + 1)
             if rest is not None:

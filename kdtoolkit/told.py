@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from . import fingerprint
 from .plan import Plan
 from .tuning import rule
 from .types import Weight
@@ -47,13 +48,19 @@ def config_of(
     return config | {k: told(v) for k, v in options.items()}
 
 
-def card_of(given: Mapping[str, Any], losses: Mapping[str, Weight]) -> dict[str, Any]:
-    """What a checkpoint must agree with to be gone on from."""
+def card_of(
+    given: Mapping[str, Any], options: Mapping[str, Any], losses: Mapping[str, Weight], teachers: Sequence[nn.Module]
+) -> dict[str, Any]:
+    """What a checkpoint must agree with to be gone on from; teachers by structure and weights."""
     weights = {k: str(v) for k, v in losses.items()}
     networks = {"student": told(given["student"])}
     if given["freeze"] is not None:
         networks["freeze"] = told(given["freeze"])
-    return {"method": str(told(given["method"])), "losses": weights, "networks": networks}
+    networks["teachers"] = [fingerprint.of_network(teacher) for teacher in teachers]
+    used = {"temperature": given["temperature"], "layers": told(given["layers"])} | {
+        k: told(v) for k, v in options.items()
+    }
+    return {"method": str(told(given["method"])), "losses": weights, "networks": networks, "options": used}
 
 
 def told(value: Any) -> Any:

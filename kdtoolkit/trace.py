@@ -52,6 +52,14 @@ class Trace:
     calls: dict[str, list[Call]]
     bare_logits: bool
     _dominators: set[Value] | None = field(default=None, repr=False)
+    _table: list[dict[str, Any]] | None = field(default=None, repr=False)
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """What the model says of its own stages."""
+        if self._table is None:
+            self._table = feature_info(self.model)
+        return self._table
 
     def once(self, name: str) -> Call | None:
         """The call of a module that runs exactly once in a forward, else None."""
@@ -64,6 +72,18 @@ class Trace:
         if self._dominators is None:
             self._dominators = _dominators(self.logits, self.x)
         return self._dominators
+
+
+def feature_info(model: nn.Module) -> list[dict[str, Any]]:
+    """timm's table of stages, of the model or of the first module in it that has one (a model in a wrapper); empty for
+    models of other libraries."""
+    for prefix, module in model.named_modules():
+        info = getattr(module, "feature_info", None)
+        info = getattr(info, "info", info)
+        if isinstance(info, (list, tuple)) and info and all(isinstance(entry, dict) for entry in info):
+            inside = prefix + "." if prefix else ""
+            return [{**entry, "module": inside + (entry.get("module") or "")} for entry in info]
+    return []
 
 
 def value_of(t: Tensor) -> Value | None:
@@ -95,6 +115,11 @@ def trace(model: nn.Module, size: tuple[int, int, int], batch: int = 2) -> Trace
 
     The model itself is not changed. ValueError when it cannot run on images of this size.
     """
+    with torch.inference_mode(False):
+        return _trace(model, size, batch)
+
+
+def _trace(model: nn.Module, size: tuple[int, int, int], batch: int) -> Trace:
     try:
         shadow = meta_copy(model)
         return _run(shadow, torch.empty(batch, *size, device="meta", dtype=_dtype(shadow)))
@@ -103,7 +128,7 @@ def trace(model: nn.Module, size: tuple[int, int, int], batch: int = 2) -> Trace
         if device.type == "meta":
             raise _cannot_run(model, size, meta_error) from meta_error
         try:
-            with quiet(model):
+            with quiet(model), torch.device(device):
                 return _run(model, torch.full((batch, *size), 0.5, device=device, dtype=_dtype(model)))
         except Exception as error:
             raise _cannot_run(model, size, error) from error
@@ -171,8 +196,9 @@ def _run(model: nn.Module, x: Tensor) -> Trace:
         handles.append(module.register_forward_hook(leave(name)))
     try:
         leaf = x.requires_grad_(True)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_forget, _forget):
-            logits = model(leaf.clone())  # the graph keeps its structure and no activations
+        with torch.compiler.set_stance("force_eager"), torch.enable_grad():  # a compiled model too
+            with torch.autograd.graph.saved_tensors_hooks(_forget, _forget):
+                logits = model(leaf.clone())  # the graph keeps its structure and no activations
     finally:
         for handle in handles:
             handle.remove()

@@ -58,6 +58,7 @@ VALUES = [
     ("--student-arg shortcut=B --student-arg a=2", {"student_args": {"shortcut": "B", "a": 2}, "teacher_args": None}),
     ("--teacher-arg deep=false", {"teacher_args": {"deep": False}}),
     ("--layers 2:3 --layers layer2:blocks.4", {"layers": [(2, 3), ("layer2", "blocks.4")]}),
+    ("--layers=-1:-2 --layers layer2:both[1]", {"layers": [(-1, -2), ("layer2", "both[1]")]}),
     ("--loss ce=1 --loss kd=0.5 --option detach=False", {"losses": {"ce": 1, "kd": 0.5}, "detach": False}),
     ("--teacher a b", {"teacher": ["a", "b"]}),
     ("--teacher a", {"teacher": "a"}),

@@ -142,6 +142,14 @@ CASES: dict[str, tuple[dict, type[BaseException], list[str]]] = {
     "no published weights": (KD, ValueError, ["cifar_resnet8 has no published weights"]),
     "unknown tap": (TEACHER | {"layers": [("con", "conv")]}, ValueError, ["'con'", "'conv'"]),
     "tap of a tuple's end": (TEACHER | {"layers": [("both[2]", "both[0]")]}, ValueError, ["'both[2]'", "'[1]'"]),
+    "attention at one position": (
+        TEACHER | {"method": "at", "layers": [("both[0]", "both[0]")]}, ValueError, ["one position"],
+    ),
+    "one channel": (KD | {"student_args": {"in_chans": 1}}, ValueError, ["1 channels", "'in_chans': 3"]),
+    "a loss of frozen parts": (
+        TEACHER | {"method": "at", "freeze": ["conv"], "layers": [("conv", "conv")]}, RuntimeError,
+        ["the loss 'at' reaches no trained parameter"],
+    ),
     "layers of another kind": (TEACHER | {"layers": "all"}, ValueError, ["layers='all'", "'auto'"]),
     "unknown method": ({"method": "skrd"}, ValueError, ["unknown method 'skrd'", "'srkd'"]),
     "method of another kind": ({"method": 3}, ValueError, ["method=3", "list_methods()"]),

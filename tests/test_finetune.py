@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import runpy
@@ -18,6 +19,7 @@ import kdtoolkit.data as room
 from kdtoolkit import Callback, Frozen, Taps, create_method, distill, finetune
 from kdtoolkit.api import DistillResult
 from kdtoolkit.assemble import Facts
+from kdtoolkit.checkpoint import CheckpointError
 from kdtoolkit.engine import Interrupted
 from kdtoolkit.models import build, put, save
 from kdtoolkit.preprocess import Preprocess
@@ -148,14 +150,19 @@ def test_the_place_depends_on_all_that_a_teacher_depends_on_and_on_nothing_else(
     net, tensors = build(seven), torch.rand(64, 3, 16, 16)
     first = key(net, digits)
     again = room.load("digits", train_limit=96, validation=64)
-    equal = [key(changed("fc"), digits), key(net, again), key(net, digits, progress="off", freeze=1, student="x")]
-    assert equal == [first] * 3, "the old head, the way to the images and the student do not count"
+    equal = [key(net, again), key(net, digits, progress="off", freeze=1, student="x")]
+    assert equal == [first] * 2, "the way to the images and the student do not count"
     labels, split = torch.arange(64) % 10, dict(validation=20, num_classes=10)
     sets = [room.load(torch.utils.data.TensorDataset(x, labels), **split) for x in (tensors, 1 - tensors)]
     other = [key(net, digits, **changes) for changes in (
         {"teacher_head": "linear-probe"}, {"teacher_training": {"lr": 0.01}}, {"seed": 1}, {"epochs": 2},
     )]  # fmt: skip
-    other += [key(changed("conv1"), digits), key(settled(build(seven)), digits), *(key(net, data) for data in sets)]
+    other += [
+        key(changed("conv1"), digits),
+        key(changed("fc"), digits),
+        key(settled(build(seven)), digits),
+        *(key(net, data) for data in sets),
+    ]
     other += [key(net, room.load("digits", train_limit=96, validation=48)), key(net, room.load("digits"))]
     assert len({first, *other}) == 1 + len(other)
 
@@ -191,13 +198,90 @@ def test_two_teachers_of_two_families_of_which_one_needs_a_head(digits, tmp_path
     own.pretrained_cfg = {**own.pretrained_cfg, "mean": (0.1,) * 3, "std": (0.2,) * 3}
     assert Preprocess.of(vit, (16, 16)).size == (32, 32) and Preprocess.of(own, (16, 16)).mean == (0.1,) * 3
     before = state(own), state(vit)
-    options = dict(teacher_head="linear-probe", teacher_dir=tmp_path, max_steps=1)
+    options = dict(teacher_head=[None, "linear-probe"], teacher_dir=tmp_path, max_steps=1)
     result = call([own, vit], "cifar_resnet8", digits, **options)
     assert same(before[0], state(own)) and same(before[1], state(vit)) and vit.num_classes == 5
     assert "teacher_finetuned_top1" not in result.metrics and "teacher/1_finetuned_top1" in result.metrics
     assert [p.name.split("-")[0] for p in tmp_path.iterdir()] == ["vit_tiny_patch16_224"]
-    told = result.plan["notes"]
-    assert "teacher 0 has the 10 classes of the data already: teacher_head='linear-probe' leaves it as it is" in told
+    assert "teacher 1 gets a new head of 10 classes in place of 5, which is trained first (linear-probe)" in [
+        *result.plan["notes"]
+    ]
+    with pytest.raises(ValueError, match="teacher_head is a list of 1 for 2 teachers"):
+        call([own, vit], "cifar_resnet8", digits, teacher_head=["finetune"])
+
+
+def test_a_teacher_whose_classes_fit_is_trained_where_that_is_asked(digits, tmp_path):
+    """Its head may be random: timm gives one for any number of classes."""
+    own = build("cifar_resnet8", num_classes=10)
+    before = state(own)
+    result = call(own, "cifar_resnet8", digits, teacher_head="finetune", teacher_dir=tmp_path, max_steps=2)
+    assert "the teacher keeps its head of 10 classes, and is trained first (finetune)" in result.plan["notes"]
+    assert result.metrics["teacher_finetuned_reused"] is False and same(before, state(own))
+    (folder,) = tmp_path.iterdir()
+    trained = timm.create_model(f"local-dir:{folder / 'student'}", pretrained=True)
+    assert not same(before, state(trained))
+
+
+def test_what_only_attributes_tell_makes_another_teacher(digits):
+    one, two = (build("vit_tiny_patch16_224", num_classes=5, **{**VIT, "num_heads": heads}) for heads in (1, 2))
+    two.load_state_dict(one.state_dict())
+    assert key(one, digits) != key(two, digits) and key(one, digits) == key(copy.deepcopy(one), digits)
+
+
+def test_flags_of_a_teacher_that_is_trained_first(digits):
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.fc, self.spare = build("cifar_resnet8", num_classes=0), nn.Linear(64, 7), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.fc(self.net(x))
+
+    own = Spare()
+    own.spare.requires_grad_(False)  # what its owner froze stays so
+    call(own, "cifar_resnet8", digits, teacher_head="finetune", max_steps=1)
+    call(build("cifar_resnet8", num_classes=7).requires_grad_(False), "cifar_resnet8", digits, teacher_head="finetune")
+
+
+def test_a_refused_or_dry_run_leaves_the_weights_of_a_student_alone(digits):
+    student = build("cifar_resnet8", num_classes=10)
+    before, ones = state(student), {k: torch.ones_like(v) for k, v in student.state_dict().items()}
+    call(None, student, digits, method="none", student_weights=ones, dry_run=True)
+    assert same(before, state(student))
+    with pytest.raises(ValueError, match="'nope' is no module"):
+        call(None, student, digits, method="none", student_weights=ones, freeze="nope")
+    assert same(before, state(student))
+
+
+def test_tied_weights_are_kept_and_gone_on_from(digits, tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.b = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+            self.b.weight, self.fc = self.a.weight, nn.Linear(8, 10)
+
+        def forward(self, x):
+            return self.fc(self.b(self.a(self.stem(x)).relu()).mean((2, 3)))
+
+    class Once(Callback):
+        def on_epoch_end(self, run, metrics):
+            run.stop = "interrupted" if run.clock.epoch == 1 else run.stop
+
+    options = dict(method="none", output_dir=tmp_path / "run", epochs=2, max_steps=None)
+    with pytest.raises(Interrupted):
+        call(None, Tied(), digits, callbacks=[Once()], **options)
+    result = call(None, Tied(), digits, resume="auto", **options)
+    assert result.metrics["epoch"] >= 1 and result.student.a.weight is result.student.b.weight
+
+
+def test_another_teacher_or_option_is_another_run(digits, tmp_path):
+    options = dict(output_dir=tmp_path / "run", max_steps=2)
+    first = build("cifar_resnet8", num_classes=10)
+    call(first, "cifar_resnet8", digits, **options)
+    with pytest.raises(CheckpointError, match="another run: networks.*teachers"):
+        call(settled(build("cifar_resnet8", num_classes=10)), "cifar_resnet8", digits, resume="auto", **options)
+    with pytest.raises(CheckpointError, match="another run: options"):
+        call(first, "cifar_resnet8", digits, resume="auto", temperature=2.0, **options)
 
 
 def test_a_damaged_teacher_says_what_to_do(seven, digits, tmp_path):

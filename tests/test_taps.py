@@ -5,6 +5,7 @@ import functools
 import io
 import pickle
 import re
+import time
 import warnings
 
 import pytest
@@ -831,3 +832,48 @@ def test_behind_a_stage_nothing_in_front_of_it_is_computed():
     with pytest.raises(ValueError, match="ends in 2 tensors, 1 were given"):
         taps.rest(x, "one", own[0])
     assert "forward" not in vars(model.one.coarse)
+
+
+def test_a_long_tangled_chain_is_searched_once():
+    """Every value behind a Sequential is reached on two ways; a search that forgets doubles with each block."""
+
+    class Long(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh()) for _ in range(60))
+            self.head = nn.Linear(3, 10)
+
+        def forward(self, x):
+            for block in self.blocks[:-1]:
+                x = block(x)
+            return self.head(self.blocks[-1](x * 1.5).mean((2, 3)))
+
+    taps = Taps(Long().eval(), ["blocks.0", "blocks.59"], 16)
+    start = time.perf_counter()
+    assert taps.reset(torch.rand(2, 3, 16, 16), {"blocks.0": torch.rand(2, 3, 16, 16)}, ["blocks.59"])
+    assert time.perf_counter() - start < 20
+
+
+def test_stages_are_found_wherever_the_caller_stands():
+    model = Own().eval()
+    with torch.inference_mode():
+        assert len(Taps(model, size=32).keys) == 3
+    compiled = torch.compile(Own(), backend="eager")
+    assert list(Taps(compiled, size=32).strides.values()) == [2, 4, 8]
+
+
+def test_one_teacher_twice_is_given_back_as_it_was():
+    teacher = Own().train()
+    method = create_method("kd", Taps(Own(), None, 32), [Frozen(teacher, size=32), Frozen(teacher, size=32)])
+    method.release()
+    assert teacher.training and all(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("at, size, message", [
+    ("features.0", 32, r"at='features.0': give a list of taps, \['features.0'\]"),
+    (2, 32, r"at=2: give a list of taps, \[2\]"),
+    ((), "32", "image size '32' is not H"),
+])  # fmt: skip
+def test_arguments_of_another_kind(at, size, message):
+    with pytest.raises(ValueError, match=message):
+        Taps(Own(), at, size)

@@ -43,7 +43,7 @@ class Fit:
         )
 
 
-def put(model: nn.Module, source: Any, *, role: str, keep_head: bool = False) -> str:
+def put(model: nn.Module, source: Any, *, role: str, keep_head: bool = False, load: bool = True) -> str:
     """Load `source` into `model`; returns a line that says what matched. A network on the meta device is only compared.
 
     source     PATH.safetensors, .pth or .pt, a folder, "hf-hub:ID", or a state dict
@@ -69,7 +69,7 @@ def put(model: nn.Module, source: Any, *, role: str, keep_head: bool = False) ->
             f"{some(list(raw))}; the network {some(list(model.state_dict()))}. Give weights of this architecture, or "
             f"build it as they need it with {role}_args"
         )
-    if not any(p.is_meta for p in model.parameters()):
+    if load and not any(p.is_meta for p in model.parameters()):
         model.load_state_dict(fit.state, strict=False)
         _take_statistics(model, shown, role)
     return f"{role}: {shown}: {fit}" + ("; it gets a new classifier" if new_head else "")

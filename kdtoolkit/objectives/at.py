@@ -8,6 +8,7 @@ Differs  grids of different size are average-pooled to the smaller one (the auth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -28,6 +29,14 @@ class AT(Objective):
         if not p >= 1:  # below, the gradient at the zeros of a ReLU is infinite
             raise ValueError(f"p is {p}, the power of attention must be at least 1")
         self.p = p
+        positions = [
+            min(math.prod(student.end(s).shape.grid), math.prod(teacher.end(t).shape.grid)) for s, t in self.pairs
+        ]
+        if max(positions) < 2:
+            raise ValueError(
+                f"attention transfer compares where a map is strong, and the maps of {self.pairs} have one position "
+                "each: choose layers=[...] with larger maps, or larger images"
+            )
         self.src = shapes_of(student, [s for s, _ in self.pairs])
         self.dst = shapes_of(teacher, [t for _, t in self.pairs])
 

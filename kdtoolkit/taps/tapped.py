@@ -44,6 +44,8 @@ class Taps:
     """
 
     def __init__(self, model: nn.Module, at: Sequence[Stage] | None = (), size: Any = None):
+        if isinstance(at, (str, int)):
+            raise ValueError(f"at={at!r}: give a list of taps, [{at!r}]; () is every stage, None none")
         self.model = model
         self.size = image_size(model, size)
         self._store = Store()
@@ -233,7 +235,8 @@ class Taps:
                     often = "never fired" if not fired else f"fired {fired} times"
                     raise RuntimeError(
                         f"tap {key!r} ({part.name}) {often}: gradient checkpointing calls the children of a block "
-                        "directly, and some options fuse blocks. Tap a module inside it or turn the option off"
+                        "directly, some options fuse blocks, and a model that was compiled and called before has no "
+                        "place for hooks. Tap a module inside it, turn the option off, or pass the model uncompiled"
                     )
                 if store.versions.get(place, -1) not in (-1, store.feats[place]._version):
                     raise RuntimeError(f"tap {key!r} ({part.name}) {OVERWRITTEN}")
@@ -343,6 +346,8 @@ class Taps:
 def image_size(model: nn.Module, size: Any = None) -> tuple[int, int, int]:
     """(channels, H, W) from H, (H, W), (3, H, W) or, by default, the model's own configuration."""
     own = input_shape(model)
+    if isinstance(size, str):
+        raise ValueError(f"image size {size!r} is not H, (H, W) or (3, H, W)")
     given = own if size is None else (size, size) if isinstance(size, int) else tuple(int(s) for s in size)
     if len(given) not in (2, 3) or min(given) < 1:
         raise ValueError(f"image size {size} is not H, (H, W) or (3, H, W)")

@@ -18,9 +18,10 @@ def outputs(taps: Taps) -> int:
         return known
     logits = taps.trace.logits
     if not taps.trace.bare_logits or len(logits) != 1 or logits[0].dim() != 2:
+        kind = "" if taps.trace.bare_logits else "a tuple, list or dict of "
         raise ValueError(
-            f"{type(taps.model).__name__} returns {[tuple(t.shape) for t in logits]}: "
-            "logits must be one tensor (B, classes)"
+            f"{type(taps.model).__name__} returns {kind}{[tuple(t.shape) for t in logits]}: "
+            "logits must be one tensor (B, classes), wrap the model"
         )
     return int(logits[0].shape[1])
 

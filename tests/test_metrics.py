@@ -283,3 +283,9 @@ def test_each_network_is_measured_at_its_own_size():
         metrics.costs({"teacher": vit, "student": conv}, {"teacher": (3, 32, 32)})
     with pytest.raises(ValueError, match="three sizes"):
         metrics.costs({"student": conv}, {"student": (16, 16)})
+
+
+def test_cost_of_a_model_that_hands_a_parameter_from_module_to_module():
+    net = timm.create_model("pit_ti_224", num_classes=10, img_size=64)
+    cost = metrics.cost(net, (3, 64, 64), device="cpu")
+    assert cost.macs > 10_000_000 and net.training and all(p.requires_grad for p in net.parameters())

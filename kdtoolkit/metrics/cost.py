@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdtoolkit.trace import quiet
+
 WARMUP, REPEATS = 5, 21  # forward passes of each network
 
 
@@ -85,7 +87,7 @@ def _macs(model: nn.Module, size: tuple[int, ...]) -> int:
 
 
 def _count(net: nn.Module, size: tuple[int, ...]) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with quiet(net), FlopCounterMode(display=False) as counter, torch.no_grad():  # it trips over parameters that learn
         net(_image(net, size, 1))
     return counter.get_total_flops() // 2
 

@@ -196,7 +196,8 @@ def table(folder: Path) -> str:
     text = [
         "# Which networks kdtoolkit covers", "",
         f"timm {timm.__version__}, torch {torch.__version__}, torchvision {torchvision.__version__}, meta device, one "
-        "CPU thread beside other work. Commands: `python benchmarks/timm_coverage.py scan`, then `graph`, `pairs`, `table`.", "",
+        "CPU thread beside other work. Commands: `python benchmarks/timm_coverage.py scan`, then `graph`, `pairs`, "
+        "`table`.", "",
         "| what | networks |", "|---|---|",
         f"| timm: two stages or more found, each tap fires once | {good(ours)} of {len(ours)} |",
         f"| timm: reset proven exact at two boundaries or more | {good(ours, 2)} of {len(ours)} |",
@@ -205,7 +206,8 @@ def table(folder: Path) -> str:
         f"| timm: planned as teacher of resnet18 with hints, AT and SRKD | {sum('as_teacher' in r for r in built)} |",
         f"| timm: planned as student of vit_tiny_patch16_224 | {sum('as_student' in r for r in built)} |",
         f"| torchvision's classifiers, no metadata: taps and exact resets | {good(others, 2)} of {len(others)} |",
-        f"| timm without its feature_info, layout and class-token hints: two taps and exact resets | {good(plain, 2)} of {len(plain)} |",
+        "| timm without its feature_info, layout and class-token hints: two taps and exact resets | "
+        f"{good(plain, 2)} of {len(plain)} |",
         f"| ... at three or more | {good(plain, 3)} |",
     ]  # fmt: skip
     if paired:

@@ -83,6 +83,7 @@ def adapted(
     notes = []
     for number in parts.to_adapt:
         name, head = "teacher" if number == 0 else f"teacher/{number}", heads(given)[number]
+        nets[number].float()  # what is trained is float32
         own = {**given, "teacher_head": head, "teacher": nets[number]}
         own["mixed_precision"] = given["mixed_precision"] or accelerator.mixed_precision
         row = _ready(nets[number], own, facts, name, train, accelerator)

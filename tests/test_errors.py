@@ -151,6 +151,8 @@ CASES: dict[str, tuple[dict, type[BaseException], list[str]]] = {
         ["the loss 'at' reaches no trained parameter"],
     ),
     "layers of another kind": (TEACHER | {"layers": "all"}, ValueError, ["layers='all'", "'auto'"]),
+    "no layers": (TEACHER | {"method": "at", "layers": None}, ValueError, ["layers=None", "'auto'"]),
+    "layers of numbers with a point": (TEACHER | {"method": "at", "layers": [(1.0, 2)]}, ValueError, ["[(1.0, 2)]"]),
     "unknown method": ({"method": "skrd"}, ValueError, ["unknown method 'skrd'", "'srkd'"]),
     "method of another kind": ({"method": 3}, ValueError, ["method=3", "list_methods()"]),
     "unknown loss": (TEACHER | {"losses": {"ce": 1, "kdd": 1}}, ValueError, ["unknown loss 'kdd'", "'kd'"]),

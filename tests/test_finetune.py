@@ -241,6 +241,9 @@ def test_flags_of_a_teacher_that_is_trained_first(digits):
     own.spare.requires_grad_(False)  # what its owner froze stays so
     call(own, "cifar_resnet8", digits, teacher_head="finetune", max_steps=1)
     call(build("cifar_resnet8", num_classes=7).requires_grad_(False), "cifar_resnet8", digits, teacher_head="finetune")
+    half = build("cifar_resnet8", num_classes=7).to(torch.bfloat16)  # trained in float32, as a copy
+    call(half, "cifar_resnet8", digits, teacher_head="finetune", max_steps=1)
+    assert half.fc.weight.dtype == torch.bfloat16
 
 
 def test_a_refused_or_dry_run_leaves_the_weights_of_a_student_alone(digits):

@@ -133,12 +133,16 @@ def pair(student: Taps, teacher: Taps, layers: Layers) -> list[tuple[Stage, Stag
                 "layers=[(student tap, teacher tap), ...]"
             )
         return list(found)
-    if isinstance(layers, str) or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in layers):
-        raise ValueError(f"layers={layers!r}: 'auto' or a list of (student tap, teacher tap)")
+    if not isinstance(layers, (tuple, list)) or not all(map(_is_pair, layers)):
+        raise ValueError(f"layers={layers!r}: 'auto' or a list of (student tap, teacher tap): stage numbers or names")
     for s, t in layers:
         student.end(s)
         teacher.end(t)
     return [(student.key(s), teacher.key(t)) for s, t in layers]
+
+
+def _is_pair(taps: Any) -> bool:
+    return isinstance(taps, (tuple, list)) and len(taps) == 2 and all(isinstance(tap, (str, int)) for tap in taps)
 
 
 def _name_of(part: Objective) -> str:

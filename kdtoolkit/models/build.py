@@ -116,7 +116,8 @@ def _from_name(name: str, num_classes: int | None, pretrained: bool | None, role
     load = "." in name if pretrained is None else pretrained
     if load and not is_model_pretrained(name):
         raise ValueError(
-            f"{role}: {name} has no published weights; pass pretrained=False, or a folder or .safetensors file that has"
+            f"{role}: {name} has no published weights; pass pretrained=False to build(), or weights: a folder or a "
+            f".safetensors file in place of the name, or {role}_weights=... of distill()"
         )
     call = _download if load else _create
     return call(name, role, pretrained=load, num_classes=num_classes, **kwargs)

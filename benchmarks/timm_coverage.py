@@ -31,7 +31,8 @@ from torch import nn
 
 from kdtoolkit import Frozen, Taps, create_method
 from kdtoolkit.modules import Adapter
-from kdtoolkit.stages import find_stages, pair_stages
+from kdtoolkit.pairing import pair_stages
+from kdtoolkit.stages import find_stages
 from kdtoolkit.taps import leaks
 
 LOSSES = {"fitnet": 1.0, "at": 1.0, "srkd": 1.0}

@@ -1,4 +1,4 @@
-"""Where a traced network can be cut into stages, which of them can be run alone, and how those of two networks pair."""
+"""Where a traced network can be cut into stages."""
 
 from __future__ import annotations
 
@@ -6,152 +6,17 @@ import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from torch import nn
 
-from .layout import layout
-from .trace import Call, Trace, Value, reaches, touches
-from .types import Shape
+from .ends import Stage, deepened, stage_at
+from .trace import Call, Trace, Value
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 FRONTIER = 3  # most blocks whose outputs together end a stage
 
 
-@dataclass(frozen=True)
-class Part:
-    """One tensor at the end of a stage: an output of `module`, whole ("") or a member of a tuple ("[1]")."""
-
-    module: str
-    path: str
-    leaf: int  # its place among the leaves of the output
-    shape: Shape
-    value: Value
-    left: int  # when the module returned
-    read: bool = True  # something later reads it; what nothing reads is not replaced
-    takers: tuple[str, ...] = ()  # if any, it is replaced where these modules take it and not where it is returned
-
-    @property
-    def name(self) -> str:
-        return self.module + self.path
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The end of one stage: the tensors that leave it, of which the main one is its feature. A reset of the next stage
-    replaces those that are read."""
-
-    parts: tuple[Part, ...]
-    main: int
-    stride: float  # image height over the height of the feature's grid
-    cut: bool  # every path from image to logits passes these tensors: the stage can be reset here
-    overwritten: bool = False  # something later writes into one of the tensors in place
-
-    @property
-    def left(self) -> int:
-        """When the last of its modules returned."""
-        return max(part.left for part in self.parts)
-
-    @property
-    def name(self) -> str:
-        return self.parts[self.main].name
-
-    @property
-    def shape(self) -> Shape:
-        return self.parts[self.main].shape
-
-    @property
-    def boundary(self) -> list[Part]:
-        """What has to be replaced to reset the next stage."""
-        return [part for part in self.parts if part.read]
-
-    @property
-    def values(self) -> list[Value]:
-        return [part.value for part in self.parts]
-
-
-# ------------------------------------------------------------------------------------------------------ one stage's end
-def stage_at(
-    tr: Trace, name: str | Iterable[str], channels: int | None = None, stride: float | None = None, deepen: bool = False
-) -> Stage | None:
-    """The stage that ends where these modules return ("stages.2", or "stage2[1]" for a member of a tuple); None unless
-    each runs once and returns an image-dependent feature.
-
-    channels, stride  of the feature, where a table says them
-    deepen            names the innermost modules that return the same
-    """
-    parts: list[Part] = []
-    calls = []
-    names = [name] if isinstance(name, str) else list(name)
-    if channels is None and len(names) == 1:
-        channels = next((e.get("num_chs") for e in tr.table if e["module"] == split(names[0])[0]), None)
-    for text in names:
-        module, path = split(text)
-        call = tr.once(module)
-        if call is None:
-            return None
-        calls.append(call)
-        parts += [p for p in _parts(tr, call, channels, stride) if path in ("", p.path)]
-    if not parts:
-        return None
-    cut, written = _is_cut(tr, [p.value for p in parts]), any(call.overwritten for call in calls)
-    main = min(range(len(parts)), key=lambda i: _unlike(tr, parts[i].shape, channels, stride))
-    if cut and len(parts) > 1:
-        parts = [part if used else dataclasses.replace(part, read=False) for part, used in _used(tr, parts)]
-        main, parts = _only(parts, main)
-    stage = Stage(tuple(parts), main, tr.x.shape[2] / parts[main].shape.grid[0], cut, written)
-    return _deepen(tr, stage) if deepen else stage
-
-
-def split(name: str) -> tuple[str, str]:
-    """ "stage2[1]" -> ("stage2", "[1]")."""
-    module, bracket, rest = name.partition("[")
-    return module, bracket + rest
-
-
-def _parts(tr: Trace, call: Call, channels: int | None, stride: float | None) -> list[Part]:
-    parts = []
-    for leaf, path, sizes, value in zip(call.leaves, call.paths, call.shapes, call.values, strict=True):
-        known = len(call.values) == 1 or channels in sizes[1:]  # what a table says is said of one of several
-        shape = layout(tr, sizes, channels if known else None, stride if known else None, call.name)
-        if shape is None:
-            return []
-        parts.append(Part(call.name, path, leaf, shape, value, call.left))
-    return parts
-
-
-def _unlike(tr: Trace, shape: Shape, channels: int | None, stride: float | None) -> float:
-    """How unlike the stage's feature one of its tensors is; the smallest is the main one."""
-    away = 10.0 * (channels not in (None, shape.channels)) + 5.0 * (shape.layout in ("NC", "NCL", "windows"))
-    return away + (abs(math.log2(tr.x.shape[2] / shape.grid[0] / stride)) if stride else 0.0)
-
-
-def _is_cut(tr: Trace, values: list[Value]) -> bool:
-    if len(values) == 1:
-        return values[0] in tr.dominators
-    return not reaches(tr.logits, tr.x, values)
-
-
-def _used(tr: Trace, parts: list[Part]) -> list[tuple[Part, bool]]:
-    """Whether something later reads each part. (One that could be left out because another makes up for it must stay:
-    what is computed from it inside the module would not be replaced.)"""
-    keep = list(parts)
-    for part in parts:
-        others = [other.value for other in keep if other is not part]
-        if others and not touches(tr.logits, part.value, others):
-            keep.remove(part)
-    return [(part, part in keep) for part in parts]
-
-
-def _only(parts: list[Part], main: int) -> tuple[int, list[Part]]:
-    """Without the parts that nothing reads, but for the feature itself; and where that is now."""
-    kept = [part for i, part in enumerate(parts) if part.read or i == main]
-    return kept.index(parts[main]), kept
-
-
-# ----------------------------------------------------------------------------------------------------------- all stages
 def find_stages(tr: Trace, groups: int = 4) -> list[Stage]:
     """The stages of a network, shallow to deep.
 
@@ -165,7 +30,7 @@ def find_stages(tr: Trace, groups: int = 4) -> list[Stage]:
         stages = _from_graph(tr) or stages
     elif missing or _uniform(stages):
         stages = _complete(tr, stages, missing)
-    return [_deepen(tr, s) for s in _cuts(tr, _grouped(stages, groups))]
+    return [deepened(tr, s) for s in _cuts(tr, _grouped(stages, groups))]
 
 
 def _from_table(tr: Trace, table: list[dict[str, Any]]) -> tuple[list[Stage], list[float]]:
@@ -353,90 +218,3 @@ def _takers(tr: Trace, value: Value, after: int) -> tuple[str, ...]:
     """The outermost modules that are entered later and take the value."""
     takers = [n for n, calls in tr.calls.items() if n and any(c.entered > after and value in c.inputs for c in calls)]
     return tuple(n for n in takers if not any(n.startswith(other + ".") for other in takers))
-
-
-def _deepen(tr: Trace, stage: Stage) -> Stage:
-    """Each module as its innermost one."""
-    return dataclasses.replace(stage, parts=tuple(_deep(tr, part) for part in stage.parts))
-
-
-def _deep(tr: Trace, part: Part) -> Part:
-    call = tr.once(innermost(tr, part.module))
-    return part if call is None else dataclasses.replace(part, module=call.name, left=call.left)
-
-
-def innermost(tr: Trace, name: str) -> str:
-    """The last block and not the Sequential around it, as far as both return the same: gradient checkpointing, and some
-    models, call the blocks of a Sequential and not itself."""
-    modules = dict(tr.model.named_modules())
-    while isinstance(modules[name], nn.Sequential) and len(modules[name]):
-        inner = f"{name}.{list(modules[name]._modules)[-1]}"
-        call, outer = tr.once(inner), tr.once(name)
-        if call is None or (name in tr.calls and (outer is None or call.values != outer.values)):
-            break
-        name = inner
-    return name
-
-
-# --------------------------------------------------------------------------------------------------------- run and pair
-def chain(tr: Trace, start: Stage, end: Stage) -> list[str] | None:
-    """Names of called modules that lead from the output of `start` to the output of `end`, each fed with nothing but
-    what the one before returned; None when anything else happens in between. Such a stage can be run alone."""
-    if len(start.parts) > 1 or len(end.parts) > 1 or start.parts[0].path or end.parts[0].path:
-        return None
-    goal = end.parts[0].value
-    takers: dict[Value, list[Call]] = defaultdict(list)
-    for calls in tr.calls.values():
-        call = calls[0]
-        if len(calls) == 1 and call.plain and call.bare and len(call.inputs) == 1 and len(call.values) == 1:
-            if call.name and call.left <= end.left and call.values[0] != call.inputs[0]:
-                takers[call.inputs[0]].append(call)
-
-    dead: set[Value] = set()  # values from which no chain leads to the goal
-
-    def search(value: Value, depth: int) -> list[str] | None:
-        if value == goal:
-            return []
-        if depth > 500 or value in dead:
-            return None
-        dead.add(value)
-        for call in sorted(takers[value], key=lambda c: c.entered - c.left):  # the outermost module first
-            rest = search(call.values[0], depth + 1)
-            if rest is not None:
-                return [call.name, *rest]
-        return None
-
-    return search(start.parts[0].value, 0)
-
-
-def pair_stages(student: list[Stage], teacher: list[Stage]) -> list[tuple[int, int]]:
-    """Pairs (student stage, teacher stage), 1-based, monotone, last with last, as many as the shorter network has.
-
-    Dynamic programming on |log2 of the stride ratio| + |difference of relative depth|.
-    """
-    many_s, many_t = len(student), len(teacher)
-    count = min(many_s, many_t)
-    if not count:
-        return []
-
-    def cost(i: int, j: int) -> float:
-        strides = abs(math.log2(student[i].stride / teacher[j].stride))
-        return strides + abs((i + 1) / many_s - (j + 1) / many_t)
-
-    best: dict[tuple[int, int, int], tuple[float, tuple[int, int] | None]] = {}
-    for k in range(count):
-        for i in range(k, many_s):
-            for j in range(k, many_t):
-                if k == 0:
-                    best[k, i, j] = (cost(i, j), None)
-                    continue
-                options = [(best[k - 1, a, b][0], (a, b)) for a in range(k - 1, i) for b in range(k - 1, j)]
-                before, where = min(options)
-                best[k, i, j] = (before + cost(i, j), where)
-    place: tuple[int, int] | None = (many_s - 1, many_t - 1)
-    pairs = []
-    for k in reversed(range(count)):
-        assert place is not None
-        pairs.append((place[0] + 1, place[1] + 1))
-        place = best[k, place[0], place[1]][1]
-    return pairs[::-1]

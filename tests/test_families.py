@@ -13,8 +13,8 @@ from torch import nn
 
 import kdtoolkit.models  # noqa: F401  (registers the cifar nets with timm)
 from kdtoolkit.modules import Adapter, as_map
+from kdtoolkit.pairing import pair_stages
 from kdtoolkit.preprocess import fixed_size
-from kdtoolkit.stages import pair_stages
 from kdtoolkit.taps import Taps, image_size, leaks
 
 SMALLEST = """

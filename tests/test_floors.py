@@ -4,7 +4,7 @@ A room is a file of kdtoolkit/ or a folder with all its files; files of one fold
 room of architecture.md's floor reads another of the same floor, the lower one stands half a floor down:
 
 * `types` and `distributed` carry floor 0: schedules, trace and watch read them.
-* `layout`, `stages` and `fold` use what `trace` (0.4) found: 0.53, 0.55, 0.6, and so does `preprocess`, 0.5, because
+* `layout`, `ends`, `stages` and `fold` use what `trace` (0.4) found: 0.53 to 0.6, as does `preprocess`, 0.5, because
   `models` (1) and `taps` (1) both read it.
 * `callbacks/base.py` is a room of its own, below the methods and above the types.
 * `networks` and `fingerprint` read models, data and `tuning`; `assemble` and `finetune` read them: 7.3.
@@ -25,7 +25,8 @@ FLOORS = {
     0.4: "trace",
     0.5: "schedules preprocess watch",
     0.53: "layout",
-    0.55: "stages",
+    0.54: "ends",
+    0.55: "stages pairing",
     0.6: "fold",
     1: "models taps callbacks.base",
     2: "modules tuning",

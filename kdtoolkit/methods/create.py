@@ -8,9 +8,9 @@ from typing import Any
 from .. import objectives as _objectives  # noqa: F401  (registers every loss)
 from ..method import METHODS, OBJECTIVES, Method, Objective, Recipe
 from ..offline import Offline, build_objectives
+from ..pairing import pair_stages
 from ..preprocess import Preprocess
 from ..registry import nearest, options_of
-from ..stages import pair_stages
 from ..taps import Frozen, Taps
 from ..types import Stage, Weight
 

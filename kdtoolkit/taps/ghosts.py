@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..stages import Stage
+from ..ends import Stage
 from ..trace import Call, Trace
 
 

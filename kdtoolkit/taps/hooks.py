@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ..stages import Stage as StageEnd
+from ..ends import Stage as StageEnd
 from ..types import Stage
 
 

@@ -1,7 +1,7 @@
 """Taps: what a model gives away between its stages, and stage-reset forwarding.
 
-One forward hook on the module that ends a stage stores its output and, in a reset pass, returns the replacement in its
-place. Nothing else of the model is touched: whatever comes next takes what the hook returned.
+A forward hook on the module (rarely: modules) that ends a stage stores its output and, in a reset pass, returns the
+replacement in its place. Nothing else of the model is touched: whatever comes next takes what the hook returned.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ends import Stage as StageEnd
+from ..ends import innermost, split, stage_at
+from ..pairing import chain
 from ..preprocess import input_shape
 from ..registry import nearest
-from ..stages import Stage as StageEnd
-from ..stages import chain, find_stages, innermost, split, stage_at
+from ..stages import find_stages
 from ..trace import Trace, trace
 from ..types import Out, Shape, Stage
 from .ghosts import Ghosts
@@ -35,12 +37,15 @@ class Taps:
     """A model with taps. Not an nn.Module: it adds no parameters, no state and no prefix to the model's names.
 
     model  any nn.Module that maps images (B, 3, H, W) to logits (B, C)
-    at     stage numbers (1 is the first, -1 the last) or module names; () taps every stage, None nothing
+    at     stage numbers (1 is the first, -1 the last), module names, or members of what a module returns
+           ("stage3[1]", "backbone[out]"); () taps every stage, None nothing
     size   image size: (3, H, W), (H, W) or H; default the model's own, else 224
 
     `shapes[key]` is a Shape per tap, without the batch; `names[key]` the module that ends the stage; `strides[key]` the
     image's height over the feature's. They are measured by one pass on the meta device where the model can run there.
-    ValueError for a tap that does not exist, does not fire, fires twice or returns anything but one tensor.
+    Where a stage ends in several tensors, the feature is the one that the stage is known for, and `end(key).boundary`
+    lists what goes on to the next stage. ValueError for a tap that does not exist, does not fire, fires twice, returns
+    no feature of the image, or is overwritten in place.
     """
 
     def __init__(self, model: nn.Module, at: Sequence[Stage] | None = (), size: Any = None):
@@ -170,7 +175,7 @@ class Taps:
     # ------------------------------------------------------------------------------------------------------ forward
     def __call__(self, x: Tensor, replace: Mapping[Stage, Replacement] | None = None) -> Out:
         """Logits (B, C) and the features of the taps. `replace` {tap: feature} gives the rest of the network another
-        output of that stage; what is stored is still the model's own."""
+        output of that stage (one tensor for each of `end(tap).boundary`); what is stored is still the model's own."""
         logits, feats = self._forward(self.prepare(x), self._checked(replace))
         self._check_logits(logits)
         self._check_feats(self._ends)

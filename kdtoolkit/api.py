@@ -255,8 +255,9 @@ def _log(given: Mapping[str, Any], folder: Path | None) -> ProgressLog:
 
 def _placed(s: Settings, given: Mapping[str, Any], parts: Parts, facts: Facts) -> Settings:
     """Settings that depend on the models and the data."""
+    # accelerate cannot load tied weights that lie channels_last
     tied = len(list(parts.net.named_parameters(remove_duplicate=False))) > len(list(parts.net.parameters()))
-    convolutional = any(isinstance(m, nn.Conv2d) for m in parts.net.modules()) and not tied  # as checkpoints of such
+    convolutional = any(isinstance(m, nn.Conv2d) for m in parts.net.modules()) and not tied
     last = convolutional if given["channels_last"] == "auto" else bool(given["channels_last"])
     if facts.data is None:
         return replace(s, channels_last=last)

@@ -6,12 +6,14 @@ Differs  all networks step on one forward pass; in the paper each sees the other
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import functional
+from ..functional.peers import from_each_other, others_mean, peers
 from ..schedules import value
 from ..types import Batch, Step, Weight
 from .base import Callback
@@ -50,17 +52,10 @@ class MutualKL(Callback):
         weight = value(self.weight, run.clock)
         if weight == 0:
             return None
-        students = list(step.logits.values())
-        teachers = [z.detach() for z in students] if self.detach else students
-        return {"mutual": weight * sum(self._each(students, teachers))}  # type: ignore[dict-item]
-
-    def _each(self, students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
-        """The loss of each network."""
-        losses = []
-        for k, own in enumerate(students):
-            others = teachers[:k] + teachers[k + 1 :]
-            if self.target == "ensemble":
-                others = [functional.full(torch.stack(others)).mean(0)]
-            terms = [functional.kd(own, z, temperature=self.temperature) for z in others]
-            losses.append(torch.stack(terms).mean())
-        return losses
+        students = peers(list(step.logits.values()))
+        teachers = students.detach() if self.detach else students
+        kd = partial(functional.kd, temperature=self.temperature)
+        if self.target == "pairwise":
+            return {"mutual": weight * from_each_other(kd, students, teachers).sum()}
+        each = [kd(own, others) for own, others in zip(students, others_mean(teachers), strict=True)]
+        return {"mutual": weight * torch.stack(each).sum()}

@@ -21,7 +21,6 @@ class Store:
     """What the hooks of one model share during a forward. A tensor goes by (tap, number of the part of the stage)."""
 
     def __init__(self) -> None:
-        self.active = False
         self.begin({})
         self.active = False
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..taps import Taps
-from ..trace import meta_copy
+from ..trace import meta_copy, sources
 
 
 def modules_up_to(taps: Taps, stage: int) -> list[str]:
@@ -55,14 +55,7 @@ def _reached(model: nn.Module, ends: set[str], size: tuple[int, ...], device: st
     with torch.enable_grad(), torch.device(device):
         model(torch.full((2, *size), 0.5, dtype=dtype, device=device))
     names = {id(p): n for n, p in model.named_parameters()}
-    found, seen, todo = set(), set(), [t.grad_fn for t in kept if isinstance(t, Tensor)]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            found.add(names.get(id(getattr(node, "variable", None)), ""))
-            todo += [parent for parent, _ in node.next_functions]
-    return found
+    return {names[id(p)] for t in kept if isinstance(t, Tensor) for p in sources(t) if id(p) in names}
 
 
 # --------------------------------------------------------------------------------------------------------------- rates

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..taps import Taps
+from ..trace import value_of
 
 
 def outputs(taps: Taps) -> int:
@@ -35,7 +36,7 @@ def classifier_of(taps: Taps) -> list[str]:
         found = found.values() if isinstance(found, (dict, nn.ModuleDict)) else found
         heads = [found] if isinstance(found, nn.Module) else list(found or ())
         return [name for name, module in model.named_modules() if _one_of(module, heads)]
-    logits = [(t.grad_fn, t.output_nr) for t in taps.trace.logits]
+    logits = [value_of(t) for t in taps.trace.logits]
     modules = dict(model.named_modules())
     calls = (taps.trace.once(name) for name in taps.trace.calls)
     return [c.name for c in calls if c and c.values == logits and isinstance(modules[c.name], nn.Linear)]

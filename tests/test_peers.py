@@ -125,7 +125,7 @@ def test_two_architectures_of_different_sizes():
         "vit_tiny_patch16_224", num_classes=10, img_size=48, patch_size=8, depth=2, embed_dim=32, num_heads=2
     )
     method = Peers([nets(1)[0], vit], image=(32, 32), views=True)
-    assert method.num_views == 2 and method.preprocess[1].size == (48, 48)
+    assert method.num_views == 2 and method.preprocess["peer1"].size == (48, 48)
     x = torch.rand(4, 2, 3, 32, 32)
     batch = {"x": x[:, 0], "views": x, "y": torch.tensor([0, 1, 2, 3])}
     step = method.eval()(batch, Clock())

@@ -54,16 +54,12 @@ class Peers(Method):
         self.peers = nn.ModuleDict({name_of(k): net for k, net in enumerate(networks)})
         self.label_smoothing = label_smoothing
         self.num_views = len(networks) if views else 1
-        self.preprocess = [Preprocess.of(net, image) for net in networks]
+        self.preprocess = {name: Preprocess.of(net, image) for name, net in self.networks().items()}
 
     def forward(self, batch: Batch, clock: Clock) -> Step:
         logits = dict(self.each(batch))
-        losses = {
-            "ce" if name == PRODUCT else f"ce/{name}": functional.ce(
-                z, batch["y"], label_smoothing=self.label_smoothing
-            )
-            for name, z in logits.items()
-        }
+        smoothing = {"label_smoothing": self.label_smoothing}
+        losses = {loss_of(name): functional.ce(z, batch["y"], **smoothing) for name, z in logits.items()}
         return Step(losses, logits)
 
     def each(self, batch: Batch) -> list[tuple[str, Tensor]]:
@@ -80,19 +76,17 @@ class Peers(Method):
         return dict(self.peers)
 
     def logits(self, name: str, x: Tensor) -> Tensor:
-        return self.peers[name](self.preprocess[list(self.peers).index(name)](x))
+        return self.peers[name](self.preprocess[name](x))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         for net in self.peers.values():
             net.compile()
 
     def plan(self) -> dict[str, Any]:
-        terms = [("ce" if name == PRODUCT else f"ce/{name}", name) for name in self.peers]
-        rows = [{"loss": loss, "weight": 1.0, "student": f"{name} logits", "teacher": "labels"} for loss, name in terms]
-        return {
-            "losses": rows,
-            "parameters": {n: sum(p.numel() for p in m.parameters()) for n, m in self.peers.items()},
-        }
+        told = {"weight": 1.0, "teacher": "labels"}
+        rows = [{"loss": loss_of(name), "student": f"{name} logits", **told} for name in self.peers]
+        counts = {name: sum(p.numel() for p in net.parameters()) for name, net in self.peers.items()}
+        return {"losses": rows, "parameters": counts}
 
     def clipped(self) -> list[list[nn.Parameter]]:
         return [list(net.parameters()) for net in self.peers.values()]
@@ -100,3 +94,7 @@ class Peers(Method):
 
 def name_of(k: int) -> str:
     return PRODUCT if k == 0 else f"peer{k}"
+
+
+def loss_of(name: str) -> str:
+    return "ce" if name == PRODUCT else f"ce/{name}"

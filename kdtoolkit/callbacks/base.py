@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..types import Batch, Step
 
@@ -12,10 +12,13 @@ from ..types import Batch, Step
 class Callback:
     """Watches a run, edits weights between steps, or returns extra losses made from logits. Override what you need.
 
-    `name` is the key under which its state is saved; give two callbacks of one class different names.
+    `name` is the key under which its state is saved; give two callbacks of one class different names. `order` is its
+    place among the callbacks of a run, at every event: DCLMerger 10, EMATeacher 20, DecayingEnsemble 30, MutualKL 40,
+    all others 100; those of one place are called in the order in which they were given.
     """
 
     name: str = ""
+    order: int = 100
 
     def on_fit_start(self, run: Any) -> None:
         """Models, data and optimizer are ready; a resumed run has its state back."""
@@ -36,6 +39,22 @@ class Callback:
 
     def on_fit_end(self, run: Any) -> None:
         """Also called when a run ends early or fails, so that files and progress bars are closed."""
+
+    # A callback may keep networks that are not trained but averaged, such as an EMA teacher:
+    def networks(self) -> dict[str, nn.Module]:
+        """Its complete networks by name; evaluated and saved with those of the method."""
+        return {}
+
+    def products(self) -> tuple[list[str], str] | None:
+        """As `Method.products`; the first callback that names some decides."""
+        return None
+
+    def predict(self, x: Tensor) -> dict[str, Tensor]:
+        """Logits (B, C) of its networks for images in [0, 1], for evaluation; in eval mode, and left in train mode."""
+        return {}
+
+    def sync(self) -> None:
+        """As `Method.sync`, for its networks."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}

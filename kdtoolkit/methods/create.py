@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from .. import objectives as _objectives  # noqa: F401  (registers every loss)
-from ..method import METHODS, OBJECTIVES, Method, Objective, Recipe
+from ..method import METHODS, OBJECTIVES, Given, Method, Objective, Recipe, Strategy
 from ..offline import Offline, build_objectives
 from ..pairing import pair_stages
 from ..preprocess import Preprocess
 from ..registry import nearest, options_of
 from ..taps import Frozen, Taps
+from ..tuning import fresh
 from ..types import Stage, Weight
 
 if "none" not in METHODS:
@@ -32,6 +35,7 @@ def default_losses(method: Named) -> dict[str, Weight]:
     names = [method] if isinstance(method, str) else list(method)
     if not names:
         raise ValueError(f"method=[] names nothing; known: {', '.join(list_methods())}")
+    strategy_of(method)
     losses: dict[str, Weight] = {}
     for name in names:
         if isinstance(name, Objective):
@@ -42,11 +46,33 @@ def default_losses(method: Named) -> dict[str, Weight]:
     return losses
 
 
-def check_losses(losses: Mapping[str, Weight], given: Sequence[Objective] = ()) -> None:
+def strategy_of(method: Any) -> Strategy | None:
+    """The strategy of that name, or None; ValueError for one that stands beside other names."""
+    names = [method] if isinstance(method, str) else list(method)
+    found = [n for n in names if isinstance(n, str) and n in METHODS and isinstance(METHODS[n], Strategy)]
+    if not found:
+        return None
+    if len(names) > 1:
+        raise ValueError(
+            f"method={names!r}: {found[0]!r} trains several networks and stands alone; what joins them further is "
+            "passed as callbacks=[...]"
+        )
+    return METHODS[found[0]]  # type: ignore[return-value]
+
+
+def check_losses(
+    losses: Mapping[str, Weight], given: Sequence[Objective] = (), strategy: Strategy | None = None
+) -> None:
     """ValueError for an unknown loss, a weight that is no number or schedule, or nothing to train on."""
     own = {_name_of(o) for o in given}
     for name, weight in losses.items():
-        if name not in own:
+        if strategy is not None:
+            if name not in strategy.losses:
+                known = ", ".join(strategy.losses)
+                raise ValueError(
+                    f"unknown loss {name!r}{nearest(name, strategy.losses) or '.'} This method has: {known}"
+                )
+        elif name not in own:
             OBJECTIVES[name]
         if not callable(weight) and (
             isinstance(weight, (bool, str)) or not isinstance(weight, (int, float)) or weight < 0
@@ -58,9 +84,17 @@ def check_losses(losses: Mapping[str, Weight], given: Sequence[Objective] = ()) 
         raise ValueError(f"losses={dict(losses)}: every weight is zero, nothing would be trained")
 
 
-def check_options(losses: Mapping[str, Weight], options: Mapping[str, Any], arguments: Sequence[str] = ()) -> None:
+def check_options(
+    losses: Mapping[str, Weight],
+    options: Mapping[str, Any],
+    arguments: Sequence[str] = (),
+    strategy: Strategy | None = None,
+) -> None:
     """ValueError for an option that no loss of this run takes; `arguments` are other names that may have been meant."""
-    allowed = sorted({o for name in losses if name in OBJECTIVES for o in options_of(OBJECTIVES[name].__init__)})
+    if strategy is not None:
+        allowed = strategy.options
+    else:
+        allowed = sorted({o for name in losses if name in OBJECTIVES for o in options_of(OBJECTIVES[name].__init__)})
     unknown = [o for o in options if o not in allowed]
     if unknown:
         hint = nearest(unknown[0], [*allowed, *arguments]) or "."
@@ -85,6 +119,7 @@ def create_method(
     layers: Layers = "auto",
     preprocess: Preprocess | None = None,
     image: tuple[int, int] | None = None,
+    another: Callable[..., nn.Module] | None = None,
     **options: Any,
 ) -> Method:
     """A Method that trains `student` (Taps) from `teachers` (Frozen).
@@ -92,8 +127,12 @@ def create_method(
     method   registered name, several names, or Objectives that are already built
     losses   {loss: weight}, the whole sum; default the method's own
     layers   "auto" pairs stages by stride, then depth; or [(student tap, teacher tap), ...]
+    another  (k, spec=None) -> a further network for a strategy; default the student's architecture, initialised anew
     options  what the losses take: temperature, reset, detach, hint, p, ...
     """
+    strategy = strategy_of(method)
+    if strategy is not None:
+        return _team(strategy, student, teachers, losses, layers, preprocess, image, another, options)
     given = [] if isinstance(method, str) else [m for m in method if isinstance(m, Objective)]
     chosen = dict(losses) if losses is not None else default_losses(method)
     check_losses(chosen, given)
@@ -120,6 +159,34 @@ def create_method(
     for name, part in own.items():
         built[name], weights[name], whose[name] = part, chosen.get(name, 1.0), 0
     return Offline(student, teachers, built, weights, preprocess=preprocess, image=image, share_teacher=whose)
+
+
+def _team(
+    strategy: Strategy, student: Taps, teachers: Sequence[Frozen], losses: Mapping[str, Weight] | None, layers: Layers,
+    preprocess: Preprocess | None, image: tuple[int, int] | None, another: Callable[..., nn.Module] | None,
+    options: Mapping[str, Any],
+) -> Method:  # fmt: skip
+    chosen = strategy.losses if losses is None else losses
+    check_losses(chosen, strategy=strategy)
+    check_options(chosen, options, strategy=strategy)
+    if layers != "auto":
+        raise ValueError(f"layers={layers!r} has no effect: this method pairs no features of a student and a teacher")
+    if strategy.needs_teacher and not teachers:
+        raise ValueError(f"{strategy.title} needs a teacher, none was given")
+    weights = {name: chosen.get(name, 0.0) for name in strategy.losses}
+    pre = preprocess or Preprocess.of(student.model, image)
+    return strategy.build(Given(student, teachers, weights, image, pre, another or _copies(student.model)), **options)
+
+
+def _copies(net: nn.Module) -> Callable[..., nn.Module]:
+    def another(k: int, spec: Any = None) -> nn.Module:
+        if isinstance(spec, nn.Module):
+            return spec
+        if spec is not None:
+            raise ValueError(f"network {k} is given as {spec!r}: pass an nn.Module, only distill() builds by name")
+        return fresh(net, k)
+
+    return another
 
 
 def pair(student: Taps, teacher: Taps, layers: Layers) -> list[tuple[Stage, Stage]]:

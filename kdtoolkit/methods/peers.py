@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import distributed, functional
 from ..method import Method
 from ..preprocess import Preprocess
-from ..types import Batch, Clock, Step
+from ..schedules import value
+from ..types import Batch, Clock, Step, Weight
 
 PRODUCT = "student"
 
@@ -19,23 +20,29 @@ PRODUCT = "student"
 class Peers(Method):
     """K networks of one or several architectures, each with weights, normalisation and image size of its own.
 
-    networks         nn.Modules that map images (B, 3, H, W) to logits (B, C); the first is the product, "student", the
-                     others are "peer1", "peer2", ...
+    networks         nn.Modules that map images (B, 3, H, W) to logits (B, C): "student", "peer1", "peer2", ...
+    weight           of every cross-entropy, number or schedule
     views            True gives every network an augmentation of its own of the same images
     label_smoothing  of the cross-entropy, in [0, 1)
     image            (H, W) of the data, where a network's own size is fixed and differs
+    spread           True trains networks k, k + P, ... on process k of P, each on the whole batch, and exchanges logits
+                     after every forward: what one process does, bit for bit, at the cost of one network each. False
+                     trains all on every process, each on its share of the batch. "auto" spreads where P divides K
 
-    Losses "ce" of the product and "ce/peer1", ... of the others, all with weight 1. Without anything that joins them,
-    every network trains as it would alone, to the last digit.
+    Losses "ce" of the student and "ce/peer1", ... of the others. Without anything that joins them, every network trains
+    as it would alone, to the last digit. Of networks of one architecture the best on the validation split is the
+    product, of others the first.
     """
 
     def __init__(
         self,
         networks: Sequence[nn.Module],
         *,
+        weight: Weight = 1.0,
         views: bool = False,
         label_smoothing: float = 0.0,
         image: tuple[int, int] | None = None,
+        spread: bool | str = "auto",
     ):
         super().__init__()
         networks = list(networks)
@@ -51,29 +58,37 @@ class Peers(Method):
             shared |= {id(p) for p in net.parameters()}
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing is {label_smoothing}, it must be in [0, 1)")
+        if spread not in (True, False, "auto"):
+            raise ValueError(f"spread is {spread!r}; allowed: True, False, 'auto'")
         self.peers = nn.ModuleDict({name_of(k): net for k, net in enumerate(networks)})
-        self.label_smoothing = label_smoothing
+        self.weight, self.label_smoothing, self.spread = weight, label_smoothing, spread
         self.num_views = len(networks) if views else 1
         self.preprocess = {name: Preprocess.of(net, image) for name, net in self.networks().items()}
 
     def forward(self, batch: Batch, clock: Clock) -> Step:
-        logits = dict(self.each(batch))
+        logits, weight = self.each(batch), value(self.weight, clock)
         smoothing = {"label_smoothing": self.label_smoothing}
-        losses = {loss_of(name): functional.ce(z, batch["y"], **smoothing) for name, z in logits.items()}
+        losses = {loss_of(name): weight * functional.ce(z, batch["y"], **smoothing) for name, z in logits.items()}
         return Step(losses, logits)
 
-    def each(self, batch: Batch) -> list[tuple[str, Tensor]]:
-        """Logits (B, C) of every network, in order, each from the same random state."""
-        seed, found = torch.initial_seed(), []
+    def each(self, batch: Batch) -> dict[str, Tensor]:
+        """Logits (B, C) of every network, in order, each from the same random state; those of other processes'
+        networks without gradient."""
+        seed, found = torch.initial_seed(), {}
         for k, name in enumerate(self.peers):
-            if k:
+            if self._mine(k):
                 torch.manual_seed(seed)  # dropout as if it were alone
-            x = batch["x"] if self.num_views == 1 else batch["views"][:, k]
-            found.append((name, self.logits(name, x)))
-        return found
+                found[name] = self.logits(name, batch["x"] if self.num_views == 1 else batch["views"][:, k])
+        return self._gathered(found) if self.alone else found
 
     def networks(self) -> dict[str, nn.Module]:
         return dict(self.peers)
+
+    def products(self) -> tuple[list[str], str]:
+        kinds = {tuple((n, tuple(p.shape)) for n, p in net.named_parameters()) for net in self.peers.values()}
+        if len(self.peers) > 1 and len(kinds) == 1:
+            return list(self.peers), "its peers have the same architecture"
+        return super().products()
 
     def logits(self, name: str, x: Tensor) -> Tensor:
         return self.peers[name](self.preprocess[name](x))
@@ -83,13 +98,47 @@ class Peers(Method):
             net.compile()
 
     def plan(self) -> dict[str, Any]:
-        told = {"weight": 1.0, "teacher": "labels"}
+        weight = self.weight if isinstance(self.weight, (int, float)) else repr(self.weight)
+        told = {"weight": weight, "teacher": "labels"}
         rows = [{"loss": loss_of(name), "student": f"{name} logits", **told} for name in self.peers]
         counts = {name: sum(p.numel() for p in net.parameters()) for name, net in self.peers.items()}
         return {"losses": rows, "parameters": counts}
 
     def clipped(self) -> list[list[nn.Parameter]]:
-        return [list(net.parameters()) for net in self.peers.values()]
+        return [list(net.parameters()) for k, net in enumerate(self.peers.values()) if self._mine(k)]
+
+    # ------------------------------------------------------------------------------------------- over several processes
+    def place(self, *args: Any, **kwargs: Any) -> None:
+        super().place(*args, **kwargs)
+        processes, count = distributed.processes(), len(self.peers)
+        self.alone = processes > 1 and self.spread is not False and count % processes == 0
+        if self.spread is True and count % processes:
+            raise ValueError(
+                f"spread=True: {count} networks cannot be shared out equally among {processes} processes; launch a "
+                f"number of processes that divides {count}, or pass spread=False"
+            )
+
+    def _mine(self, k: int) -> bool:
+        return not self.alone or k % distributed.processes() == distributed.rank()
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        mine = {name for k, name in enumerate(self.peers) if self._mine(k)}
+        return {name: p for name, p in self.named_parameters() if name.split(".")[1] in mine}
+
+    def _gathered(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+        all_logits = distributed.gather(torch.stack([z.detach() for z in mine.values()]))  # by process, (K / P, B, C)
+        processes = distributed.processes()
+        each = {name: all_logits[k % processes][k // processes] for k, name in enumerate(self.peers)}
+        return {name: mine.get(name, z) for name, z in each.items()}
+
+    def sync(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        if not self.alone:
+            return
+        for k, net in enumerate(self.peers.values()):
+            source = k % distributed.processes()
+            distributed.copy_from(source, [*net.parameters(), *net.buffers()])
+            if optimizer is not None:
+                distributed.copy_state_from(source, optimizer, list(net.parameters()))
 
 
 def name_of(k: int) -> str:

@@ -2,6 +2,7 @@
 
 from .depth import layer_numbers, rates, rule
 from .freeze import StayStill, Still
+from .fresh import fresh
 from .heads import classifier_of, new_head, outputs
 
-__all__ = ["StayStill", "Still", "classifier_of", "layer_numbers", "new_head", "outputs", "rates", "rule"]
+__all__ = ["StayStill", "Still", "classifier_of", "fresh", "layer_numbers", "new_head", "outputs", "rates", "rule"]

@@ -15,7 +15,7 @@ from accelerate.utils import DataLoaderConfiguration
 from torch import nn
 
 from . import assemble, checkpoint, finetune, finish, told
-from .assemble import Facts, Parts
+from .assemble import TEMPERATURE, Facts, Parts
 from .callbacks import Callback, Checkpoints, ProgressLog, Trackers
 from .callbacks.trackers import choose
 from .engine import Run
@@ -32,17 +32,21 @@ from .types import Weight
 class DistillResult:
     """What a run leaves.
 
-    student     the network, bare: on the CPU, in eval mode, no hooks, no adapters
+    student     the product of the run, bare: on the CPU, in eval mode, no hooks, no adapters
+    networks    {name: network} of every network that was trained or averaged, bare: "student", "peer1", "ema", ...
     metrics     top1, top5, loss, ece, teacher_top1, agreement, retention = top1 / teacher_top1, cost and compression
                 (with retention_above_chance) of the chosen epoch; accuracies in percent; "split", "epoch" and "chosen"
                 ("last" or "best") say which numbers they are; teacher_finetuned_top1, _split, _epoch, _folder and
                 _reused (found in teacher_dir) of a teacher that got a new head
+                metrics["product"] names the network that these are of, "product_because" says why it is handed over,
+                and "networks" holds the top1 of every network and ensemble, where there are several
     history     the rows of metrics.jsonl
     plan        taps, shapes, adapters, losses, weights, parameter counts; printable
     output_dir  the folder, or None
     """
 
     student: nn.Module
+    networks: dict[str, nn.Module] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     history: list[Row] = field(default_factory=list)
     plan: Plan = field(default_factory=Plan)
@@ -58,7 +62,7 @@ def distill(
     method: Any = "kd",
     layers: Any = "auto",
     losses: Mapping[str, Weight] | None = None,
-    temperature: float = 4.0,
+    temperature: float = TEMPERATURE,
     epochs: int | None = None,
     max_steps: int | None = None,
     batch_size: int = 128,
@@ -86,6 +90,7 @@ def distill(
     compile: bool = False,
     channels_last: bool | str = "auto",
     grad_clip: float | None = None,
+    keep: str = "product",
     seed: int = 0,
     num_workers: int | str = "auto",
     accelerator: Accelerator | None = None,
@@ -94,6 +99,7 @@ def distill(
     validation: Any = "auto",
     data_path: str | os.PathLike[str] | None = None,
     train_limit: int | None = None,
+    labelled: int | float | None = None,
     image_size: int | None = None,
     momentum: float = 0.9,
     milestones: Sequence[float] = (0.5, 2 / 3, 5 / 6),
@@ -118,7 +124,7 @@ def distill(
                  or None); "none" is plain training (teacher=None)
     layers       "auto" or [(student tap, teacher tap), ...], taps being stage numbers (from 1) or module names
     losses       {loss: weight}, the whole sum; a weight may be a schedule; default the method's own
-    temperature  of KD, no unit
+    temperature  of KD, no unit; methods of several networks have their papers' own where it is not given
     epochs       passes over the training data (default 30), or max_steps optimizer steps
     batch_size   images per optimizer step, over all processes and accumulation steps; a DataLoader keeps its own
     grad_accum   forward and backward passes that share one optimizer step; default 1
@@ -127,6 +133,7 @@ def distill(
     scheduler    "cosine", "multistep" (at `milestones`, shares of the run), "onecycle", "linear", "constant"
     warmup_epochs  epochs, or a part of one, in which the learning rate rises to lr; default 0
     grad_clip    largest norm of the gradient; default None, no clipping
+    keep         networks to save: "product" (student/), or "all" (the others in networks/); all are in result.networks
     seed         of first weights, data order, augmentation and dropout; your own random state is left as it was
     transforms   None (as the preset, or by the images' sizes), "none", "crop-flip", a BatchAugment, a callable on a PIL
                  image, or a pair of these for training and evaluation
@@ -134,6 +141,8 @@ def distill(
     image_size   images are resized to this many pixels a side; default the data's own size
     data_path    folder of a local copy of a preset's data
     train_limit  train on this many images only; default all
+    labelled     rows (a number) or share of the training rows that keep their labels, drawn by class; the others are
+                 unlabelled, which only some methods ("mean_teacher") can use. Rows with label -1 are unlabelled too
     num_workers  processes that read data, a number; "auto" is 0 for data in memory, else up to 8
     validation   "auto" (the data's own split, else 10 % of the training rows, at most 5,000), a share, a number of
                  rows, "none" (the last epoch is taken), or "test" (the best epoch is chosen on the test set: say so)
@@ -198,8 +207,10 @@ def _distill(given: dict[str, Any], method_options: Mapping[str, Any]) -> Distil
         settings = _placed(settings, given, parts, facts)
         plan = told.plan_of(parts, facts, settings)
         if ready is None:
-            return DistillResult(parts.net, plan=plan, output_dir=folder)
-        schedule(settings, facts.data, ready.num_processes)
+            return DistillResult(parts.net, parts.method.networks(), plan=plan, output_dir=folder)
+        assemble.check_rows(parts.method, facts.data)
+        ranks = 1 if parts.method.alone else ready.num_processes
+        schedule(settings, facts.data, ranks, parts.method.sampling)
         if folder is not None and resume_from is None:
             _empty(folder, ready)
         if log.mode != "off" and ready.is_main_process:
@@ -222,13 +233,16 @@ def _distill(given: dict[str, Any], method_options: Mapping[str, Any]) -> Distil
         try:
             run.fit(resume_from)
             chosen = finish.choose(run)
-            finish.keep(run, parts.net, facts)
-            final = finish.measure(run, parts, facts, chosen)
+            trained, (name, why) = finish.networks(run), finish.product(run)
+            parts.net = trained[name]
+            finish.keep(run, trained, name, facts, given["keep"] == "all")
+            final = finish.measure(run, parts, facts, chosen, name, why)
         finally:
             run.close()
     finally:
         parts.release()
-    result = DistillResult(finish.bare(parts.net), final, run.journal.rows, plan, folder)
+    bare = {name: finish.bare(net) for name, net in trained.items()}
+    result = DistillResult(finish.bare(parts.net), bare, final, run.journal.rows, plan, folder)
     if folder is not None and ready.is_main_process:
         finish.report(folder, parts, alone, facts)
     log.on_result(final)
@@ -238,6 +252,8 @@ def _distill(given: dict[str, Any], method_options: Mapping[str, Any]) -> Distil
 
 def _log(given: Mapping[str, Any], folder: Path | None) -> ProgressLog:
     """The printer of this run, after a look at the arguments that only distill() knows."""
+    if given["keep"] not in ("product", "all"):
+        raise ValueError(f"keep={given['keep']!r}; allowed: 'product', 'all'")
     progress = given["progress"]
     progress = {True: "auto", False: "off"}[progress] if isinstance(progress, bool) else progress
     log = ProgressLog(progress, label=given["label"])

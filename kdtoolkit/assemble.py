@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,16 +14,21 @@ from torch import nn
 
 from . import data as data_room
 from . import networks
-from .method import Method, Objective
+from .method import Method, Objective, Strategy
 from .methods import create_method, default_losses
-from .methods.create import check_losses, check_options, needs_teacher
+from .methods.create import check_losses, check_options, needs_teacher, strategy_of
 from .networks import several
 from .preprocess import Preprocess
 from .taps import Frozen, Taps
-from .tuning import Still, layer_numbers
+from .tuning import Still, fresh, layer_numbers
 from .types import Weight
 
-TEMPERATURE = 4.0  # no unit
+
+class _Unsaid(float):
+    """The default of a number, told from the same number when a user gives it."""
+
+
+TEMPERATURE = _Unsaid(4.0)  # no unit
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -41,15 +46,18 @@ def check_names(given: Mapping[str, Any], options: Mapping[str, Any], known: Seq
         raise ValueError("student=None: pass a model or a timm name, it is what is trained")
     if not isinstance(method, (str, list, tuple)):
         raise ValueError(f"method={method!r}: a name of list_methods(), a list of names or Objectives, or a Method")
-    own = _own(method)
+    own, strategy = _own(method), strategy_of(method)
     losses = dict(given["losses"]) if given["losses"] is not None else default_losses(method)
-    check_losses(losses, own)
+    check_losses(losses, own, strategy)
     try:
-        check_options(losses, options)
+        check_options(losses, options, strategy=strategy)
     except ValueError as error:  # an option that no loss takes may be a misspelt argument
         near = {option: difflib.get_close_matches(option, known, 1, cutoff=0.75) for option in options}
         meant = next(((option, found[0]) for option, found in near.items() if found), None)
         raise (ValueError(f"unknown argument {meant[0]!r}; did you mean {meant[1]!r}?") if meant else error) from None
+    if strategy is not None:
+        _check_team(strategy, given)
+        return losses
     wanting = needs_teacher(losses, own)
     if wanting and teacher is None:
         raise ValueError(
@@ -59,6 +67,32 @@ def check_names(given: Mapping[str, Any], options: Mapping[str, Any], known: Seq
     if not wanting and teacher is not None:
         raise ValueError(f"method {method!r} uses no teacher: pass teacher=None, or another method")
     return losses
+
+
+def _check_team(strategy: Strategy, given: Mapping[str, Any]) -> None:
+    method, teacher = given["method"], given["teacher"]
+    if strategy.needs_teacher and teacher is None:
+        raise ValueError(f"method {method!r} needs a teacher and teacher=None: pass a model")
+    if not strategy.needs_teacher and teacher is not None:
+        raise ValueError(f"method {method!r} uses no teacher, its networks teach each other: pass teacher=None")
+    if given["temperature"] is not TEMPERATURE and "temperature" not in strategy.options:
+        raise ValueError(f"temperature has no effect: method {method!r} has none")
+    for name in ("freeze", "layer_decay"):
+        if given[name] is not None:
+            raise ValueError(
+                f"{name}={given[name]!r} is for one student, method {method!r} trains several networks: leave it out, "
+                "or freeze parameters of modules that you pass yourself"
+            )
+
+
+def check_rows(method: Method, data: Any) -> None:
+    """ValueError for unlabelled training rows that the method has no use for."""
+    rows = getattr(data, "unlabelled", 0)
+    if rows and not method.unlabelled:
+        raise ValueError(
+            f"{rows} training rows have no label (-1), and this method learns from labels alone: remove these rows, or "
+            "use method='mean_teacher'"
+        )
 
 
 def _own(method: Any) -> list[Objective]:
@@ -109,6 +143,7 @@ class Facts:
             told = {"name": train_data, "num_classes": classes, "image_size": size}
             return cls(classes, size, None, told | {"augmentation": str(preset.augment)})
         names = "seed validation transforms num_classes num_workers image_size data_path train_limit".split()
+        names += ["labelled"] if given["labelled"] is not None else []
         loaded = data_room.load(train_data, given["eval_data"], **{n: given[n] for n in names})
         return cls(loaded.num_classes, loaded.image_size, loaded, loaded.describe())
 
@@ -197,8 +232,9 @@ def _named_parts(
         to_adapt = networks.teachers(frozen, given, losses, facts, trained, net, notes)
         pre = Preprocess.of(net, facts.image)
         taps = Taps(net, None, pre.size or facts.image)
-        wanted = "kd" in losses or given["temperature"] != TEMPERATURE
-        options = dict(options) | ({"temperature": given["temperature"]} if wanted else {})
+        wanted = given["temperature"] is not TEMPERATURE or ("kd" in losses and strategy_of(given["method"]) is None)
+        options = dict(options) | ({"temperature": float(given["temperature"])} if wanted else {})
+        options["another"] = _another(given, facts)
         options |= {"losses": losses, "layers": given["layers"], "preprocess": pre, "image": facts.image}
         method = create_method(given["method"], taps, frozen, **options)
     except BaseException:
@@ -207,3 +243,17 @@ def _named_parts(
                 part.remove() if part is taps else part.release()  # type: ignore[attr-defined]
         raise
     return Parts(net, frozen, method, to_adapt, notes)
+
+
+def _another(given: Mapping[str, Any], facts: Facts) -> Callable[..., nn.Module]:
+    """Further networks of a team: the student built again, or another source, with first weights of seed + k."""
+
+    def another(k: int, spec: Any = None) -> nn.Module:
+        if spec is None and isinstance(given["student"], nn.Module):
+            return fresh(given["student"], given["seed"] + k)
+        own = given if spec is None else {**given, "student": spec, "student_args": None, "student_weights": None}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(given["seed"] + k)
+            return networks.student({**own, "seed": given["seed"] + k}, facts, [])
+
+    return another

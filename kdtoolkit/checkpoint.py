@@ -21,7 +21,7 @@ from torch import nn
 from .files import recover, replacing_folder, swap, write_json
 
 CARD = "checkpoint.json"
-FOLDERS = ("checkpoints", "student", "figures", "baseline", "finetuned")
+FOLDERS = ("checkpoints", "student", "networks", "figures", "baseline", "finetuned")
 FILES = ("config.yaml", "env.json", "plan.json", "metrics.jsonl", "summary.csv", "report.md")
 BROKEN = (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError)
 
@@ -172,6 +172,11 @@ def load(accelerator: Accelerator, folder: Path) -> None:
             f"{folder} cannot be loaded: {error}; give another checkpoint (resume=PATH), or start anew with "
             "overwrite=True"
         ) from error
+
+
+def callback_states(folder: Path) -> dict[str, Any]:
+    """{name: state} of the callbacks of a run, as its checkpoint holds them."""
+    return torch.load(folder / "custom_checkpoint_0.pkl", map_location="cpu", weights_only=True)["callbacks"]
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import set_seed
 from torch import Tensor
 
@@ -56,7 +57,8 @@ class Run:
     """One training run: what callbacks see, and what is saved.
 
     accelerator, method (bare), net (prepared), optimizer, scheduler, data, clock, callbacks, settings, output_dir,
-    journal (rows of metrics.jsonl), best ({"epoch", "step", "top1"}), stop (set a reason to end after this step).
+    journal (rows of metrics.jsonl), best ({"epoch", "step", "top1", "network"}), stop (set a reason to end after this
+    step). Callbacks are those of the method and the given ones, by their `order`.
     `layers` {parameter of the first network: layer} is needed for settings.layer_decay.
     """
 
@@ -72,7 +74,7 @@ class Run:
         layers: Mapping[str, int] | None = None,
     ):
         self.method, self.data, self.settings, self.accelerator = method, data, settings, accelerator
-        self.callbacks = list(callbacks)
+        self.callbacks = sorted([*method.callbacks, *callbacks], key=lambda c: c.order)
         names = [c.name for c in self.callbacks if c.name]
         twice = next((n for n in names if names.count(n) > 1), None)
         if twice:
@@ -80,8 +82,8 @@ class Run:
         self.output_dir = output_dir
         self.journal = Journal(output_dir, accelerator.is_main_process)
         self.watch = LossWatch()
-        self.evaluator = Evaluator(method, data, accelerator, self._finish, settings.batch_size)
-        self.best: dict[str, float] = {}
+        self.evaluator = Evaluator(method, data, accelerator, self._finish, settings.batch_size, self.callbacks)
+        self.best: dict[str, Any] = {}
         self.stop: str | None = None
         self.signalled = False
         self.epoch_start = 0  # step at which this epoch began
@@ -94,20 +96,27 @@ class Run:
     # ----------------------------------------------------------------------------------------------------- building
     def _prepare(self, card: dict[str, Any], layers: Mapping[str, int] | None) -> None:
         s, accelerator = self.settings, self.accelerator
-        loader, self.clock, factor = schedule(s, self.data, accelerator.num_processes)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         memory = torch.channels_last if s.channels_last else torch.preserve_format
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         self.method.place(accelerator.device, memory, half)
+        alone = self.method.alone
+        ranks = 1 if alone else accelerator.num_processes
+        loader, self.clock, factor = schedule(s, self.data, ranks, self.method.sampling)
         self.method.to(device=accelerator.device)
         self.method.to(memory_format=memory)
         if s.compile:
             self.method.compile()
         optimizer = make_optimizer(self.method, s, layers)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        prepared = accelerator.prepare(self.method, optimizer, loader, scheduler)
-        self.net, self.optimizer, self.loader, self.scheduler = prepared
+        if alone:  # every process has networks of its own: no averaged gradients, no shares of a batch
+            self.net = accelerator.prepare_model(self.method, evaluation_mode=True)
+            self.loader = self._whole_batches(loader)
+            self.optimizer, self.scheduler = accelerator.prepare(optimizer, scheduler)
+        else:
+            prepared = accelerator.prepare(self.method, optimizer, loader, scheduler)
+            self.net, self.optimizer, self.loader, self.scheduler = prepared
         names = {name: type(net).__name__ for name, net in self.method.networks().items()}
         optim = f"{s.optimizer} lr={s.lr} wd={s.weight_decay} {s.scheduler}"
         if s.layer_decay is not None:
@@ -118,6 +127,12 @@ class Run:
         self.card = told | {"networks": names} | card
         self._state = RunState(self)
         accelerator.register_for_checkpointing(self._state)
+
+    def _whole_batches(self, loader: Any) -> Any:
+        same = {"put_on_device": True, "use_seedable_sampler": True, "non_blocking": True}
+        return prepare_data_loader(
+            loader, self.accelerator.device, 1, 0, split_batches=True, data_seed=self.settings.seed, **same
+        )
 
     # ------------------------------------------------------------------------------------------------------- events
     def emit(self, event: str, *args: Any) -> dict[str, Tensor]:
@@ -140,10 +155,17 @@ class Run:
         if self.output_dir is None:
             return None
         folder = self.output_dir / "checkpoints" / name
+        self.sync(self.optimizer)
         self.watch.interval.share()
         self.watch.epoch.share()
         checkpoint.save(self.accelerator, folder, self.card | {"epoch": self.clock.epoch, "step": self.clock.step})
         return folder
+
+    def sync(self, optimizer: Any = None) -> None:
+        """Every network everywhere, where processes train networks of their own. All ranks call it."""
+        self.method.sync(optimizer)
+        for callback in self.callbacks:
+            callback.sync()
 
     # ------------------------------------------------------------------------------------------------------ the run
     def fit(self, resume_from: Path | None = None) -> None:
@@ -229,7 +251,8 @@ class Run:
         with accelerator.accumulate(net):
             step: Step = net(batch, clock)
             losses = step.losses | self.emit("on_losses", step, batch)
-            self.watch.add(losses, clock.step, len(batch["y"]) * accelerator.num_processes)
+            ranks = 1 if self.method.alone else accelerator.num_processes
+            self.watch.add(losses, clock.step, len(batch["y"]) * ranks)
             if accelerator.device.type == "cpu":  # costs nothing there; elsewhere once per log row
                 self.check_finite()
             accelerator.backward(sum(losses.values()))
@@ -251,7 +274,8 @@ class Run:
 
     def _seed(self, epoch: int, step: int) -> None:
         """Dropout and other draws of a step depend on (seed, rank, step) alone: a resumed run makes the same ones."""
-        torch.manual_seed(key(self.settings.seed, self.accelerator.process_index, epoch, step))
+        rank = 0 if self.method.alone else self.accelerator.process_index
+        torch.manual_seed(key(self.settings.seed, rank, epoch, step))
 
     def _finish(self, batch: Any, train: bool) -> Batch:
         batch = self.data.finish(
@@ -264,12 +288,13 @@ class Run:
     def _first_batch(self, losses: dict[str, Tensor]) -> None:
         """Every loss reaches a parameter, and every parameter that is trained has a gradient from the first batch, or
         construction was wrong."""
-        dead = next((name for name, loss in losses.items() if not loss.requires_grad), None)
+        constant = [name for name, loss in losses.items() if not loss.requires_grad]
+        dead = constant[0] if constant and (not self.method.alone or len(constant) == len(losses)) else None
         if dead is not None:
             raise RuntimeError(
                 f"the loss {dead!r} reaches no trained parameter: what it reads is frozen. Freeze less, or leave it out"
             )
-        without = [n for n, p in self.method.named_parameters() if p.requires_grad and p.grad is None]
+        without = [n for n, p in self.method.trained().items() if p.requires_grad and p.grad is None]
         if without:
             shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
             raise RuntimeError(
@@ -338,23 +363,32 @@ class Run:
         every = s.eval_test == "every" or (s.eval_test == "auto" and s.monitor != "val")
         metrics: dict[str, float] = {}
         for split in (self.data.val, self.data.test):
-            wanted = split is not None and due and (split is self.data.val or every or over)
-            for name in self.method.networks() if wanted else ():
-                assert split is not None
-                row = self.evaluate(split, name)
+            if split is None or not due or not (split is self.data.val or every or over):
+                continue
+            for name, row in self.evaluator.networks(split).items():
                 keys = {"epoch": self.clock.epoch, "step": self.clock.step}
                 self.journal.add(event="eval", split=split.name, network=name, **keys, **row)
                 prefix = f"{split.name}/" if name == "student" else f"{split.name}/{name}/"
                 metrics |= {prefix + k: v for k, v in row.items()}
-        monitored = metrics.get(f"{s.monitor}/top1") if s.monitor else None
-        metrics["improved"] = float(monitored is not None and monitored > self.best.get("top1", -1.0))
-        if monitored is not None and metrics["improved"]:
-            self.best = {"epoch": self.clock.epoch, "step": self.clock.step, "top1": monitored}
+        tops = {name: metrics.get(_top1(s.monitor, name)) for name in self.products()[0]} if s.monitor else {}
+        found = {name: top1 for name, top1 in tops.items() if top1 is not None}
+        metrics["improved"] = float(bool(found) and max(found.values()) > self.best.get("top1", -1.0))
+        if found:
+            metrics["monitored"] = max(found.values())
+        if metrics["improved"]:
+            name = max(found, key=found.__getitem__)
+            at = {"epoch": self.clock.epoch, "step": self.clock.step}
+            self.best = at | {"top1": found[name], "network": name}
         return metrics
+
+    def products(self) -> tuple[list[str], str]:
+        """Names of networks one of which is handed over, and why these: a callback's before the method's."""
+        named = (callback.products() for callback in self.callbacks)
+        return next((found for found in named if found), None) or self.method.products()
 
     def evaluate(self, split: Split, network: str) -> dict[str, float]:
         """Numbers of one network over one split: top1, top5, loss, ece, and agreement with the first teacher."""
-        return self.evaluator.student(split, network)
+        return self.evaluator.networks(split)[network]
 
     def _evaluate_teachers(self) -> None:
         """Accuracy of each teacher on every split; a resumed run has the rows already."""
@@ -362,6 +396,10 @@ class Run:
             told = {"event": "teacher", "network": name, "split": split}
             if not any(told.items() <= r.items() for r in self.journal.rows):
                 self.journal.add(**told, epoch=0, step=0, **row)
+
+
+def _top1(split: str, network: str) -> str:
+    return f"{split}/top1" if network == "student" else f"{split}/{network}/top1"
 
 
 def _not_finite(method: Method) -> str | None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
 from . import distributed
+from .callbacks.base import Callback
 from .data import Data, Split
 from .method import Method
 from .metrics import ECE, Agreement, CrossEntropy, Meter, Top1, Top5
@@ -21,7 +22,7 @@ LEAST_BATCH = 256  # images
 
 
 class Evaluator:
-    """Evaluates the networks of a method and its teachers.
+    """Evaluates the networks of a method and of callbacks, their ensembles, and the method's teachers.
 
     teacher_metrics  {"teacher/test": numbers, "teacher/1/val": ...}, filled by `teachers`
     """
@@ -33,38 +34,55 @@ class Evaluator:
         accelerator: Accelerator,
         finish: Callable[[Any, bool], Batch],
         batch_size: int,
+        callbacks: Sequence[Callback] = (),
     ):
+        self.callbacks = callbacks
         self.method, self.data, self.accelerator, self.finish = method, data, accelerator, finish
         self.batch_size = max(batch_size, LEAST_BATCH)
         self.teacher_metrics: dict[str, dict[str, float]] = {}
-        self._last: dict[tuple[str, str], tuple[Tensor, dict[str, float]]] = {}  # by split and network
+        self._last: dict[str, tuple[Tensor, dict[str, dict[str, float]]]] = {}  # by split
         self._answers: dict[str, list[Tensor]] = {}  # of the first teacher, by split: (B,) class ids of each batch
 
     @torch.no_grad()
-    def student(self, split: Split, network: str) -> dict[str, float]:
-        """top1, top5, loss, ece, and agreement with the first teacher, of one network over one split.
+    def networks(self, split: Split) -> dict[str, dict[str, float]]:
+        """{network: top1, top5, loss, ece, agreement with the first teacher} over one split, and of "ensemble" where
+        there are several networks: the method's own, else the mean of their probabilities.
 
         Weights that are still those of the last evaluation of this split give its numbers again, unmeasured.
         """
-        distributed.share_buffers(self.method)
-        mark, last = _mark(self.method), self._last.get((split.name, network))
+        self.method.sync()
+        kept = [net for callback in self.callbacks for net in callback.networks().values()]
+        for callback in self.callbacks:
+            callback.sync()
+        for module in (self.method, *kept):
+            distributed.share_buffers(module)
+        mark, last = torch.cat([_mark(module) for module in (self.method, *kept)]), self._last.get(split.name)
         if last is not None and torch.equal(last[0], mark):
-            return dict(last[1])
+            return {name: dict(row) for name, row in last[1].items()}
         self.method.eval()
-        answers = self._answers.get(split.name)
-        meter = Meter([Top1(), Top5(), CrossEntropy(), ECE(), Agreement()])
+        answers, meters = self._answers.get(split.name), dict[str, Meter]()
         for number, batch in enumerate(self.batches(split)):
             with self.accelerator.autocast():
-                logits = self.method.logits(network, batch["x"])
+                found = self._predict(batch["x"])
                 if answers is not None:
                     teacher: Tensor | None = answers[number]
                 else:
                     teacher = self._ask(0, batch).argmax(1) if self._scored(0) else None
-            meter.add(logits.float(), batch["y"], teacher=teacher)
+            for name, logits in found.items():
+                if name not in meters:
+                    meters[name] = Meter([Top1(), Top5(), CrossEntropy(), ECE(), Agreement()])
+                meters[name].add(logits.float(), batch["y"], teacher=teacher)
         self.method.train()
-        row = meter.compute()
-        self._last[split.name, network] = mark, row
-        return dict(row)
+        rows = {name: meter.compute() for name, meter in meters.items()}
+        self._last[split.name] = mark, rows
+        return {name: dict(row) for name, row in rows.items()}
+
+    def _predict(self, x: Tensor) -> dict[str, Tensor]:
+        """Logits of every network; those of an ensemble are the logarithm of the mean probability."""
+        found = _with_ensemble(self.method.predict(x), "ensemble")
+        for callback in self.callbacks:
+            found |= _with_ensemble(callback.predict(x), f"{callback.name}/ensemble")
+        return found
 
     @torch.no_grad()
     def teachers(self) -> Iterator[tuple[str, str, dict[str, float]]]:
@@ -106,9 +124,16 @@ class Evaluator:
         return self.method.teachers[number](batch["x"]).logits
 
 
-def _mark(method: Method) -> Tensor:
+def _with_ensemble(answers: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    if len(answers) < 2 or name in answers:
+        return answers
+    mean = torch.stack([z.float().softmax(1) for z in answers.values()]).mean(0)
+    return answers | {name: mean.log()}
+
+
+def _mark(module: nn.Module) -> Tensor:
     """Two sums of each weight and buffer, (N, 2): other weights have others."""
-    states = (v.detach().double() for v in method.state_dict().values() if v.numel())
+    states = (v.detach().double() for v in module.state_dict().values() if v.numel())
     return torch.stack([torch.stack([v.sum(), v.square().sum()]) for v in states])
 
 

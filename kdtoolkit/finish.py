@@ -22,25 +22,60 @@ def choose(run: Any) -> dict[str, Any]:
     if run.settings.monitor is None or not run.best:
         return {"epoch": run.clock.epoch, "chosen": "last"}
     if run.output_dir is not None:
-        checkpoint.load_weights(run.method, run.output_dir / "checkpoints" / "best")
+        best = run.output_dir / "checkpoints" / "best"
+        checkpoint.load_weights(run.method, best)
+        states = checkpoint.callback_states(best)
     else:
         kept = next(c.best_weights for c in run.callbacks if isinstance(c, Checkpoints))
-        run.method.load_state_dict(kept)
+        assert kept is not None
+        weights, states = kept
+        run.method.load_state_dict(weights)
+    for callback in run.callbacks:
+        if callback.networks():
+            callback.load_state_dict(states[callback.name])
     return {"epoch": int(run.best["epoch"]), "chosen": "best", "chosen_on": run.settings.monitor}
 
 
-def keep(run: Any, net: nn.Module, facts: Any) -> None:
-    """student/, whatever else may fail afterwards. Its configuration says the image size that it was trained on."""
+def product(run: Any) -> tuple[str, str]:
+    """Name of the network that is handed over, and why this one."""
+    names, why = run.products()
+    if len(names) < 2:
+        return names[0], why
+    among = f"of {', '.join(names)}, for {why}"
+    if run.settings.monitor is not None and run.best:
+        return run.best["network"], f"the best on the {run.settings.monitor} split {among}"
+    return names[0], f"the first {among}; without a validation split none is chosen"
+
+
+def networks(run: Any) -> dict[str, nn.Module]:
+    """Every network of a run by name: the method's, then those that callbacks keep."""
+    run.sync()
+    nets = dict(run.method.networks())
+    for callback in run.callbacks:
+        nets |= {name: net.requires_grad_(True) for name, net in callback.networks().items()}
+    return nets
+
+
+def keep(run: Any, nets: dict[str, nn.Module], name: str, facts: Any, every: bool) -> None:
+    """student/, whatever else may fail afterwards; with `every` the others in networks/. The configuration of each says
+    the image size that it was trained on."""
     if run.output_dir is not None and run.accelerator.is_main_process:
-        size = Preprocess.of(net, facts.image).size or facts.image
-        models.save(net, run.output_dir / "student", input_size=(3, *size))
+        folders = {name: run.output_dir / "student"}
+        if every:
+            folders |= {n: run.output_dir / "networks" / n.replace("/", "-") for n in nets if n != name}
+        for network, folder in folders.items():
+            size = Preprocess.of(nets[network], facts.image).size or facts.image
+            models.save(nets[network], folder, input_size=(3, *size))
     run.accelerator.wait_for_everyone()
 
 
-def measure(run: Any, parts: Any, facts: Any, chosen: dict[str, Any]) -> dict[str, Any]:
+def measure(run: Any, parts: Any, facts: Any, chosen: dict[str, Any], name: str, why: str) -> dict[str, Any]:
     """The final numbers. All ranks call it; hooks are gone afterwards, for costs are those of the bare networks."""
     split = facts.data.test or facts.data.val
-    final: dict[str, Any] = run.evaluate(split, "student") if split is not None else {}
+    rows = run.evaluator.networks(split) if split is not None else {name: {}}
+    final: dict[str, Any] = rows[name] | {"product": name, "product_because": why}
+    if len(rows) > 1:
+        final["networks"] = {network: row["top1"] for network, row in rows.items()}
     final |= {"split": split.name if split else None} | chosen | parts.extra
     teacher = run.teacher_metrics.get(f"teacher/{split.name}") if split is not None else None
     if teacher:

@@ -107,8 +107,13 @@ def _check(given: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
         )
 
 
-def schedule(s: Settings, data: Data, ranks: int) -> tuple[DataLoader, Clock, Callable[[int], float]]:
-    """Training batches, how many of them, and the learning-rate factor of optimizer step n."""
+def schedule(
+    s: Settings, data: Data, ranks: int, sampling: Callable[..., Any] | None = None
+) -> tuple[DataLoader, Clock, Callable[[int], float]]:
+    """Training batches, how many of them, and the learning-rate factor of optimizer step n.
+
+    sampling  of a Method that draws its rows in its own way
+    """
     if s.batch_size % (s.grad_accum * ranks):
         raise ValueError(
             f"batch_size {s.batch_size} is shared by {ranks} processes and {s.grad_accum} accumulation steps and "
@@ -117,7 +122,8 @@ def schedule(s: Settings, data: Data, ranks: int) -> tuple[DataLoader, Clock, Ca
     rows = data.train.len
     if rows is not None and data.train.own_loader is None and rows < s.batch_size:
         raise ValueError(f"{rows} training images do not fill one batch of {s.batch_size}: use a smaller batch_size")
-    loader = data.train.loader(s.batch_size // s.grad_accum, shuffle=True, drop_last=True)
+    drawn = {} if sampling is None else {"sampling": sampling, "seed": s.seed}
+    loader = data.train.loader(s.batch_size // s.grad_accum, shuffle=True, drop_last=True, **drawn)
     clock = _clock(s, None if rows is None else len(loader))
     updates = -(-clock.total_steps // s.grad_accum)
     warmup = round(s.warmup_epochs * clock.steps_per_epoch / s.grad_accum)

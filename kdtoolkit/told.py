@@ -65,8 +65,10 @@ def card_of(
 
 def told(value: Any) -> Any:
     """Plain values; of an object only its class, of a state dict the number of its tensors."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, (bool, int, str)):
         return value
+    if isinstance(value, float):
+        return float(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, (list, tuple)):

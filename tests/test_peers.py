@@ -90,7 +90,7 @@ def test_peers_teach_each_other_and_all_are_evaluated(tmp_path):
     single = alone(nets(1)[0], epochs=2)
     assert [row["ce"] for row in kept.losses] != [row["ce"] for row in single.losses]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {r["network"] for r in rows if r["event"] == "eval"} == {"student", "peer1"}
+    assert {r["network"] for r in rows if r["event"] == "eval"} == {"student", "peer1", "ensemble"}
     assert all(r["loss/mutual"] > 0 for r in rows if r["event"] == "epoch")
     assert result.metrics["top1"] > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from .. import checkpoint
@@ -15,14 +16,16 @@ class Checkpoints(Callback):
         if every < 1:
             raise ValueError(f"every is {every}, checkpoints are written each 1, 2, ... epochs")
         self.every = every
-        self.best_weights: dict[str, Any] | None = None
+        self.best_weights: tuple[dict[str, Any], dict[str, Any]] | None = None  # method's, callbacks' by name
 
     def on_epoch_end(self, run: Any, metrics: dict[str, float]) -> None:
         run.check_finite(weights=True)  # broken weights never take the place of good ones
         improved = bool(metrics.get("improved"))
         if run.output_dir is None:
             if improved:
-                self.best_weights = {k: v.detach().cpu().clone() for k, v in run.method.state_dict().items()}
+                run.sync()
+                kept = {c.name: copy.deepcopy(c.state_dict()) for c in run.callbacks if c.networks()}
+                self.best_weights = {k: v.detach().cpu().clone() for k, v in run.method.state_dict().items()}, kept
             return
         over = run.clock.step >= run.clock.total_steps or run.stop
         if improved or over or run.clock.epoch % self.every == 0:

@@ -23,7 +23,7 @@ class EarlyStop(Callback):
             raise ValueError("EarlyStop watches a validation split and there is none: set validation='auto' or a share")
 
     def on_epoch_end(self, run: Any, metrics: dict[str, float]) -> None:
-        top1 = metrics.get(f"{run.settings.monitor}/top1")
+        top1 = metrics.get("monitored")
         if top1 is None:
             return
         if top1 > self.best + self.min_delta:

@@ -111,12 +111,16 @@ class Peers(Method):
     def place(self, *args: Any, **kwargs: Any) -> None:
         super().place(*args, **kwargs)
         processes, count = distributed.processes(), len(self.peers)
-        self.alone = processes > 1 and self.spread is not False and count % processes == 0
         if self.spread is True and count % processes:
             raise ValueError(
                 f"spread=True: {count} networks cannot be shared out equally among {processes} processes; launch a "
                 f"number of processes that divides {count}, or pass spread=False"
             )
+
+    @property
+    def alone(self) -> bool:  # type: ignore[override]
+        processes = distributed.processes()
+        return processes > 1 and self.spread is not False and len(self.peers) % processes == 0
 
     def _mine(self, k: int) -> bool:
         return not self.alone or k % distributed.processes() == distributed.rank()

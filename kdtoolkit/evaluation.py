@@ -60,7 +60,10 @@ class Evaluator:
         if last is not None and torch.equal(last[0], mark):
             return {name: dict(row) for name, row in last[1].items()}
         self.method.eval()
-        answers, meters = self._answers.get(split.name), dict[str, Meter]()
+        answers = self._answers.get(split.name)
+        empty = torch.zeros(1, 3, *self.data.image_size, device=self.accelerator.device)
+        with self.accelerator.autocast():  # every rank meters the same networks, also one that gets no batch
+            meters = {n: Meter([Top1(), Top5(), CrossEntropy(), ECE(), Agreement()]) for n in self._predict(empty)}
         for number, batch in enumerate(self.batches(split)):
             with self.accelerator.autocast():
                 found = self._predict(batch["x"])
@@ -69,8 +72,6 @@ class Evaluator:
                 else:
                     teacher = self._ask(0, batch).argmax(1) if self._scored(0) else None
             for name, logits in found.items():
-                if name not in meters:
-                    meters[name] = Meter([Top1(), Top5(), CrossEntropy(), ECE(), Agreement()])
                 meters[name].add(logits.float(), batch["y"], teacher=teacher)
         self.method.train()
         rows = {name: meter.compute() for name, meter in meters.items()}

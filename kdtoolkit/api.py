@@ -103,6 +103,7 @@ def distill(
     image_size: int | None = None,
     momentum: float = 0.9,
     milestones: Sequence[float] = (0.5, 2 / 3, 5 / 6),
+    gamma: float = 0.1,
     log_every: int = 50,
     eval_every: int = 1,
     eval_test: str = "auto",
@@ -130,7 +131,8 @@ def distill(
     grad_accum   forward and backward passes that share one optimizer step; default 1
     optimizer    "sgd" (plain momentum, decay on all parameters), "nesterov", or a name of timm; lr defaults to 0.05 for
                  these two and 1e-3 for others, weight_decay to 5e-4 and 0.05; `momentum` in [0, 1), default 0.9
-    scheduler    "cosine", "multistep" (at `milestones`, shares of the run), "onecycle", "linear", "constant"
+    scheduler    "cosine", "multistep" (times `gamma` at `milestones`, shares of the run), "onecycle", "linear",
+                 "constant"
     warmup_epochs  epochs, or a part of one, in which the learning rate rises to lr; default 0
     grad_clip    largest norm of the gradient; default None, no clipping
     keep         networks to save: "product" (student/), or "all" (the others in networks/); all are in result.networks
@@ -205,7 +207,7 @@ def _distill(given: dict[str, Any], method_options: Mapping[str, Any]) -> Distil
     parts.notes += [finetune.told(given)] if parts.to_adapt else []
     try:
         settings = _placed(settings, given, parts, facts)
-        plan = told.plan_of(parts, facts, settings)
+        plan = told.plan_of(parts, facts, settings, given["callbacks"])
         if ready is None:
             return DistillResult(parts.net, parts.method.networks(), plan=plan, output_dir=folder)
         assemble.check_rows(parts.method, facts.data)

@@ -15,6 +15,7 @@ from . import metrics as numbers
 from . import report as report_room
 from .callbacks import Checkpoints
 from .preprocess import Preprocess
+from .taps import strip
 
 
 def choose(run: Any) -> dict[str, Any]:
@@ -123,8 +124,8 @@ def _report(folder: Path, parts: Any, baseline: Path | None, facts: Any) -> None
 
 
 def bare(net: nn.Module) -> nn.Module:
-    """On the CPU, contiguous, in eval mode."""
-    return net.cpu().to(memory_format=torch.contiguous_format).eval()
+    """On the CPU, contiguous, in eval mode, without hooks of taps."""
+    return strip(net).cpu().to(memory_format=torch.contiguous_format).eval()
 
 
 def attempt(what: str, do: Callable[[], Any]) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .method import Method, Objective
 from .preprocess import Preprocess
-from .schedules import value
+from .schedules import told, value
 from .taps import Frozen, Taps
 from .types import Batch, Clock, Out, Stage, Step, Weight
 
@@ -64,7 +64,7 @@ class Offline(Method):
         losses: dict[str, Tensor] = {}
         for name, part in self._parts():
             if weights[name] == 0.0:  # switched off is off: no forward of the teacher either
-                losses[name] = _touch(part, student.logits)
+                losses[name] = touch(part, student.logits)
                 continue
             number = self.teacher_of[name]
             if part.needs_teacher and number not in teachers:
@@ -94,27 +94,27 @@ class Offline(Method):
             teacher = self.teachers[self.teacher_of[name]] if part.needs_teacher and self.teachers else None
             for row in part.describe() or [{}]:
                 rows.append(_plan_row(name, self.weights[name], part, row, self.taps, teacher))
-        counts = {"student": _count(self.student)}
+        counts = {"student": count(self.student)}
         for number, teacher in enumerate(self.teachers):
-            counts["teacher" if len(self.teachers) == 1 else f"teacher/{number}"] = _count(teacher.model)
-        counts["adapters"] = _count(self.objectives)
+            counts["teacher" if len(self.teachers) == 1 else f"teacher/{number}"] = count(teacher.model)
+        counts["adapters"] = count(self.objectives)
         return {"losses": rows, "parameters": counts}
 
 
-def _touch(part: nn.Module, logits: Tensor) -> Tensor:
+def touch(part: nn.Module, logits: Tensor) -> Tensor:
     """Zero that hangs on the parameters of a part that is switched off: DDP expects their gradient."""
     zero = logits.float().sum() * 0.0
     return sum((p.float().sum() * 0.0 for p in part.parameters()), zero)
 
 
-def _count(module: nn.Module) -> int:
+def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
 def _plan_row(
     name: str, weight: Weight, part: Objective, row: dict[str, Any], student: Taps, teacher: Frozen | None
 ) -> dict[str, Any]:
-    plan: dict[str, Any] = {"loss": name, "weight": weight if isinstance(weight, (int, float)) else repr(weight)}
+    plan: dict[str, Any] = {"loss": name, "weight": told(weight)}
     if not row:
         return {**plan, "student": "logits", "teacher": "logits" if teacher is not None else "labels"}
     for side, taps in (("student", student), ("teacher", teacher)):
@@ -124,9 +124,9 @@ def _plan_row(
     entry = list(row.get("entry") or ())  # in front of a reset stage, one for each tensor that enters it
     between = ([] if row.get("adapter") is None else [row["adapter"]]) + entry
     if between:
-        told = [_called(adapter) for adapter in between[: len(between) - len(entry)]]
-        told += [f"entry {_called(entry[0])}" + (f" x {len(entry)}" if len(entry) > 1 else "")] if entry else []
-        plan |= {"adapter": " + ".join(told), "adapter_parameters": sum(map(_count, between))}
+        names = [_called(adapter) for adapter in between[: len(between) - len(entry)]]
+        names += [f"entry {_called(entry[0])}" + (f" x {len(entry)}" if len(entry) > 1 else "")] if entry else []
+        plan |= {"adapter": " + ".join(names), "adapter_parameters": sum(map(count, between))}
     return plan
 
 

@@ -59,6 +59,11 @@ def _share(clock: Clock, begin: float, until: float) -> float:
     return min(max((clock.progress - begin) / max(until - begin, 1e-12), 0.0), 1.0)
 
 
+def told(weight: Weight) -> float | str:
+    """A weight for people: the number, or the schedule as it prints."""
+    return weight if isinstance(weight, (int, float)) else repr(weight)
+
+
 def value(weight: Weight, clock: Clock) -> float:
     """The weight at this moment."""
     return float(weight(clock)) if callable(weight) else float(weight)
@@ -149,13 +154,16 @@ def rampup_as_coded(epoch: float, weight: float, until: float = 80) -> float:
 
 @dataclass(frozen=True)
 class SigmoidRampUp:
-    """`weight` times `sigmoid_rampup` of the whole epochs that are over; `length` in epochs."""
+    """`weight` times `sigmoid_rampup` of the whole epochs that are over; `length` in epochs. None is the papers' 80 in
+    runs of 300 epochs and more, and the same share (80 / 300) of shorter ones."""
 
     weight: float = 1.0
-    length: float = 80.0
+    length: float | None = None
 
     def __call__(self, clock: Clock) -> float:
-        return self.weight * sigmoid_rampup(clock.epoch, self.length)
+        epochs = clock.total_steps / max(clock.steps_per_epoch, 1)
+        length = 80 * min(epochs / 300, 1.0) if self.length is None else self.length
+        return self.weight * sigmoid_rampup(clock.epoch, length)
 
 
 @dataclass(frozen=True)

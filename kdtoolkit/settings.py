@@ -26,7 +26,7 @@ PLAIN = {
 # arguments of distill() that a run shares with those it starts: a baseline, the fine-tuning of a teacher
 SHARED = (
     "epochs max_steps batch_size optimizer lr weight_decay scheduler warmup_epochs report_to mixed_precision "
-    "grad_accum compile channels_last grad_clip seed progress momentum milestones log_every eval_every eval_test"
+    "grad_accum compile channels_last grad_clip seed progress momentum milestones gamma log_every eval_every eval_test"
 ).split()
 
 
@@ -44,6 +44,7 @@ class Settings:
     layer_decay: float | None = None  # factor of the learning rate from one layer to the next towards the image
     scheduler: str = "cosine"
     milestones: tuple[float, ...] = (0.5, 2 / 3, 5 / 6)  # shares of the run, for "multistep"
+    gamma: float = 0.1  # factor of the learning rate at each of them
     warmup_epochs: float = 0.0
     grad_accum: int = 1
     grad_clip: float | None = None  # largest norm of the gradient
@@ -56,7 +57,8 @@ class Settings:
     eval_test: str = "auto"  # "every" epoch or at the "end"; "auto" is "end" where a validation split chooses
 
     def __post_init__(self) -> None:
-        for name, most in (("lr", math.inf), ("weight_decay", math.inf), ("warmup_epochs", math.inf), ("momentum", 1)):
+        free = dict.fromkeys(("lr", "weight_decay", "warmup_epochs", "gamma"), math.inf)
+        for name, most in {**free, "momentum": 1}.items():
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 raise ValueError(f"{name} is {number!r}, a {type(number).__name__}; it must be a number")
@@ -74,7 +76,7 @@ class Settings:
         whole = {"epochs": epochs, "max_steps": max_steps}
         whole |= {n: given[n] for n in ("batch_size", "grad_accum", "log_every", "eval_every")}
         _check(given, whole)
-        same = "optimizer momentum scheduler warmup_epochs grad_clip compile seed eval_test layer_decay".split()
+        same = "optimizer momentum gamma scheduler warmup_epochs grad_clip compile seed eval_test layer_decay".split()
         settings = cls(
             lr=(0.05 if papers else 1e-3) if given["lr"] is None else given["lr"],
             weight_decay=(5e-4 if papers else 0.05) if given["weight_decay"] is None else given["weight_decay"],
@@ -122,12 +124,14 @@ def schedule(
     rows = data.train.len
     if rows is not None and data.train.own_loader is None and rows < s.batch_size:
         raise ValueError(f"{rows} training images do not fill one batch of {s.batch_size}: use a smaller batch_size")
-    drawn = {} if sampling is None else {"sampling": sampling, "seed": s.seed}
-    loader = data.train.loader(s.batch_size // s.grad_accum, shuffle=True, drop_last=True, **drawn)
+    loader = data.train.loader(
+        s.batch_size // s.grad_accum, shuffle=True, drop_last=True, sampling=sampling, seed=s.seed
+    )
     clock = _clock(s, None if rows is None else len(loader))
     updates = -(-clock.total_steps // s.grad_accum)
     warmup = round(s.warmup_epochs * clock.steps_per_epoch / s.grad_accum)
-    return loader, clock, schedules.lr_factor(s.scheduler, updates, warmup=warmup, milestones=s.milestones)
+    numbers = {"warmup": warmup, "milestones": s.milestones, "gamma": s.gamma}
+    return loader, clock, schedules.lr_factor(s.scheduler, updates, **numbers)  # type: ignore[arg-type]
 
 
 def make_optimizer(method: nn.Module, s: Settings, layers: Mapping[str, int] | None = None) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import fingerprint
+from .callbacks import Callback
 from .plan import Plan
 from .tuning import rule
 from .types import Weight
@@ -16,8 +17,10 @@ from .types import Weight
 NOT_TOLD = ("accelerator", "dry_run", "callbacks", "resume", "overwrite", "method_options")
 
 
-def plan_of(parts: Any, facts: Any, settings: Any) -> Plan:
+def plan_of(parts: Any, facts: Any, settings: Any, callbacks: Sequence[Callback]) -> Plan:
     plan, s = Plan(parts.method.plan()), settings
+    for callback in (*parts.method.callbacks, *callbacks):
+        plan["losses"] = [*plan.get("losses", []), *callback.plan()]
     nets = {"student": parts.net}
     nets |= {"teacher" if len(parts.teachers) == 1 else f"teacher/{i}": t.model for i, t in enumerate(parts.teachers)}
     plan["models"] = {

@@ -567,8 +567,6 @@ ERRORS = {
         lambda s, p: kd.load(table(cls=(INT, [0, 1] * 19 + [7, 1])), num_classes=2),
         r"split 'train', row 38: label 7 is outside 0 \.\. 1",
     ),
-    "negative label": (lambda s, p: kd.load(table(cls=(INT, [0, -1] * 20))), r"row 1: label -1 .*\(20 such rows\)"),
-    "no label": (lambda s, p: kd.load(table(cls=(INT, [0, None] * 20))), r"row 1: no label"),
     "no label column": (lambda s, p: kd.load(s["train"].remove_columns("label")), r"no label column"),
     "string labels": (lambda s, p: kd.load(table(c=(datasets.Value("string"), ["a"] * 40))), r"class_encode_column"),
     "two integer columns": (lambda s, p: kd.load(table(a=(INT, [0] * 40), b=(INT, [0] * 40))), r"a, b\. Say which"),

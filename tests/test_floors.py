@@ -6,6 +6,7 @@ room of architecture.md's floor reads another of the same floor, the lower one s
 * `types` and `distributed` carry floor 0: schedules, trace and watch read them.
 * `layout`, `ends`, `stages` and `fold` use what `trace` (0.4) found: 0.53 to 0.6, as does `preprocess`, 0.5, because
   `models` (1) and `taps` (1) both read it.
+* `tails` uses taps and tuning, methods use it: 2.5.
 * `callbacks/base.py` is a room of its own, below the methods and above the types.
 * `networks` and `fingerprint` read models, data and `tuning`; `assemble` and `finetune` read them: 7.3.
 * `evaluation` and `settings` read data, metrics and method, the engine reads them: 6.5. `assemble` and `finish`, which
@@ -30,6 +31,7 @@ FLOORS = {
     0.6: "fold",
     1: "models taps callbacks.base",
     2: "modules tuning",
+    2.5: "tails",
     3: "method",
     4: "offline data metrics checkpoint report journal plan",
     5: "objectives callbacks",

@@ -8,8 +8,8 @@ import timm
 import torch
 
 from kdtoolkit import distill, functional
-from kdtoolkit.callbacks import Callback, DCLMerger, MutualKL
-from kdtoolkit.callbacks.dcl import disagreement, distance
+from kdtoolkit.callbacks import Callback, DCLMerger, Diversity, MutualKL
+from kdtoolkit.callbacks.diversity import distance, measured
 from kdtoolkit.methods import Peers
 from kdtoolkit.types import Clock, Step
 
@@ -111,13 +111,13 @@ def test_dcl_merges_every_t_steps(rule):
 
 
 def test_dcl_logs_diversity(tmp_path):
-    train(Peers(nets(2)), DCLMerger(1, unit="epochs"), output_dir=tmp_path / "run", epochs=2)
+    train(Peers(nets(2)), DCLMerger(1, unit="epochs"), Diversity(), output_dir=tmp_path / "run", epochs=2)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [r for r in map(json.loads, lines) if r["event"] == "diversity"]
     assert [r["epoch"] for r in rows] == [1, 2] and all(r["weights"] > 0 for r in rows)
     a, b = nets(2)
     assert distance([a, a]) == 0 and distance([a, b]) > 0.5
-    assert disagreement([torch.eye(4), torch.eye(4)[[1, 0, 2, 3]]]) == 50
+    assert measured([torch.eye(4), torch.eye(4)[[1, 0, 2, 3]]], torch.arange(4))["disagreement"] == 50
 
 
 def test_two_architectures_of_different_sizes():

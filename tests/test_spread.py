@@ -52,8 +52,8 @@ watch = Watch()
 strategies = [MutualKL(0.5), DCLMerger(3), EMATeacher(0.3, decay=0.9), DecayingEnsemble(0.3, rate=0.1)]
 try:
     result = distill(
-        None, None, "digits", method=Peers(nets, spread=spread), callbacks=[*strategies, watch], epochs=2, batch_size=32,
-        train_limit=256, lr=0.05, validation=64, num_workers=0, output_dir=root / "run", resume="auto", keep="all",
+        None, None, "digits", method=Peers(nets, spread=spread), callbacks=[*strategies, watch], epochs=2, lr=0.05,
+        batch_size=32, train_limit=256, validation=64, num_workers=0, output_dir=root / "run", resume="auto", keep="all",
         grad_clip=1.0, progress="off",
     )
 except Interrupted as error:
@@ -86,7 +86,9 @@ def same(one: dict, two: dict) -> None:
     assert one.keys() == two.keys() == {"student", "peer1", "ema", "ema/peer1"}
     for name, state in one.items():
         for key, value in state.items():
-            torch.testing.assert_close(two[name][key], value, rtol=0, atol=0, msg=lambda m, n=name, k=key: f"{n} {k}: {m}")
+            torch.testing.assert_close(
+                two[name][key], value, rtol=0, atol=0, msg=lambda m, n=name, k=key: f"{n} {k}: {m}"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,9 @@ def test_spread_over_two_processes_is_one_process_bit_for_bit(one, tmp_path):
         assert {k: v for k, v in a.items() if k.startswith(("loss", "top1", "event"))} == {
             k: v for k, v in b.items() if k.startswith(("loss", "top1", "event"))
         }
-    assert {p.name for p in (two / "run/networks").iterdir()} | {json.loads((two / "told0.json").read_text())["product"]}
+    assert {p.name for p in (two / "run/networks").iterdir()} | {
+        json.loads((two / "told0.json").read_text())["product"]
+    }
 
 
 def test_spread_goes_on_in_the_middle_of_an_epoch(one, tmp_path):
@@ -121,7 +125,66 @@ def test_every_process_trains_all_with_equal_gradients_and_copies(tmp_path):
     root = tmp_path / "all"
     launch(root, 2, "together")
     first, second = (torch.load(root / f"grads{r}.pt", weights_only=True) for r in (0, 1))
-    assert len(first) == 12 and all(torch.equal(a[k], b[k]) for a, b in zip(first, second, strict=True) for k in a)
+    assert len(first) == 16 and all(torch.equal(a[k], b[k]) for a, b in zip(first, second, strict=True) for k in a)
     zero, other = nets(root), nets(root, 1)
     for name, state in zero.items():
         assert all(torch.equal(v, other[name][k]) for k, v in state.items()), name
+
+
+EVERY = '''
+"""Two steps of every method of several networks, on every rank; what each rank ends with."""
+import os, sys
+from pathlib import Path
+
+import timm
+import torch
+
+from kdtoolkit import Callback, distill, list_methods
+from kdtoolkit.method import METHODS, Strategy
+
+torch.set_num_threads(1)
+root, rank = Path(sys.argv[1]), os.environ["RANK"]
+
+
+class Watch(Callback):
+    def __init__(self):
+        self.grads = []
+
+    def on_grads(self, run):
+        self.grads.append({n: p.grad.clone() for n, p in run.method.named_parameters()})
+
+
+kept = {}
+for name in list_methods():
+    if not isinstance(METHODS[name], Strategy):
+        continue
+    watch = Watch()
+    torch.manual_seed(5)
+    teacher = timm.create_model("cifar_resnet14", num_classes=10) if METHODS[name].needs_teacher else None
+    own = {"spread": False} if "spread" in METHODS[name].options else {}
+    result = distill(
+        teacher, "cifar_resnet8", "digits", method=name, max_steps=2, batch_size=32, train_limit=64, validation="none",
+        num_workers=0, progress="off", callbacks=[watch], eval_test="end", **own,
+    )
+    kept[name] = {"grads": watch.grads, "nets": {n: net.state_dict() for n, net in result.networks.items()}}
+    kept[name]["top1"] = result.metrics.get("networks", result.metrics["top1"])
+torch.save(kept, root / f"every{rank}.pt")
+'''
+
+
+def test_every_strategy_has_equal_gradients_and_networks_on_two_ranks(tmp_path):
+    (tmp_path / "every.py").write_text(EVERY)
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *many, str(tmp_path / "every.py"), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (torch.load(tmp_path / f"every{r}.pt", weights_only=True) for r in (0, 1))
+    assert len(first) == 12
+    for name, mine in first.items():
+        its = second[name]
+        assert len(mine["grads"]) == 2 and mine["top1"] == its["top1"], name
+        for a, b in zip(mine["grads"], its["grads"], strict=True):
+            assert a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items()), name
+        for network, state in mine["nets"].items():
+            assert all(torch.equal(v, its["nets"][network][k]) for k, v in state.items()), (name, network)

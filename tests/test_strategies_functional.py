@@ -708,7 +708,12 @@ def test_first_ema_step_counted_from_0_copies_the_student_exactly():
 
 
 def test_ramps_as_weights():
-    clock = Clock(epoch=40)
+    clock = Clock(epoch=40, total_steps=300)
+    assert schedules.SigmoidRampUp(0.1)(Clock(epoch=4, steps_per_epoch=5, total_steps=150)) == 0.1 * math.exp(-5 / 4)
+    assert schedules.SigmoidRampUp(0.1)(Clock(epoch=40, total_steps=600)) == 0.1 * math.exp(-5 / 4)
+    assert schedules.SigmoidRampUp(100.0, 5)(Clock(epoch=5)) == 100 and repr(schedules.SigmoidRampUp()).endswith(
+        "None)"
+    )
     assert schedules.SigmoidRampUp(0.1)(clock) == 0.1 * schedules.sigmoid_rampup(40, 80) == 0.1 * math.exp(-5 / 4)
     assert schedules.LinearRampUp(2.0, 80)(clock) == 1.0
     assert schedules.LinearRampUp(first=1, length=20)(Clock()) == 0.05

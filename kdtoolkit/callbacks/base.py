@@ -40,6 +40,10 @@ class Callback:
     def on_fit_end(self, run: Any) -> None:
         """Also called when a run ends early or fails, so that files and progress bars are closed."""
 
+    def plan(self) -> list[dict[str, Any]]:
+        """Rows of the plan for the losses that it adds: {"loss", "weight", "student", "teacher"}."""
+        return []
+
     # A callback may keep networks that are not trained but averaged, such as an EMA teacher:
     def networks(self) -> dict[str, nn.Module]:
         """Its complete networks by name; evaluated and saved with those of the method."""

@@ -8,99 +8,177 @@ Differs  "paper" has the authors' eps of 1e-18, which shrinks small weights at e
 
 from __future__ import annotations
 
-from itertools import combinations
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional
+from ..restore import random_as_found
 from ..types import Step
 from .base import Callback
 
 UNITS = ("steps", "epochs")
+STATISTICS = ("own", "merged", "recalibrated")
+MOMENTUM = ("own", "merged", "reset")
+RECALIBRATION = 16  # batches
 
 
 class DCLMerger(Callback):
-    """Merges the weights of all networks of a run, and logs how different they still are.
+    """Merges the weights of all networks of a run. Diversity tells how different they still are.
 
-    every  mini-batches (the authors' code: 10) or epochs (the paper's text) between two exchanges
-    unit   "steps" or "epochs"
-    beta   share of the common weights, 0 to 1, no unit; 0 leaves every network alone
-    rule   "paper", "eps-free" or "mean"
-    eps    of the rule "paper"
+    every       mini-batches (the authors' code: 10) or epochs (the paper's text) between two exchanges
+    unit        "steps" or "epochs"
+    beta        share of the common weights, 0 to 1, no unit; 0 leaves every network alone
+    rule        "paper", "eps-free" or "mean"
+    eps         of the rule "paper"
+    statistics  BatchNorm's running means and variances, which only an evaluation reads: "own" of each network, as in
+                the authors' code; "merged": each takes `beta` of their plain mean at every exchange; "recalibrated":
+                found anew at the end of every epoch, on 16 batches of training images, for the weights as they are then
+    momentum    what the optimizer keeps of a weight: "own", as in the authors' code; "merged": each takes `beta` of
+                their plain mean; "reset": forgotten at every exchange
+    start,      shares of the run, 0 to 1, between which there are exchanges: an early end lets the networks grow
+    until       apart again
 
-    Parameters are merged, BatchNorm's scale and shift among them. BatchNorm statistics and the optimizer's momentum
-    stay each network's own, as in the authors' code. "diversity" rows of metrics.jsonl hold, at the end of every epoch,
-    the relative distance of the weights (mean over pairs of |w_i - w_j| / |w|) and the share of images of the last
-    batch on which two networks disagree, in percent.
+    Parameters are merged, BatchNorm's scale and shift among them; of Branches those behind the cut.
     """
 
     name = "dcl"
+    order = 10
 
     def __init__(
-        self, every: int = 10, *, unit: str = "steps", beta: float = 0.1, rule: str = "paper", eps: float = 1e-18
+        self,
+        every: int = 10,
+        *,
+        unit: str = "steps",
+        beta: float = 0.1,
+        rule: str = "paper",
+        eps: float = 1e-18,
+        statistics: str = "own",
+        momentum: str = "own",
+        start: float = 0.0,
+        until: float = 1.0,
     ):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every is {every!r}: a whole number of {unit} from 1")
-        if unit not in UNITS:
-            raise ValueError(f"unit is {unit!r}; allowed: {', '.join(map(repr, UNITS))}")
+        allowed = {"unit": UNITS, "rule": functional.DCL_RULES, "statistics": STATISTICS, "momentum": MOMENTUM}
+        given = {"unit": unit, "rule": rule, "statistics": statistics, "momentum": momentum}
+        for name, value in given.items():
+            if value not in allowed[name]:
+                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed[name]))}")
         if not 0 <= beta <= 1:
             raise ValueError(f"beta is {beta!r}: the share of the common weights, from 0 to 1")
-        if rule not in functional.DCL_RULES:
-            raise ValueError(f"rule is {rule!r}; allowed: {', '.join(map(repr, functional.DCL_RULES))}")
+        if not 0 <= start <= until <= 1:
+            raise ValueError(f"start is {start!r} and until {until!r}: shares of the run, 0 <= start <= until <= 1")
         self.every, self.unit, self.beta, self.rule, self.eps = every, unit, beta, rule, eps
-        self._logits: list[Tensor] = []  # of the last batch
+        self.statistics, self.momentum, self.start, self.until = statistics, momentum, start, until
 
     def on_fit_start(self, run: Any) -> None:
-        nets = list(run.method.networks().values())
+        names, nets = list(run.method.networks()), list(run.method.networks().values())
         if len(nets) < 2:
             raise ValueError(f"DCLMerger needs two networks or more, this run trains {len(nets)}: use Peers([...])")
         shapes = [{n: tuple(p.shape) for n, p in net.named_parameters()} for net in nets]
         other = next((k for k, s in enumerate(shapes) if s != shapes[0]), None)
         if other is not None:
-            names = list(run.method.networks())
             raise ValueError(
                 f"DCLMerger merges networks of one architecture; {names[other]} has other parameters than {names[0]}"
             )
+        if self.statistics == "recalibrated" and (run.data.train.len is None or run.data.train.own_loader is not None):
+            raise ValueError(
+                "DCLMerger(statistics='recalibrated') reads training images apart from the run's own batches: pass a "
+                "data set in place of a stream or a DataLoader, or statistics='merged'"
+            )
 
     def on_step_end(self, run: Any, step: Step) -> None:
-        self._logits = [z.detach() for z in step.logits.values()]
-        accumulated = run.clock.step % run.settings.grad_accum == 0
-        if self.unit == "steps" and accumulated and (run.clock.step // run.settings.grad_accum) % self.every == 0:
-            self.merge(list(run.method.networks().values()))
+        clock, accum = run.clock, run.settings.grad_accum
+        if self.unit == "steps" and clock.step % accum == 0 and (clock.step // accum) % self.every == 0:
+            self._exchange(run)
+        end = min(clock.total_steps, run.epoch_start + clock.steps_per_epoch)
+        if self.statistics == "recalibrated" and self.beta > 0 and clock.step == end:
+            _recalibrate(run)
 
     def on_epoch_end(self, run: Any, metrics: dict[str, float]) -> None:
-        nets = list(run.method.networks().values())
-        row = {"weights": distance(nets), "disagreement": disagreement(self._logits)}
-        run.journal.add(event="diversity", epoch=run.clock.epoch, step=run.clock.step, **row)
         if self.unit == "epochs" and run.clock.epoch % self.every == 0:
-            self.merge(nets)
+            self._exchange(run)
 
-    def merge(self, nets: list[nn.Module]) -> None:
-        """One exchange, in place."""
+    def _exchange(self, run: Any) -> None:
+        if self.beta == 0 or not self.start <= run.clock.progress <= self.until:
+            return
+        run.method.sync(run.optimizer if self.momentum == "merged" else None)
+        nets = list(run.method.networks().values())
+        self.merge(nets)
+        if self.momentum != "own":
+            self._merge_momentum(run.optimizer, nets)
+
+    def merge(self, nets: Sequence[nn.Module]) -> None:
+        """One exchange, in place: parameters and, with statistics="merged", BatchNorm's."""
         if self.beta == 0:
             return
-        parameters = [dict(net.named_parameters()) for net in nets]
-        merged = functional.dcl_merge(parameters, beta=self.beta, rule=self.rule, eps=self.eps)
-        with torch.no_grad():
-            for own, new in zip(parameters, merged, strict=True):
-                for key, tensor in own.items():
-                    tensor.copy_(new[key])
+        parameters = _own(nets)
+        _write(parameters, functional.dcl_merge(parameters, beta=self.beta, rule=self.rule, eps=self.eps))
+        kept = [_statistics(net) for net in nets]
+        if self.statistics == "merged" and kept[0]:
+            _write(kept, functional.dcl_merge(kept, beta=self.beta, rule="mean"))
+
+    def _merge_momentum(self, optimizer: Any, nets: Sequence[nn.Module]) -> None:
+        state = getattr(optimizer, "optimizer", optimizer).state
+        for together in zip(*(own.values() for own in _own(nets)), strict=True):
+            if self.momentum == "reset":
+                for p in together:
+                    state.pop(p, None)
+            elif all(p in state for p in together):
+                kept = [{k: v for k, v in state[p].items() if _averaged(v, p)} for p in together]
+                _write(kept, functional.dcl_merge(kept, beta=self.beta, rule="mean"))
+
+
+def _own(nets: Sequence[nn.Module]) -> list[dict[str, nn.Parameter]]:
+    """Parameters by name that each network has for itself; those of a shared trunk are one already."""
+    each = [dict(net.named_parameters()) for net in nets]
+    return [{n: p for n, p in own.items() if p is not each[k - 1][n]} for k, own in enumerate(each)]
+
+
+def _averaged(value: Any, p: nn.Parameter) -> bool:
+    """Whether an entry of an optimizer's state is a moving average of the gradient, and not a counter."""
+    return isinstance(value, Tensor) and value.shape == p.shape and value.dim() > 0 and value.is_floating_point()
 
 
 @torch.no_grad()
-def distance(nets: list[nn.Module]) -> float:
-    """Mean over pairs of networks of the norm of their difference over the norm of the weights; no unit."""
-    flat = [torch.cat([p.detach().float().flatten() for p in net.parameters()]) for net in nets]
-    size = sum(w.norm() for w in flat) / len(flat)
-    pairs = list(combinations(flat, 2))
-    return float(sum((a - b).norm() for a, b in pairs) / len(pairs) / size)
+def _write(tensors: Sequence[Mapping[str, Tensor]], new: Sequence[Mapping[str, Tensor]]) -> None:
+    for own, merged in zip(tensors, new, strict=True):
+        for key, tensor in own.items():
+            tensor.copy_(merged[key])
+
+
+def _norms(net: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    return ((n, m) for n, m in net.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None)
+
+
+def _statistics(net: nn.Module) -> dict[str, Tensor]:
+    """Running means and variances by name; no counters."""
+    return {f"{n}.{k}": getattr(m, k) for n, m in _norms(net) for k in ("running_mean", "running_var")}
 
 
 @torch.no_grad()
-def disagreement(logits: list[Tensor]) -> float:
-    """Share of a batch on which two networks name different classes, mean over pairs, percent."""
-    answers = [z.argmax(1) for z in logits]
-    pairs = list(combinations(answers, 2))
-    return float(100 * sum((a != b).float().mean() for a, b in pairs) / len(pairs))
+def _recalibrate(run: Any) -> None:
+    """BatchNorm's statistics of all networks: plain means over batches drawn by seed and epoch alone, in train mode.
+    Counters, dropout and order of data of the run stay as they were; frozen BatchNorms too."""
+    norms = [m for net in run.method.networks().values() for _, m in _norms(net) if m.training]
+    before = [(m, m.momentum, m.num_batches_tracked.clone()) for m in norms if m.num_batches_tracked is not None]
+    with random_as_found(), run.accelerator.autocast():
+        run._seed(run.clock.epoch, -2)
+        split = dataclasses.replace(run.data.train, num_workers=0)
+        batches = islice(split.loader(run.settings.batch_size, shuffle=True, drop_last=True), RECALIBRATION)
+        for m, _, _ in before:
+            m.reset_running_stats()
+            m.momentum = None
+        for batch in batches:
+            moved = {k: v.to(run.accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            run.method.each(run._finish(moved, train=True))
+    for m, momentum, counter in before:
+        m.momentum = momentum
+        if m.num_batches_tracked is not None:
+            m.num_batches_tracked.copy_(counter)

@@ -6,6 +6,7 @@ Differs  all networks step on one forward pass; in the paper each sees the other
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from .. import functional
 from ..functional.peers import from_each_other, others_mean, peers
-from ..schedules import value
+from ..schedules import told, value
 from ..types import Batch, Step, Weight
 from .base import Callback
 
 TARGETS = ("pairwise", "ensemble")
+FORMS: dict[str, Callable[..., Tensor]] = {"kl": functional.kd, "eps": functional.kd_eps, "soft-ce": functional.soft_ce}
 
 
 class MutualKL(Callback):
@@ -28,34 +30,59 @@ class MutualKL(Callback):
     temperature  no unit, > 0
     target       "pairwise": each of the others in turn; "ensemble": the mean of their logits first
     detach       False lets gradients flow into the networks that teach, as OKDDip's benchmark does
+    form         "kl": the paper's; "eps": 1e-7 added to the targets, with T^2, as in OKDDip's benchmark (T 3, not
+                 detached); "soft-ce": cross-entropy without T^2, as in collaborative learning (T 2, "ensemble"); "tf":
+                 the authors' TensorFlow release, a sum over the others (T 1, "pairwise", detached)
     """
 
     name = "mutual"
+    order = 40
 
     def __init__(
-        self, weight: Weight = 1.0, *, temperature: float = 1.0, target: str = "pairwise", detach: bool = True
+        self,
+        weight: Weight = 1.0,
+        *,
+        temperature: float = 1.0,
+        target: str = "pairwise",
+        detach: bool = True,
+        form: str = "kl",
     ):
         if target not in TARGETS:
             raise ValueError(f"target is {target!r}; allowed: {', '.join(map(repr, TARGETS))}")
+        if form not in (*FORMS, "tf"):
+            raise ValueError(f"form is {form!r}; allowed: {', '.join(map(repr, [*FORMS, 'tf']))}")
+        if form == "tf" and (temperature, target, detach) != (1.0, "pairwise", True):
+            raise ValueError("form='tf' has temperature=1.0, target='pairwise' and detach=True: leave them out")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}, it must be positive")
         if not callable(weight) and not weight >= 0:
             raise ValueError(f"the weight is {weight}: a number >= 0, or a schedule (kdtoolkit.schedules)")
-        self.weight, self.temperature, self.target, self.detach = weight, temperature, target, detach
+        self.weight, self.temperature, self.target, self.detach, self.form = weight, temperature, target, detach, form
 
     def on_fit_start(self, run: Any) -> None:
         count = len(run.method.networks())
         if count < 2:
             raise ValueError(f"MutualKL needs two networks or more, this run trains {count}: use Peers([...])")
+        if run.method.alone and not self.detach:
+            raise ValueError(
+                "MutualKL(detach=False) sends gradients into the networks that teach, which other processes train: "
+                "pass spread=False"
+            )
+
+    def plan(self) -> list[dict[str, Any]]:
+        whom = "the others' logits" if self.target == "pairwise" else "the others' mean logits"
+        return [{"loss": "mutual", "weight": told(self.weight), "student": "every network", "teacher": whom}]
 
     def on_losses(self, run: Any, step: Step, batch: Batch) -> dict[str, Tensor] | None:
         weight = value(self.weight, run.clock)
         if weight == 0:
             return None
         students = peers(list(step.logits.values()))
+        if self.form == "tf":
+            return {"mutual": weight * functional.mutual_kl_tf(students).sum()}
         teachers = students.detach() if self.detach else students
-        kd = partial(functional.kd, temperature=self.temperature)
+        loss = partial(FORMS[self.form], temperature=self.temperature)
         if self.target == "pairwise":
-            return {"mutual": weight * from_each_other(kd, students, teachers).sum()}
-        each = [kd(own, others) for own, others in zip(students, others_mean(teachers), strict=True)]
+            return {"mutual": weight * from_each_other(loss, students, teachers).sum()}
+        each = [loss(own, others) for own, others in zip(students, others_mean(teachers), strict=True)]
         return {"mutual": weight * torch.stack(each).sum()}

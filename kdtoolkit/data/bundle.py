@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..types import Batch
 from .augment import BatchAugment
+from .sampling import Draws
 from .workers import Stream
 
 
@@ -37,8 +39,22 @@ class Split:
     def __bool__(self) -> bool:
         return True
 
-    def loader(self, batch_size: int, *, shuffle: bool = False, drop_last: bool = False) -> DataLoader:
-        """Batches of dict(x (B, 3, H, W) uint8 or float in [0, 1], y (B,) int64, index (B,) int64), on the CPU."""
+    def loader(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        sampling: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> DataLoader:
+        """Batches of dict(x (B, 3, H, W) uint8 or float in [0, 1], y (B,) int64, index (B,) int64), on the CPU.
+
+        sampling  chooses the rows of every batch from their labels and `seed` (see `data.sampling`), in place of
+                  `shuffle` and `drop_last`: its batches are full. A row that an epoch draws again has draw (B,) > 0
+        """
+        if sampling is not None:
+            return self._sampled(batch_size, sampling, seed)
         if self.own_loader is not None:
             return self.own_loader
         pin = torch.cuda.is_available()
@@ -55,6 +71,24 @@ class Split:
             pin_memory=pin,
         )
 
+    def _sampled(self, batch_size: int, sampling: Callable[..., Any], seed: int) -> DataLoader:
+        row_labels = getattr(self.dataset, "row_labels", None)
+        if self.own_loader is not None or row_labels is None:
+            what = "a DataLoader of your own" if self.own_loader is not None else "a stream"
+            raise ValueError(
+                f"split {self.name!r} is {what}, this method chooses the rows of a batch by their labels ({sampling}): "
+                "pass a map-style data set"
+            )
+        labels = row_labels()
+        batches = Draws(sampling(labels, batch_size, seed), len(labels), batch_size)
+        return DataLoader(
+            self.dataset,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            collate_fn=as_is,
+            pin_memory=torch.cuda.is_available(),
+        )
+
 
 def as_is(batch: Any) -> Any:
     """The data set's __getitems__ has already made the batch."""
@@ -63,7 +97,10 @@ def as_is(batch: Any) -> Any:
 
 @dataclasses.dataclass(eq=False)
 class Data:
-    """Splits, classes and augmentation. Nothing here is normalised: each model normalises its own input."""
+    """Splits, classes and augmentation. Nothing here is normalised: each model normalises its own input.
+
+    unlabelled: training rows without a label; theirs is -1. Rows of the other splits all have one.
+    """
 
     name: str
     num_classes: int
@@ -75,6 +112,7 @@ class Data:
     augment: BatchAugment | None = None
     seed: int = 0
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    unlabelled: int = 0
 
     def finish(self, batch: Batch | dict[str, Tensor], *, epoch: int, train: bool, views: int = 1) -> Batch:
         """A loader's batch, already on the training device -> x float in [0, 1], augmented when `train`.
@@ -82,6 +120,8 @@ class Data:
         views > 1 with `train` adds batch["views"] (B, views, 3, H, W), independent augmentations; the first is x.
         """
         x, index = batch["x"], batch["index"]
+        draw = batch.get("draw")
+        at = index if draw is None else index + (draw << 32)  # type: ignore[operator]
         if train and views > 1:
             if self.augment is None:
                 has = self.notes.get("augmentation", "none")
@@ -89,11 +129,11 @@ class Data:
                     f"{views} views need a batched augmentation, the data has {has!r}: "
                     "pass transforms='crop-flip' or transforms=BatchAugment(...)"
                 )
-            draws = [self.augment(x, index, seed=self.seed, epoch=epoch, view=v) for v in range(views)]
+            draws = [self.augment(x, at, seed=self.seed, epoch=epoch, view=v) for v in range(views)]
             stacked = as_float(torch.stack(draws, 1))
             return Batch(x=stacked[:, 0], y=batch["y"], index=index, views=stacked)
         if train and self.augment is not None:
-            x = self.augment(x, index, seed=self.seed, epoch=epoch)
+            x = self.augment(x, at, seed=self.seed, epoch=epoch)
         return Batch(x=as_float(x), y=batch["y"], index=index)
 
     def set_epoch(self, epoch: int) -> None:

@@ -33,12 +33,25 @@ class Cached(Dataset):
     def __len__(self) -> int:
         return len(self.index)
 
+    def row_labels(self) -> np.ndarray:
+        """(N,) int64, -1 for a row without one."""
+        return self.labels.numpy()
+
     def __getitems__(self, ids: Sequence[int]) -> dict[str, Tensor]:
-        at = torch.as_tensor(ids, dtype=torch.int64)
-        return {"x": self.images[at], "y": self.labels[at], "index": self.index[at]}
+        at, draw = apart(ids, len(self))
+        return {"x": self.images[at], "y": self.labels[at], "index": self.index[at], **draw}
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         return {"x": self.images[i], "y": self.labels[i], "index": self.index[i]}
+
+
+def apart(ids: Sequence[int], rows: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Positions, of which i + k * rows is draw k of row i (see `sampling.Draws`) -> rows (B,) and {"draw": (B,)}; the
+    latter is empty where all are first draws."""
+    at = torch.as_tensor(ids, dtype=torch.int64)
+    if not len(at) or int(at.max()) < rows:
+        return at, {}
+    return at % rows, {"draw": at // rows}
 
 
 def decode(table: Table, rows: np.ndarray, size: tuple[int, int], resize: bool = False) -> Cached:

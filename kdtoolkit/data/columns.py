@@ -91,13 +91,22 @@ def _near(name: str, names: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def check_labels(labels: np.ndarray, num_classes: int, split: str, rows: np.ndarray | None = None) -> None:
-    """Raise ValueError naming the first row whose label is not in 0 .. num_classes - 1; `rows`: the rows' numbers."""
-    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
+def check_labels(
+    labels: np.ndarray, num_classes: int, split: str, rows: np.ndarray | None = None, *, unlabelled: bool = False
+) -> None:
+    """Raise ValueError naming the first row whose label is not in 0 .. num_classes - 1, or -1 with `unlabelled`.
+
+    rows  the rows' numbers
+    """
+    bad = np.flatnonzero((labels < (-1 if unlabelled else 0)) | (labels >= num_classes))
     if len(bad):
         row = int(bad[0] if rows is None else rows[bad[0]])
         more = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
-        raise ValueError(
-            f"split {split!r}, row {row}: label {int(labels[bad[0]])} is outside 0 .. {num_classes - 1}{more}. "
-            "Correct the labels, or pass the right num_classes=."
+        label = int(labels[bad[0]])
+        advice = (
+            "It is a row without a label: only rows to train on may be that, in a map-style data set that tells its "
+            "labels before they are read (a label column, targets). Remove it."
+            if label == -1 and not unlabelled
+            else "Correct the labels, or pass the right num_classes=."
         )
+        raise ValueError(f"split {split!r}, row {row}: label {label} is outside 0 .. {num_classes - 1}{more}. {advice}")

@@ -13,12 +13,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .augment import BatchAugment, key
 from .bundle import Data, Split
+from .cache import Cached
 from .columns import check_labels
 from .plan import Part, build, choose, storage
 from .sources import open_source
 from .splits import TEST_SHARE, check_validation, draw_stratified, validation_rows
 from .tables import HFTable, SizesDiffer, TorchTable, class_names_of, labels_of
-from .workers import Stream, check_loader, seeded
+from .workers import Rows, Stream, all_labels, check_loader
 
 Columns = tuple[str | None, str | None]
 
@@ -35,6 +36,7 @@ def load(
     image_size: int | tuple[int, int] | None = None,
     data_path: str | os.PathLike | None = None,
     train_limit: int | None = None,
+    labelled: int | float | None = None,
     columns: Columns | None = None,
 ) -> Data:
     """Open data of any kind, split it and choose how batches are made.
@@ -51,7 +53,12 @@ def load(
     image_size   pixels; images are resized to it; 224 where sizes differ and nothing is given
     data_path    local copy of a named data set
     train_limit  train on this many rows only, drawn by class from `seed` after the validation rows
+    labelled     keep the labels of this many training rows (an int), or of this share of them (a float), drawn by class
+                 from `seed` after all that; those of the others are hidden. None keeps them all
     columns      (image, label) columns of an HF data set, where finding them by type does not do
+
+    Training rows with the label -1, null or None are rows without a label: `Data.unlabelled` counts them, and rows for
+    validation and test are drawn among the others.
     """
     if isinstance(train_data, Data):
         return train_data
@@ -76,8 +83,14 @@ def load(
     names, count = classes(parts, num_classes)
     rows = draw_rows(parts, origin, mode, seed, train_limit)
     for role, part in parts.items():
-        if isinstance(part, HFTable | TorchTable) and part.labels is not None:
-            check_labels(part.labels, count, role)
+        if not isinstance(part, HFTable | TorchTable) or part.labels is None:
+            continue
+        if role == "train":
+            check_labels(part.labels, count, role, unlabelled=True)
+        else:
+            check_labels(part.labels[rows[role]], count, role, rows[role])
+    if labelled is not None:
+        origin["labels"] = hide_labels(parts["train"], rows, labelled, seed)
     preset = source.preset.augment if source.preset else None
     plan = choose(parts, rows, spec, preset, size)
     try:
@@ -98,6 +111,10 @@ def load(
         "columns": getattr(train, "note", "batches of the user's DataLoader"),
         "storage": storage(made),
     }
+    unlabelled = _unlabelled(made["train"])
+    if unlabelled:
+        told = f"{unlabelled} of {len(made['train'])} training rows have no label"
+        notes["labels"] = f"{told}: {origin['labels']}" if "labels" in origin else told
     return Data(
         name=source.name,
         num_classes=count,
@@ -109,6 +126,7 @@ def load(
         augment=plan.augment,
         seed=seed,
         notes=notes,
+        unlabelled=unlabelled,
     )
 
 
@@ -197,8 +215,7 @@ def classes(parts: Mapping[str, Part], given: int | None) -> tuple[tuple[str, ..
     train = parts["train"]
     labels = labels_of(train.dataset) if isinstance(train, DataLoader) else getattr(train, "labels", None)
     if labels is None and isinstance(train, TorchTable):
-        with seeded(0):
-            labels = train.labels = train.read_labels()
+        labels = all_labels(train)
     if labels is None:
         raise ValueError("the number of classes cannot be seen from the training data: pass num_classes=")
     return None, int(labels.max()) + 1
@@ -209,6 +226,36 @@ def _names(part: Part) -> tuple[str, ...] | None:
 
 
 # --- rows
+
+
+def hide_labels(train: Part, rows: Mapping[str, np.ndarray], labelled: int | float, seed: int) -> str:
+    """Hide the labels of all training rows but so many; what was done, for people."""
+    whole = isinstance(labelled, int) and not isinstance(labelled, bool)
+    if not (whole and labelled >= 1) and not (isinstance(labelled, float) and 0 < labelled <= 1):
+        raise ValueError(f"labelled={labelled!r}: a number of rows from 1, or a share of them such as 0.1")
+    if not isinstance(train, HFTable | TorchTable):
+        raise ValueError(
+            f"labelled={labelled}: rows of a stream or a DataLoader cannot be drawn; pass a map-style data set"
+        )
+    here = rows["train"][all_labels(train)[rows["train"]] >= 0]
+    labels = all_labels(train)[here]
+    size, classes = labelled if whole else round(labelled * len(here)), len(np.unique(labels))
+    if not classes <= size <= len(here):
+        raise ValueError(
+            f"labelled={labelled} keeps the labels of {size} rows: at least one for each of the {classes} classes and "
+            f"at most the {len(here)} training rows that have one"
+        )
+    rest, _ = draw_stratified(len(here), int(size), labels, key(seed, 2))
+    train.hide(here[rest])
+    return (
+        f"those of {size} are kept, drawn by class from seed {seed}, the others hidden, as asked: labelled={labelled}"
+    )
+
+
+def _unlabelled(train: Split) -> int:
+    """Rows without a label; where only reading tells, such rows are an error then."""
+    known = isinstance(train.dataset, Cached) or (isinstance(train.dataset, Rows) and train.dataset.unlabelled)
+    return int((train.dataset.row_labels() < 0).sum()) if known else 0  # type: ignore[attr-defined]
 
 
 def draw_rows(
@@ -228,15 +275,23 @@ def draw_rows(
             origin["no val"] = "rows of a stream or a DataLoader cannot be held out"
         return rows
 
-    def hold_out(size: int, seed: int) -> np.ndarray:
+    def labelled() -> np.ndarray:
         here = rows["train"]
-        rest, drawn = draw_stratified(len(here), size, None if train.labels is None else train.labels[here], seed)
-        rows["train"] = here[rest]
-        return here[drawn]
+        return here if train.labels is None else here[train.labels[here] >= 0]
 
+    def draw(size: int, among: np.ndarray, seed: int) -> np.ndarray:
+        return among[draw_stratified(len(among), size, None if train.labels is None else train.labels[among], seed)[1]]
+
+    def hold_out(size: int, seed: int) -> np.ndarray:
+        out = draw(size, labelled(), seed)
+        rows["train"] = np.setdiff1d(rows["train"], out, assume_unique=True)
+        return out
+
+    if not len(labelled()):
+        raise ValueError(f"none of {len(train)} training rows has a label: there is nothing to learn from")
     how = "at random" if train.labels is None else "by class"
     if "test" not in parts:
-        size = round(TEST_SHARE * len(train))
+        size = round(TEST_SHARE * len(labelled()))
         if size < 1:
             raise ValueError(f"{len(train)} training rows and no test data: too few to hold some out; pass eval_data")
         rows["test"], parts["test"] = hold_out(size, 0), train
@@ -244,13 +299,13 @@ def draw_rows(
             f"held out of train, as no labelled test split: {size} rows, drawn {how}, the same for all seeds"
         )
     if mode not in ("none", "test") and ("val" not in parts or mode != "auto"):
-        size = validation_rows(mode, len(rows["train"]))
+        size = validation_rows(mode, len(labelled()))
         rows["val"], parts["val"] = hold_out(size, seed), train
         origin["val"] = f"held out of train: {size} rows, drawn {how} from seed {seed}"
     if limit is not None:
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise ValueError(f"train_limit={limit!r}: a number of rows, 1 or more")
         if limit < len(rows["train"]):
-            rows["train"] = hold_out(limit, key(seed, 1))
+            rows["train"] = draw(limit, rows["train"], key(seed, 1))
             origin["train"] += f", limited to {limit} rows drawn {how} from seed {seed}"
     return rows

@@ -191,7 +191,7 @@ def build(
             made[role] = Split(role, part, None, False, 0, origin[role])
         elif plan.cache:
             cached = decode(part, rows[role], plan.size, plan.resize)
-            check_labels(cached.labels.numpy(), count, role, rows[role])
+            check_labels(cached.labels.numpy(), count, role, rows[role], unlabelled=train)
             made[role] = Split(role, cached, len(cached), True, workers or 0, origin[role])
         else:
             auto = 0 if part.in_memory else min(8, os.cpu_count() or 1)

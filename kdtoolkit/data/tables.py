@@ -33,7 +33,7 @@ class HFTable:
     """An HF Dataset with an Image and a label column; images are decoded here, so that an error can name the row.
 
     split       its name in messages
-    labels      (N,) int64; None when only reading tells
+    labels      (N,) int64, -1 for a row without one; None when only reading tells
     cacheable   an image is the same at each reading
     threads     may be read by several threads at once
     """
@@ -48,15 +48,18 @@ class HFTable:
         found = find_columns(dataset.features, columns)
         self.image, self.class_names, self.note = found.image, found.class_names, found.note
         labels = dataset.select_columns([found.label]).with_format("arrow")[:][found.label]
-        if labels.null_count:
-            row = labels.to_pylist().index(None)
-            raise ValueError(f"split {split!r}, row {row}: no label. Remove the rows without one.")
-        self.labels: np.ndarray | None = labels.cast(pa.int64()).to_numpy()
+        self.labels: np.ndarray | None = labels.cast(pa.int64()).fill_null(-1).to_numpy()
         raw = dataset.select_columns([found.image]).with_format(None)
         self.raw = raw.cast_column(found.image, datasets.Image(decode=False)).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.raw)
+
+    def hide(self, rows: np.ndarray) -> None:
+        """Take the labels of these rows away."""
+        assert self.labels is not None
+        self.labels = self.labels.copy()
+        self.labels[rows] = -1
 
     def read(self, rows: np.ndarray) -> list[tuple[int, Any, int]]:
         """Row numbers -> (row, RGB image, label) each."""
@@ -80,9 +83,17 @@ class TorchTable:
         self.cacheable = is_fixed(dataset)
         self.in_memory = all(isinstance(leaf, TensorDataset) for leaf in leaves(dataset))
         self.note = f"items of {type(dataset).__name__}"
+        self.hidden: set[int] = set()  # rows whose label is taken away
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def hide(self, rows: np.ndarray) -> None:
+        """Take the labels of these rows away."""
+        assert self.labels is not None
+        self.labels = self.labels.copy()
+        self.labels[rows] = -1
+        self.hidden |= set(rows.tolist())
 
     def read(self, rows: np.ndarray) -> list[tuple[int, Any, int]]:
         """Row numbers -> (row, PIL image, array or (C, H, W) tensor, label) each."""
@@ -91,6 +102,8 @@ class TorchTable:
     def _read(self, row: int) -> tuple[int, Any, int]:
         where = f"split {self.split!r}, row {row}"
         image, label, _ = parts(self.dataset[row], where)
+        if label is None or row in self.hidden:
+            return row, image, -1
         if np.ndim(label) != 0 or isinstance(label, str):
             raise ValueError(f"{where}: label {label!r} is not one integer class id")
         return row, image, int(label)
@@ -104,12 +117,13 @@ Table = HFTable | TorchTable
 
 
 def parts(item: Any, where: str) -> tuple[Any, Any, Any]:
-    """An item or a batch -> image, label, index (None when it has none). `where` opens the message of an error."""
+    """An item or a batch -> image, label (None where it says so), index (None when it has none). `where` opens the
+    message of an error."""
     if isinstance(item, Mapping):
         image, label, index = (
             next((item[k] for k in keys if k in item), None) for keys in (IMAGE_KEYS, LABEL_KEYS, INDEX_KEYS)
         )
-        if image is None or label is None:
+        if image is None or not any(k in item for k in LABEL_KEYS):
             wanted = "an image" if image is None else "a label"
             raise ValueError(
                 f"{where}: no key for {wanted} among {sorted(map(str, item))}; "
@@ -141,7 +155,8 @@ def is_fixed(dataset: Dataset) -> bool:
 
 
 def labels_of(dataset: Any) -> np.ndarray | None:
-    """(N,) int64 from what the data set says of itself (tensors, targets, labels, label column), else None."""
+    """(N,) int64 from what the data set says of itself (tensors, targets, labels, label column), -1 for None in them;
+    None where it says nothing."""
     if isinstance(dataset, Subset):
         whole = labels_of(dataset.dataset)
         return None if whole is None else whole[np.asarray(dataset.indices)]
@@ -154,7 +169,7 @@ def labels_of(dataset: Any) -> np.ndarray | None:
             label = find_columns(dataset.features).label
         except ValueError:  # the transform makes the columns up
             return None
-        return table[:][label].cast(pa.int64()).to_numpy()
+        return table[:][label].cast(pa.int64()).fill_null(-1).to_numpy()
     if isinstance(dataset, TensorDataset):
         found: Any = dataset.tensors[1] if len(dataset.tensors) > 1 else None
     elif getattr(dataset, "target_transform", None) is not None:
@@ -165,6 +180,7 @@ def labels_of(dataset: Any) -> np.ndarray | None:
     if found is None or callable(found):
         return None
     try:
+        found = [-1 if value is None else value for value in found] if isinstance(found, (list, tuple)) else found
         array = np.asarray(found)
     except (TypeError, ValueError):
         return None

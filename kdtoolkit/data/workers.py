@@ -15,8 +15,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from torchvision.transforms import v2
 
 from .augment import key
+from .cache import apart
 from .columns import check_labels, find_columns
-from .tables import Table, check_range, decode_image, parts, to_pil, to_tensor
+from .tables import Table, TorchTable, check_range, decode_image, parts, to_pil, to_tensor
 
 Transform = Callable[[Any], Any]
 SHUFFLE_BUFFER = 1000  # rows of a stream held to shuffle among
@@ -56,17 +57,37 @@ def seeded(seed: int) -> Iterator[None]:
         np.random.set_state(saved[2])
 
 
+def all_labels(table: Table) -> np.ndarray:
+    """(N,) int64; a table that does not know its labels is read once."""
+    if table.labels is None:
+        assert isinstance(table, TorchTable)
+        with seeded(0):
+            table.labels = table.read_labels()
+    return table.labels
+
+
 class Rows(Dataset):
-    """Rows of a table, read and transformed one by one; what is random in that depends on (seed, epoch, row) alone."""
+    """Rows of a table, read and transformed one by one; what is random in that depends on (seed, epoch, row) alone, and
+    on the number of the draw where an epoch draws a row again.
+
+    Rows to train on may be without a label (-1) where the table knows all labels beforehand.
+    """
 
     def __init__(
         self, table: Table, rows: np.ndarray, transform: Transform | None, num_classes: int, seed: int, train: bool
     ) -> None:
         self.table, self.rows, self.transform, self.num_classes = table, rows, transform, num_classes
         self.seed, self.train, self.epoch = seed, train, 0
+        self.unlabelled = train and table.labels is not None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def row_labels(self) -> np.ndarray:
+        """(N,) int64, -1 for a row without one."""
+        labels = all_labels(self.table)[self.rows]
+        check_labels(labels, self.num_classes, self.table.split, self.rows, unlabelled=self.unlabelled)
+        return labels
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch if self.train else 0
@@ -75,8 +96,10 @@ class Rows(Dataset):
         return {name: value[0] for name, value in self.__getitems__([i]).items()}
 
     def __getitems__(self, ids: Sequence[int]) -> dict[str, Tensor]:
-        rows = self.rows[list(ids)]
-        images, labels = zip(*(self._read(row) for row in rows), strict=True)
+        at, draw = apart(ids, len(self))
+        rows = self.rows[at.numpy()]
+        draws = draw["draw"].tolist() if draw else [0] * len(rows)
+        images, labels = zip(*map(self._read, rows, draws), strict=True)
         odd = next((k for k, image in enumerate(images) if image.shape != images[0].shape), None)
         if odd is not None:
             raise ValueError(
@@ -84,14 +107,15 @@ class Rows(Dataset):
                 f"{tuple(images[0].shape)}; a batch needs equal sizes: end the transforms with a resize or a crop"
             )
         y, index = torch.tensor(labels, dtype=torch.int64), torch.from_numpy(rows.astype(np.int64))
-        return {"x": torch.stack(images), "y": y, "index": index}
+        return {"x": torch.stack(images), "y": y, "index": index, **draw}
 
-    def _read(self, row: int) -> tuple[Tensor, int]:
+    def _read(self, row: int, draw: int) -> tuple[Tensor, int]:
         where = f"split {self.table.split!r}, row {row}"
-        with seeded(key(self.seed, self.epoch, int(row))):
+        with seeded(key(self.seed, self.epoch, int(row), *([draw] if draw else []))):
             _, image, label = self.table.read(np.array([row]))[0]
             image = to_tensor(self.transform(image) if self.transform else image, where)
-        check_labels(np.array([label]), self.num_classes, self.table.split, np.array([row]))
+        split, number = self.table.split, np.array([row])
+        check_labels(np.array([label]), self.num_classes, split, number, unlabelled=self.unlabelled)
         return image, label
 
 
@@ -187,6 +211,8 @@ class ToBatch:
             ids, items = fetched
         where = f"DataLoader of split {self.split!r}"
         x, y, index = parts(self.collate(items), where)
+        if y is None:
+            raise ValueError(f"{where}: the batch has no label; labels are needed, -1 is none in a map-style data set")
         index = torch.tensor(ids) if index is None else torch.as_tensor(index)
         y = torch.as_tensor(y)
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] not in (1, 3):

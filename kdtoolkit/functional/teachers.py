@@ -48,7 +48,7 @@ def sokd(
 ) -> Tensor:
     """`sokd_auxiliary` + `sokd_student`, all five weights 1. Scalar.
 
-    Liu & Zhang 2021, "Semi-Online Knowledge Distillation": a trainable branch on the frozen teacher's last shared
+    Liu, Liu, Huang 2021, "Semi-Online Knowledge Distillation": a trainable branch on the frozen teacher's last shared
     stage stands between teacher and student.
     """
     branch = sokd_auxiliary(auxiliary_logits, student_logits, teacher_logits, labels, temperature=temperature)

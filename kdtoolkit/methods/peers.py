@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import distributed, functional
 from ..method import Method
 from ..preprocess import Preprocess
-from ..schedules import value
+from ..schedules import told, value
 from ..types import Batch, Clock, Step, Weight
 
 PRODUCT = "student"
@@ -28,6 +29,8 @@ class Peers(Method):
     spread           True trains networks k, k + P, ... on process k of P, each on the whole batch, and exchanges logits
                      after every forward: what one process does, bit for bit, at the cost of one network each. False
                      trains all on every process, each on its share of the batch. "auto" spreads where P divides K
+    unlabelled       takes rows without a label (-1): they count in the batch that a cross-entropy is divided by, and
+                     add nothing to it
 
     Losses "ce" of the student and "ce/peer1", ... of the others. Without anything that joins them, every network trains
     as it would alone, to the last digit. Of networks of one architecture the best on the validation split is the
@@ -43,6 +46,7 @@ class Peers(Method):
         label_smoothing: float = 0.0,
         image: tuple[int, int] | None = None,
         spread: bool | str = "auto",
+        unlabelled: bool = False,
     ):
         super().__init__()
         networks = list(networks)
@@ -62,14 +66,19 @@ class Peers(Method):
             raise ValueError(f"spread is {spread!r}; allowed: True, False, 'auto'")
         self.peers = nn.ModuleDict({name_of(k): net for k, net in enumerate(networks)})
         self.weight, self.label_smoothing, self.spread = weight, label_smoothing, spread
-        self.num_views = len(networks) if views else 1
+        self.num_views, self.unlabelled = len(networks) if views else 1, bool(unlabelled)
         self.preprocess = {name: Preprocess.of(net, image) for name, net in self.networks().items()}
 
     def forward(self, batch: Batch, clock: Clock) -> Step:
         logits, weight = self.each(batch), value(self.weight, clock)
-        smoothing = {"label_smoothing": self.label_smoothing}
-        losses = {loss_of(name): weight * functional.ce(z, batch["y"], **smoothing) for name, z in logits.items()}
+        losses = {loss_of(name): weight * self._ce(z, batch["y"]) for name, z in logits.items()}
         return Step(losses, logits)
+
+    def _ce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if not self.unlabelled:
+            return functional.ce(logits, labels, label_smoothing=self.label_smoothing)
+        z, smoothing = functional.logits.full(logits), self.label_smoothing
+        return F.cross_entropy(z, labels, ignore_index=-1, reduction="sum", label_smoothing=smoothing) / len(labels)
 
     def each(self, batch: Batch) -> dict[str, Tensor]:
         """Logits (B, C) of every network, in order, each from the same random state; those of other processes'
@@ -98,9 +107,8 @@ class Peers(Method):
             net.compile()
 
     def plan(self) -> dict[str, Any]:
-        weight = self.weight if isinstance(self.weight, (int, float)) else repr(self.weight)
-        told = {"weight": weight, "teacher": "labels"}
-        rows = [{"loss": loss_of(name), "student": f"{name} logits", **told} for name in self.peers]
+        same = {"weight": told(self.weight), "teacher": "labels"}
+        rows = [{"loss": loss_of(name), "student": f"{name} logits", **same} for name in self.peers]
         counts = {name: sum(p.numel() for p in net.parameters()) for name, net in self.peers.items()}
         return {"losses": rows, "parameters": counts}
 

@@ -32,6 +32,16 @@ class Store:
         self.replace, self.last, self.active = replace, last, True
 
 
+def strip(model: nn.Module) -> nn.Module:
+    """Without the hooks of taps, such as those that a copy of a tapped model carries along."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for number in [n for n, hook in hooks.items() if getattr(hook, "is_tap", False)]:
+                del hooks[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
+    return model
+
+
 def _inert(*_: Any) -> None:
     """What a hook becomes in a pickled copy of its model."""
 
@@ -43,6 +53,8 @@ def _make_inert() -> Any:
 class _Hook:
     """It belongs to one module of one model: a deep copy of the model (an EMA) carries it along without effect, and so
     does a pickled copy."""
+
+    is_tap = True
 
     def __init__(self, key: Stage, module: nn.Module, store: Store):
         self.key, self.module, self.store = key, module, store

@@ -19,17 +19,18 @@ from torch.utils._pytree import tree_leaves
 
 from ..taps import Taps
 from ..trace import meta_copy, sources
+from ..types import Stage
 
 
-def modules_up_to(taps: Taps, stage: int) -> list[str]:
-    """Modules all of whose calls are over when this stage (from 1) ends, and their children."""
+def modules_up_to(taps: Taps, stage: Stage) -> list[str]:
+    """Modules all of whose calls are over when this stage ends (a number from 1, or a tap), and their children."""
     left = taps.end(stage).left
     over = {name for name, calls in taps.trace.calls.items() if calls and all(c.left <= left for c in calls)}
     names = [name for name, _ in taps.model.named_modules() if name]
     return [name for name in names if any(name == o or name.startswith(f"{o}.") for o in over)]
 
 
-def parameters_up_to(taps: Taps, stage: int) -> list[str]:
+def parameters_up_to(taps: Taps, stage: Stage) -> list[str]:
     """Parameters of these modules, and others that the stage's feature depends on: class tokens, position tables."""
     inside = set(modules_up_to(taps, stage))
     below = _ancestors(taps, {part.module for part in taps.end(stage).parts})

@@ -1,0 +1,94 @@
+"""The decaying ensemble of DKEL (Shao, Chen 2023, Decoupled Knowledge with Ensemble Learning for Online Distillation).
+
+Loss     w sum_i [g KD(z_i, mean_{j != i} m_j) + (1 - g) mean_{j != i} KD(z_i, m_j)], m_j the logits of network j of the
+         EMA teacher, detached; g = exp(-0.5 e) of the epoch e = 0, 1, ..., 0 once it is 0.01 or less
+Differs  without an EMA teacher in the run, m_j are the other networks' own logits
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import functional
+from ..schedules import cosine_rampdown, exponential_decay, linear_rampup, told, value
+from ..types import Batch, Clock, Step, Weight
+from .base import Callback
+from .ema import EMATeacher
+
+DECAYS = ("exponential", "cosine", "linear")
+
+
+class DecayingEnsemble(Callback):
+    """Adds the loss "decaying": first the teachers' ensemble teaches, later each of them.
+
+    weight       w, number or schedule; 0 is off, exactly
+    rate         of "exponential", per epoch
+    decay        of the ensemble's share g: "exponential", "cosine" or "linear" from 1 to 0
+    cut          "exponential": g is 0 once it is this or less
+    length       epochs in which "cosine" and "linear" reach 0; default the whole run
+    temperature  no unit, > 0
+
+    The teacher is the first EMATeacher of the run. DKEL is EMATeacher(0.0, ...) beside DecayingEnsemble(w).
+    """
+
+    name = "decaying"
+    order = 30
+
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        *,
+        rate: float = 0.5,
+        decay: str = "exponential",
+        cut: float = 0.01,
+        length: float | None = None,
+        temperature: float = 3.0,
+    ):
+        if decay not in DECAYS:
+            raise ValueError(f"decay is {decay!r}; allowed: {', '.join(map(repr, DECAYS))}")
+        if not callable(weight) and not weight >= 0:
+            raise ValueError(f"the weight is {weight}: a number >= 0, or a schedule (kdtoolkit.schedules)")
+        if not rate >= 0 or not 0 <= cut < 1:
+            raise ValueError(f"rate is {rate} and cut {cut}: a rate an epoch from 0, and a share from 0 to below 1")
+        if length is not None and (decay == "exponential" or not length > 0):
+            raise ValueError(f"length is {length}: epochs above 0, of decay='cosine' or 'linear'")
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}, it must be positive")
+        self.weight, self.rate, self.decay, self.cut = weight, rate, decay, cut
+        self.length, self.temperature = length, temperature
+        self.teacher: EMATeacher | None = None
+
+    def on_fit_start(self, run: Any) -> None:
+        count = len(run.method.networks())
+        if count < 2:
+            raise ValueError(f"DecayingEnsemble needs two networks or more, this run trains {count}: use Peers([...])")
+        self.teacher = next((c for c in run.callbacks if isinstance(c, EMATeacher)), None)
+
+    def share(self, clock: Clock) -> float:
+        """g, the share of the ensemble in this epoch, 0 to 1."""
+        if self.decay == "exponential":
+            return exponential_decay(clock.epoch, self.rate, self.cut)
+        length = clock.total_steps / clock.steps_per_epoch if self.length is None else self.length
+        if self.decay == "cosine":
+            return cosine_rampdown(clock.epoch, length)
+        return 1.0 - linear_rampup(clock.epoch, length)
+
+    def plan(self) -> list[dict[str, Any]]:
+        whom = "mean of the others, then each of them"
+        return [{"loss": "decaying", "weight": told(self.weight), "student": "every network", "teacher": whom}]
+
+    def on_losses(self, run: Any, step: Step, batch: Batch) -> dict[str, Tensor] | None:
+        weight = value(self.weight, run.clock)
+        if weight == 0:
+            return None
+        names = list(run.method.networks())
+        teachers = step.logits if self.teacher is None else self.teacher.logits(run, batch)
+        pair = [step.logits[name] for name in names], [teachers[name] for name in names]
+        g, t, terms = self.share(run.clock), self.temperature, []
+        if g > 0:
+            terms.append(g * functional.kd_mean_of_other_teachers(*pair, temperature=t).sum())
+        if g < 1:
+            terms.append((1 - g) * functional.kd_other_teachers(*pair, temperature=t).sum())
+        return {"decaying": weight * sum(terms[1:], terms[0])}

@@ -1,0 +1,103 @@
+"""Batch knowledge ensembling, BAKE (Ge, Choi, Zhang, Tang, Xia, Zhang, Li 2021, arXiv 2104.13298).
+
+Loss     CE + T^2 KL(Q || softmax(z / T)), Q = (1 - w) (I - w A)^-1 softmax(z / T), constant; A the softmax over each
+         row of the similarities of the batch's embeddings, without the diagonal; T = 4, w = 0.5 (0.9 for fine-grained
+         classes). A batch is made of images with 3 others of their class each, so an epoch covers 4 times the images
+Differs  over several processes each ensembles its own part of the batch; the embedding is the classifier's input
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import functional
+from ..data.sampling import SameClass
+from ..method import Given, Method, strategy
+from ..offline import count
+from ..preprocess import Preprocess
+from ..schedules import told, value
+from ..tails import Embedding
+from ..taps import Taps
+from ..types import Batch, Clock, Step, Weight
+
+TERMS: dict[str, Weight] = {"ce": 1.0, "bake": 1.0}
+
+
+class BAKE(Method):
+    """One network whose targets are its own predictions, mixed among similar images of the batch.
+
+    student      Taps of any network with a classifier
+    weights      {"ce", "bake": number or schedule}; default 1 each
+    temperature  no unit, > 0
+    omega        share of the neighbours in a target, 0 to below 1
+    partners     further images of the same class for each image of a batch; 0 draws batches evenly. 1 + partners must
+                 divide the batch size
+    """
+
+    def __init__(
+        self,
+        student: Taps,
+        weights: Mapping[str, Weight] | None = None,
+        *,
+        temperature: float = 4.0,
+        omega: float = 0.5,
+        partners: int = 3,
+        preprocess: Preprocess | None = None,
+        image: tuple[int, int] | None = None,
+    ):
+        super().__init__()
+        functional.logits.check_temperature(temperature)
+        if not 0 <= omega < 1:
+            raise ValueError(f"omega={omega!r}: the neighbours' share in a target, from 0 to below 1")
+        unknown = [term for term in weights or {} if term not in TERMS]
+        if unknown:
+            raise ValueError(f"BAKE has no loss {unknown[0]!r}; it has {', '.join(TERMS)}")
+        self.sampling = SameClass(partners) if partners != 0 else None
+        self.weights = {**TERMS, **(weights or {})}
+        self.temperature, self.omega = temperature, omega
+        self.preprocess = preprocess or Preprocess.of(student.model, image)
+        self.student, self.taps = student.model, student.select([])
+        student.rehearse()
+        self.embedding = Embedding.at(student)
+
+    def forward(self, batch: Batch, clock: Clock) -> Step:
+        out, vectors = self.embedding.of(self.taps, self.preprocess(batch["x"]))
+        weights = {term: value(weight, clock) for term, weight in self.weights.items()}
+        losses = {term: out.logits.float().sum() * 0.0 for term in weights}
+        if weights["ce"]:
+            losses["ce"] = weights["ce"] * functional.ce(out.logits, batch["y"])
+        if weights["bake"]:
+            given = {"temperature": self.temperature, "omega": self.omega}
+            targets = functional.bake_targets(out.logits, vectors, **given)
+            soft = functional.bake_kd(out.logits, targets, temperature=self.temperature)
+            losses["bake"] = weights["bake"] * soft
+        return Step(losses, {"student": out.logits})
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student": self.student}
+
+    def logits(self, name: str, x: Tensor) -> Tensor:
+        return self.student(self.preprocess(x))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        self.taps.compile()
+
+    def release(self) -> None:
+        self.embedding.remove()
+        self.taps.remove()
+
+    def plan(self) -> dict[str, Any]:
+        whom = {"ce": "labels", "bake": "logits of the batch, mixed by similarity"}
+        weights = {t: told(w) for t, w in self.weights.items()}
+        rows = [{"loss": t, "weight": w, "student": "logits", "teacher": whom[t]} for t, w in weights.items()]
+        return {"losses": rows, "parameters": {"student": count(self.student)}}
+
+
+@strategy("bake", losses=TERMS, title="Batch knowledge ensembling, BAKE (Ge et al. 2021)")
+def bake(given: Given, *, temperature: float = 4.0, omega: float = 0.5, partners: int = 3) -> Method:
+    """temperature: no unit; omega: share of the neighbours in a target; partners: of the same class for each image."""
+    options: dict[str, Any] = {"temperature": temperature, "omega": omega, "partners": partners}
+    return BAKE(given.student, given.weights, preprocess=given.preprocess, **options)

@@ -1,0 +1,58 @@
+"""Deep mutual learning, DML (Zhang, Xiang, Hospedales, Lu 2018, arXiv 1706.00384).
+
+Loss     sum over networks k of CE_k + mean over l != k of T^2 KL(p_l || p_k), p_l detached, T = 1. Every network gets
+         the same images, or with `views` an augmentation of its own
+Differs  all networks step on one forward pass; in the paper each sees the others after their updates. The authors'
+         release is form="tf", that of OKDDip's benchmark form="eps", detach=False, temperature=3.0
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..callbacks import MutualKL
+from ..method import Given, Method, strategy
+from .peers import Peers
+
+
+@strategy("dml", losses={"ce": 1.0, "mutual": 1.0}, title="Deep mutual learning, DML (Zhang et al. 2018)")
+def dml(
+    given: Given,
+    *,
+    peers: Any = 2,
+    temperature: float = 1.0,
+    target: str = "pairwise",
+    detach: bool = True,
+    form: str = "kl",
+    views: bool = False,
+    label_smoothing: float = 0.0,
+    spread: bool | str = "auto",
+) -> Method:
+    """peers: networks, the student among them, or a list of further ones (names or modules); temperature, target,
+    detach, form: see MutualKL; views, label_smoothing, spread: see Peers."""
+    mutual = MutualKL(given.weights["mutual"], temperature=temperature, target=target, detach=detach, form=form)
+    method = team(given, peers, views=views, label_smoothing=label_smoothing, spread=spread)
+    method.callbacks = (mutual,)
+    return method
+
+
+def team(given: Given, peers: Any, *, views: bool, label_smoothing: float, spread: bool | str) -> Peers:
+    """The student and further networks: `peers` in all, of its architecture, or those of a list."""
+    networks = [given.student.model, *_others(given, peers)]
+    return Peers(
+        networks, weight=given.weights["ce"], views=views, label_smoothing=label_smoothing, image=given.image,
+        spread=spread,
+    )  # fmt: skip
+
+
+def _others(given: Given, peers: Any) -> list[nn.Module]:
+    if isinstance(peers, (list, tuple)) and peers:
+        return [given.another(k, spec) for k, spec in enumerate(peers, 1)]
+    if isinstance(peers, bool) or not isinstance(peers, int) or peers < 2:
+        raise ValueError(
+            f"peers is {peers!r}: a number of networks from 2, the student among them, or a list of further networks "
+            "(names or modules)"
+        )
+    return [given.another(k) for k in range(1, peers)]

@@ -1,0 +1,179 @@
+"""Every method of several networks by name: one contract, on digits, through distill()."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import signal
+
+import pytest
+import timm
+import torch
+
+from kdtoolkit import Callback, distill, list_methods
+from kdtoolkit.engine import Interrupted
+from kdtoolkit.method import METHODS, Strategy
+
+NAMES = [name for name in list_methods() if isinstance(METHODS[name], Strategy)]
+RUN = {"train_limit": 96, "batch_size": 32, "progress": "off", "lr": 0.05, "num_workers": 0}
+OWN = {"mean_teacher": {"labelled": 48}}  # rows with labels
+PRODUCTS = {
+    "bake": {"student"},
+    "byot": {"student"},
+    "cl": {"student", "branch1", "branch2"},
+    "dcl": {"student", "peer1"},
+    "dkel": {"ema", "ema/branch1", "ema/branch2"},
+    "dml": {"student", "peer1"},
+    "kdcl": {"student", "peer1"},
+    "mean_teacher": {"ema"},
+    "okddip": {"student"},
+    "one": {"student", "branch1", "branch2"},
+    "pcl": {"ema", "ema/branch1", "ema/branch2"},
+    "sokd": {"student"},
+}
+every_strategy = pytest.mark.parametrize("name", NAMES)
+
+
+@functools.cache
+def teacher():
+    torch.manual_seed(3)
+    net = timm.create_model("cifar_resnet14", num_classes=10)
+    distill(None, net, "digits", method="none", epochs=1, validation="none", **RUN)
+    return net
+
+
+class Keep(Callback):
+    """Losses after every step; a signal after one of them."""
+
+    def __init__(self, stop=None):
+        self.losses, self.stop = {}, stop
+
+    def on_step_end(self, run, step):
+        self.losses[run.clock.step] = {k: v.item() for k, v in step.losses.items()}
+        if run.clock.step == self.stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train(name, kept=None, **options):
+    student = options.pop("student", "cifar_resnet8")
+    given = {**RUN, **OWN.get(name, {}), **options}
+    own = teacher() if METHODS[name].needs_teacher else None
+    return distill(own, student, "digits", method=name, callbacks=[kept] if kept else [], **given)
+
+
+def test_every_strategy_is_documented_here():
+    assert set(NAMES) == set(PRODUCTS)
+
+
+@every_strategy
+def test_card_names_loss_and_difference(name):
+    card = inspect.getmodule(METHODS[name].build).__doc__
+    assert "\nLoss     " in card and "\nDiffers  " in card
+
+
+@every_strategy
+def test_all_networks_are_evaluated_the_product_is_named_and_all_are_saved(name, tmp_path):
+    kept = Keep()
+    result = train(name, kept, epochs=2, validation=64, output_dir=tmp_path / "run", keep="all", report_to="none")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluated = {row["network"] for row in rows if row["event"] == "eval"}
+    assert set(result.networks) <= evaluated
+    assert result.metrics["product"] in PRODUCTS[name] <= set(result.networks)
+    assert result.metrics["product_because"] and result.student is result.networks[result.metrics["product"]]
+    if len(result.networks) > 1:
+        assert set(result.networks) <= set(result.metrics["networks"])
+        assert ("ensemble" in result.metrics["networks"]) == (name not in ("mean_teacher", "byot", "bake"))
+        assert result.metrics["networks"][result.metrics["product"]] == result.metrics["top1"]
+    terms = {k.split("/", 1)[1] for row in rows if row["event"] == "epoch" for k in row if k.startswith("loss/")}
+    wanted = {k for k, w in METHODS[name].losses.items() if callable(w) or w}
+    assert wanted <= {t for t in terms} | {t.rsplit("/", 1)[0] for t in terms}
+    assert not any(m._forward_hooks for net in result.networks.values() for m in net.modules())
+
+    x = torch.rand(4, 3, 32, 32)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'run' / 'student'}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), result.student(x))
+    others = {n.replace("/", "-") for n in result.networks} - {result.metrics["product"].replace("/", "-")}
+    folder = tmp_path / "run" / "networks"
+    assert {p.name for p in folder.iterdir()} == others if others else not folder.exists()
+
+
+@every_strategy
+def test_resume_in_the_middle_of_an_epoch_gives_the_same_third_step(name, tmp_path):
+    same = {"epochs": 2, "validation": "none", "optimizer": "nesterov", "report_to": "none"}
+    whole, first, second = Keep(), Keep(stop=2), Keep()
+    wanted = train(name, whole, output_dir=tmp_path / "whole", **same)
+    with pytest.raises(Interrupted):
+        train(name, first, output_dir=tmp_path / "broken", **same)
+    result = train(name, second, output_dir=tmp_path / "broken", resume=True, **same)
+    assert {**first.losses, **second.losses} == whole.losses and min(second.losses) == 3
+    assert list(second.losses) == list(whole.losses)[2:]
+    for network, net in wanted.networks.items():
+        state = result.networks[network].state_dict()
+        assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items()), network
+    assert result.metrics["top1"] == wanted.metrics["top1"]
+
+
+@every_strategy
+def test_it_learns(name):
+    kept = Keep()
+    adam = {"optimizer": "adam", "lr": 5e-3, "weight_decay": 0.0, "scheduler": "constant"}
+    train(name, kept, max_steps=42, validation="none", **adam)
+    course = [row["ce"] for row in kept.losses.values()]
+    assert sum(course[-6:]) < 0.85 * sum(course[:6]), course
+
+
+@every_strategy
+def test_dry_run_plans_every_loss(name):
+    own = "cifar_resnet14" if METHODS[name].needs_teacher else None
+    plan = distill(own, "cifar_resnet8", "digits", method=name, dry_run=True).plan
+    told = {row["loss"] for row in plan["losses"]} | {row["loss"].rsplit("/", 1)[0] for row in plan["losses"]}
+    assert {k for k, w in METHODS[name].losses.items() if callable(w) or w} <= told
+    assert str(plan)
+
+
+@pytest.mark.parametrize("name, off", [
+    ("dml", {"losses": {"ce": 1.0}}), ("kdcl", {"losses": {"ce": 1.0}, "views": False}), ("dcl", {"beta": 0.0}),
+])  # fmt: skip
+def test_with_every_mutual_weight_at_zero_the_student_trains_as_it_would_alone(name, off):
+    kept, alone = Keep(), Keep()
+    same = {"epochs": 2, "validation": "none", "student_args": {"drop_rate": 0.2}}
+    result = train(name, kept, **same, **off)
+    single = distill(None, "cifar_resnet8", "digits", method="none", callbacks=[alone], **RUN, **same)
+    assert {n: row["ce"] for n, row in kept.losses.items()} == {n: row["ce"] for n, row in alone.losses.items()}
+    state = result.networks["student"].state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in single.student.state_dict().items())
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"name": "dml", "losses": {"ce": 1, "mutal": 1}}, "unknown loss 'mutal'; did you mean 'mutual'"),
+    ({"name": "dml", "peeers": 3}, "unknown option 'peeers'.*did you mean 'peers'"),
+    ({"name": "dml", "peers": 1}, "peers is 1"),
+    ({"name": "dcl", "temperature": 2.0}, "temperature has no effect: method 'dcl' has none"),
+    ({"name": "dcl", "layers": [(1, 1)]}, "layers=.* has no effect"),
+    ({"name": "one", "freeze": 1}, "freeze=1 is for one student"),
+    ({"name": "kdcl", "labelled": 48}, "training rows have no label"),
+    ({"name": "one", "compile": True}, "compile=True: branches"),
+    ({"name": "dml", "keep": "some"}, "keep='some'; allowed: 'product', 'all'"),
+])  # fmt: skip
+def test_what_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        train(epochs=1, **given)
+
+
+def test_a_strategy_stands_alone_and_says_whether_it_wants_a_teacher():
+    with pytest.raises(ValueError, match="'dml' trains several networks and stands alone"):
+        distill(None, "cifar_resnet8", "digits", method=["dml", "kd"])
+    with pytest.raises(ValueError, match="uses no teacher, its networks teach each other"):
+        distill(teacher(), "cifar_resnet8", "digits", method="dml")
+    with pytest.raises(ValueError, match="method 'sokd' needs a teacher"):
+        distill(None, "cifar_resnet8", "digits", method="sokd")
+
+
+def test_peers_of_other_architectures_by_name():
+    result = train("dml", epochs=1, validation="none", peers=["cifar_resnet14", "cifar_wrn16_1"])
+    kinds = {name: sum(p.numel() for p in net.parameters()) for name, net in result.networks.items()}
+    assert len(set(kinds.values())) == 3 and result.metrics["product"] == "student"
+    assert result.metrics["product_because"] == "it is the network that was asked for"

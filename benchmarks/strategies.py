@@ -20,13 +20,25 @@ from pathlib import Path
 from typing import Any
 
 from kdtoolkit import Callback, distill
+from kdtoolkit.callbacks import DCLMerger, MutualKL
 
-PEERS = {
+
+def soup() -> list[Callback]:
+    """Networks come together in the first tenth of the run, part, and come together again in the last tenth."""
+    late = DCLMerger(10, rule="mean", beta=0.5, start=0.9, statistics="recalibrated")
+    late.name = "dcl-late"
+    return [late]
+
+
+PEERS: dict[str, dict[str, Any]] = {
     "independent": dict(method="dml", losses={"ce": 1.0}),
     "dml": dict(method="dml"),
     "dcl-paper": dict(method="dcl"),
     "dcl-eps-free": dict(method="dcl", rule="eps-free"),
     "dcl-mean": dict(method="dcl", rule="mean"),
+    "dcl-early": dict(method="dcl", until=0.5),
+    "dcl-mutual": dict(method="dcl", callbacks=lambda: [MutualKL()]),
+    "dcl-soup": dict(method="dcl", rule="mean", beta=0.5, until=0.1, views=True, callbacks=soup),
     "dcl-views": dict(method="dcl", rule="mean", views=True),
     "dcl-views-100": dict(method="dcl", rule="mean", views=True, every=100, beta=0.5),
     "dcl-views-epoch": dict(method="dcl", rule="mean", views=True, every=1, unit="epochs", beta=0.5),
@@ -55,6 +67,8 @@ def train(args: argparse.Namespace, arm: str, seed: int, **more: Any) -> Any:
         warmup_epochs=1, validation="none", seed=seed, mixed_precision=args.precision, report_to="none",
         train_limit=args.rows or None,
     )  # fmt: skip
+    extra = given.pop("callbacks", list)()
+    given["callbacks"] = [*extra, *more.pop("callbacks", [])]
     return distill(args.teacher if arm in TAUGHT else None, args.student, args.data, **{**shared, **given, **more})
 
 

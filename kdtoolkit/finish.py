@@ -42,10 +42,10 @@ def product(run: Any) -> tuple[str, str]:
     names, why = run.products()
     if len(names) < 2:
         return names[0], why
-    among = f"of {', '.join(names)}, for {why}"
+    among = f"of {', '.join(names)} ({why})"
     if run.settings.monitor is not None and run.best:
-        return run.best["network"], f"the best on the {run.settings.monitor} split {among}"
-    return names[0], f"the first {among}; without a validation split none is chosen"
+        return run.best["network"], f"it is the best on the {run.settings.monitor} split {among}"
+    return names[0], f"it is the first {among}; without a validation split none is chosen"
 
 
 def networks(run: Any) -> dict[str, nn.Module]:

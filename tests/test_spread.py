@@ -53,8 +53,8 @@ strategies = [MutualKL(0.5), DCLMerger(3), EMATeacher(0.3, decay=0.9), DecayingE
 try:
     result = distill(
         None, None, "digits", method=Peers(nets, spread=spread), callbacks=[*strategies, watch], epochs=2, lr=0.05,
-        batch_size=32, train_limit=256, validation=64, num_workers=0, output_dir=root / "run", resume="auto", keep="all",
-        grad_clip=1.0, progress="off",
+        batch_size=32, train_limit=256, validation=64, num_workers=0, output_dir=root / "run", resume="auto",
+        grad_clip=1.0, progress="off", keep="all",
     )
 except Interrupted as error:
     print("interrupted", error, flush=True)

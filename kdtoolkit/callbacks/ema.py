@@ -118,7 +118,7 @@ class EMATeacher(Callback):
             )
         self._cached, self._asked, self.updates = None, False, 0
         updates = run.clock.total_steps / run.settings.grad_accum
-        self.share = min(0.999, max(1 - 20 / updates, 0.0)) if self.decay is None else self.decay
+        self.share = min(0.999, max(1 - 20 / updates, 0.5)) if self.decay is None else self.decay
         state, self._state, self.copy = self._state, None, self._copy(method, run.settings.compile)
         if run.clock.step == 0:
             self._initialise(run)

@@ -66,7 +66,8 @@ class ProgressLog(Callback):
         if self.mode == "off":
             return
         row = next(r for r in reversed(run.journal.rows) if r["event"] == "epoch")
-        tops = "  ".join(f"{k} {v:.2f}" for k, v in metrics.items() if k.endswith(("top1", "agreement")))
+        shown = {"student", "ensemble", *run.products()[0]}  # of the networks
+        tops = "  ".join(f"{k} {v:.2f}" for k, v in metrics.items() if _told(k, shown))
         self._print("  ".join(p for p in (self._where(run), _terms(row), tops, self._left(run)) if p))
         if self.bar is not None:
             self.bar.update(self.task, completed=run.clock.step, terms=_terms(row))
@@ -81,7 +82,10 @@ class ProgressLog(Callback):
         """The last line, when the student is saved and measured. Not an event of the loop: distill() calls it."""
         if self.mode == "off" or "top1" not in metrics:
             return
-        text = f"{metrics['split']} top-1 {metrics['top1']:.2f} % ({metrics['chosen']} epoch, {metrics['epoch']})"
+        whose = f"{metrics['product']}, " if "networks" in metrics else ""
+        text = (
+            f"{metrics['split']} top-1 {metrics['top1']:.2f} % ({whose}{metrics['chosen']} epoch, {metrics['epoch']})"
+        )
         if "retention" in metrics:
             text += f"  teacher {metrics['teacher_top1']:.2f} %  retention {100 * metrics['retention']:.1f} %"
         if "params" in metrics:
@@ -114,6 +118,13 @@ class ProgressLog(Callback):
         if not done or not left:
             return f"took {_span(time.perf_counter() - self._began)}" if not left else ""
         return f"{_span((time.perf_counter() - self._began) / done * left)} left"
+
+
+def _told(key: str, shown: set[str]) -> bool:
+    """Whether "test/top1" or "test/peer1/top1" is the accuracy or agreement of one of the networks."""
+    split, _, rest = key.partition("/")
+    network, _, number = rest.rpartition("/")
+    return number in ("top1", "agreement") and bool(split) and (network or "student") in shown
 
 
 def _terms(row: dict[str, Any]) -> str:

@@ -30,8 +30,15 @@ class Run:
         """The newest row of an event, or an empty one."""
         return next((row for row in reversed(self.rows) if row.get("event") == event), {})
 
-    def evals(self, network: str = "student", split: str | None = None) -> list[Row]:
-        """Evaluations of one network by epoch, the newest of each epoch; by default on the split with most of them."""
+    @property
+    def product(self) -> str:
+        """The network that the run hands over."""
+        return self.last("final").get("product", "student")
+
+    def evals(self, network: str | None = None, split: str | None = None) -> list[Row]:
+        """Evaluations of one network by epoch, the newest of each epoch; by default of the product, on the split with
+        most of them."""
+        network = network or self.product
         found = [r for r in self.rows if r.get("event") == "eval" and r.get("network", "student") == network]
         splits = [r.get("split") for r in found]
         if split is None and splits:
@@ -41,9 +48,9 @@ class Run:
 
     @property
     def networks(self) -> list[str]:
-        """Networks with evaluations, the student first."""
+        """Networks and ensembles with evaluations, the product first."""
         names = dict.fromkeys(r.get("network", "student") for r in self.rows if r.get("event") == "eval")
-        return sorted(names, key=lambda name: name != "student")
+        return sorted(names, key=lambda name: name != self.product)
 
     @property
     def steps_per_epoch(self) -> float | None:

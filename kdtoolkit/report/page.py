@@ -156,9 +156,13 @@ def _rows(run: Run, alone: Run | None, teacher: nn.Module | None, student: nn.Mo
         rows["teacher"] = found
     ours = _with_params(tables.student_numbers(run), student)
     if alone is not None:
-        same: Row = {k: ours[k] for k in ("params", "macs", "latency_ms") if k in ours}
-        rows["student alone"] = {**same, **tables.student_numbers(alone)}
-    rows["distilled student" if plots.distilled(run) else "student"] = ours
+        cost: Row = {k: ours[k] for k in ("params", "macs", "latency_ms") if k in ours}
+        rows["student alone"] = {**cost, **tables.student_numbers(alone)}
+    name = "student" if run.product == "student" else f"student ({run.product})"
+    rows[f"distilled {name}" if plots.distilled(run) else name] = ours
+    for network in run.networks[1:]:
+        same: list[Row] = [r for r in run.evals(network, ours.get("split")) if r.get("epoch") == ours.get("epoch")]
+        rows[network] = same[-1] if same else {"top1": run.last("final").get("networks", {}).get(network)}
     return rows
 
 

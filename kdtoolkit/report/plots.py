@@ -141,7 +141,7 @@ def loss_curves(run: Run, file: Path) -> bool:
 
 
 def eval_curves(run: Run, baseline: Run | None, key: str) -> dict[str, Curve]:
-    """Evaluations by epoch of the student, of the student trained alone, and of other networks of the run."""
+    """Evaluations by epoch of the product, of the student trained alone, and of other networks of the run."""
     lines = {}
     if baseline is not None:
         lines["student alone"] = Curve(
@@ -150,8 +150,9 @@ def eval_curves(run: Run, baseline: Run | None, key: str) -> dict[str, Curve]:
     spare = iter(PALETTE[2:] * 9)
     for name in run.networks:
         x, y = points(run.evals(name, split_of(run)) or run.evals(name), "epoch", key)
-        shown = "distilled student" if name == "student" and distilled(run) else name
-        lines[shown] = Curve(x, y, DISTILLED if name == "student" else next(spare), dashed=name != "student")
+        product = name == run.product
+        shown = "distilled student" if product and distilled(run) else name
+        lines[shown] = Curve(x, y, DISTILLED if product else next(spare), dashed=not product)
     return lines
 
 

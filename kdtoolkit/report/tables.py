@@ -80,7 +80,8 @@ def where_from(run: Run) -> str:
         return f"The run has no final row, so it has not finished: the numbers are of the last evaluation{at}."
     chosen = final.get("chosen")
     if chosen in ("last", "best"):
-        return f"The student's numbers are of the **{chosen}** epoch{at}."
+        handed = f" Handed over is `{final['product']}`: {final['product_because']}." if "networks" in final else ""
+        return f"The student's numbers are of the **{chosen}** epoch{at}.{handed}"
     return (
         f"The student's numbers are of its final evaluation{at}; the run does not say if that is the last or the best."
     )

@@ -17,6 +17,7 @@ from ..registry import nearest
 from ..schedules import SigmoidRampUp, told, value
 from ..tails import Cut, Embedding, Tail, behind, boundary, cut_at, graft, last_boundary
 from ..taps import Taps
+from ..tuning import fresh
 from ..types import Batch, Clock, Stage, Step, Weight
 
 FIRST = "student"
@@ -38,8 +39,10 @@ class Team(NamedTuple):
 class Branches(Method):
     """K networks of one architecture that share everything up to the cut, and what joins them.
 
-    networks         complete nn.Modules that map images to logits (B, C): "student", "branch1", ... The trunks of all
-                     others are replaced by that of the first, in place; behind it each has first weights of its own
+    networks         one nn.Module that maps images to logits (B, C), of which `branches` are made by drawing weights
+                     behind the cut anew (tuning.fresh); or a list of them that are built already, whose trunks are
+                     replaced by that of the first, in place. They are "student", "branch1", ...
+    branches         how many, the student among them, where one network is given
     cut              number of a stage or module's name; "auto" is the last boundary in front of the last stage, so that
                      a branch is a copy of the last stage and the classifier
     join             nn.Module with `terms` (names of its losses), `join(team, labels) -> {term: unweighted loss}` and
@@ -58,8 +61,9 @@ class Branches(Method):
 
     def __init__(
         self,
-        networks: Sequence[nn.Module],
+        networks: nn.Module | Sequence[nn.Module],
         *,
+        branches: int = 3,
         cut: Stage = "auto",
         join: nn.Module | None = None,
         weights: Mapping[str, Weight] | None = None,
@@ -71,6 +75,9 @@ class Branches(Method):
         best: bool = True,
     ):
         super().__init__()
+        if isinstance(networks, nn.Module):
+            _check_count(branches)
+            networks = [networks, *(fresh(networks, k) for k in range(1, branches))]
         networks = list(networks)
         _check(networks, label_smoothing)
         if views and getattr(join, "reads_shared", False):
@@ -209,8 +216,7 @@ def build(
     weights: Mapping[str, Weight], views: bool = False, share_gradient: bool = False, best: bool = True,
 ) -> Branches:  # fmt: skip
     """Branches of a strategy; `join(taps of the student, cut)` makes the join from what these measure."""
-    if isinstance(branches, bool) or not isinstance(branches, int) or branches < 2:
-        raise ValueError(f"branches is {branches!r}: a whole number from 2, the student among them")
+    _check_count(branches)
     cut = cut_of(given.student, cut)
     return Branches(
         [given.student.model, *(given.another(k) for k in range(1, branches))],
@@ -258,6 +264,11 @@ def _weights(terms: Sequence[str], given: Mapping[str, Weight] | None) -> dict[s
             hint = nearest(name, weights) or "."
             raise ValueError(f"weights of Branches: unknown loss {name!r}{hint} Known: {', '.join(weights)}")
     return weights | dict(given or {})
+
+
+def _check_count(branches: Any) -> None:
+    if isinstance(branches, bool) or not isinstance(branches, int) or branches < 2:
+        raise ValueError(f"branches is {branches!r}: a whole number from 2, the student among them")
 
 
 def _check(networks: Sequence[nn.Module], label_smoothing: float) -> None:

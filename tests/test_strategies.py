@@ -13,8 +13,10 @@ import timm
 import torch
 
 from kdtoolkit import Callback, distill, list_methods
+from kdtoolkit.callbacks import DCLMerger, DecayingEnsemble, EMATeacher, MutualKL
 from kdtoolkit.engine import Interrupted
 from kdtoolkit.method import METHODS, Strategy
+from kdtoolkit.methods import Branches, Peers
 
 NAMES = [name for name in list_methods() if isinstance(METHODS[name], Strategy)]
 RUN = {"train_limit": 96, "batch_size": 32, "progress": "off", "lr": 0.05, "num_workers": 0}
@@ -177,3 +179,56 @@ def test_peers_of_other_architectures_by_name():
     kinds = {name: sum(p.numel() for p in net.parameters()) for name, net in result.networks.items()}
     assert len(set(kinds.values())) == 3 and result.metrics["product"] == "student"
     assert result.metrics["product_because"] == "it is the network that was asked for"
+
+
+def branches():
+    torch.manual_seed(0)
+    return Branches(timm.create_model("cifar_resnet8", num_classes=10), cut=1, branches=2, views=True)
+
+
+def peers():
+    torch.manual_seed(0)
+    return Peers([timm.create_model("cifar_resnet8", num_classes=10) for _ in range(2)])
+
+
+CALLBACKS = {
+    "dcl": lambda: DCLMerger(2, rule="mean", beta=0.5, statistics="merged", momentum="merged"),
+    "ema": lambda: EMATeacher(0.5),
+    "decaying": lambda: DecayingEnsemble(0.5),
+    "mutual": lambda: MutualKL(0.5),
+}
+
+
+@pytest.mark.parametrize("team", [peers, branches])
+@pytest.mark.parametrize("which", [*([name] for name in CALLBACKS), list(CALLBACKS)], ids="-".join)
+def test_each_callback_alone_and_all_together_on_peers_and_on_branches(team, which):
+    kept, method = Keep(), team()
+    used = [CALLBACKS[name]() for name in which]
+    result = distill(None, None, "digits", method=method, callbacks=[*used, kept], epochs=1, validation="none", **RUN)
+    assert result.metrics["product"] == ("ema" if "ema" in which else "student")
+    rows = [row for row in result.history if row["event"] == "epoch"]
+    assert all(rows[-1][f"loss/{name}"] > 0 for name in which if name != "dcl")
+    if "dcl" in which and len(which) == 1:
+        first, second = (dict(net.named_parameters()) for net in result.networks.values())
+        own = [name for name in first if first[name] is not second[name]]
+        assert own and (team is peers or len(own) < len(first))
+
+
+def test_dcl_on_branches_merges_what_lies_behind_the_cut():
+    method = branches()
+    nets = list(method.networks().values())
+    before = [{n: p.detach().clone() for n, p in net.named_parameters()} for net in nets]
+    DCLMerger(1, rule="mean", beta=1.0).merge(nets)
+    for name in before[0]:
+        mean = (before[0][name] + before[1][name]) / 2
+        for net, old in zip(nets, before, strict=True):
+            shared = torch.equal(before[0][name], before[1][name])
+            torch.testing.assert_close(dict(net.named_parameters())[name], old[name] if shared else mean)
+
+
+def test_a_student_of_a_frozen_teacher_may_have_an_ema_too():
+    ema = EMATeacher(1.0, learn_from="own", loss="mse")
+    same = {"epochs": 1, "validation": "none", "callbacks": [ema]}
+    result = distill(teacher(), "cifar_resnet8", "digits", method=["kd", "at"], **RUN, **same)
+    assert set(result.networks) == {"student", "ema"} and result.metrics["product"] == "ema"
+    assert not any(m._forward_hooks for m in result.student.modules())

@@ -17,6 +17,7 @@ from torch import nn
 from . import assemble, checkpoint, finetune, finish, told
 from .assemble import TEMPERATURE, Facts, Parts
 from .callbacks import Callback, Checkpoints, ProgressLog, Trackers
+from .callbacks.base import Ahead, in_order
 from .callbacks.trackers import choose
 from .engine import Run
 from .files import write_json, write_yaml
@@ -176,7 +177,7 @@ def distill(
     mixed_precision  "no", "fp16" or "bf16"; default None, accelerate's own setting
     compile      True compiles the networks with torch.compile
     channels_last  memory layout of images and weights; "auto" for networks with 2-D convolutions
-    callbacks    kdtoolkit.Callback objects, called in this order at each event of the loop
+    callbacks    kdtoolkit.Callback objects, called at each event of the loop by their `order`, else as they are listed
     report_to    trackers, such as "tensorboard" or a list; "auto" is TensorBoard where it is installed and
                  output_dir is given; "none" is none
     progress     "auto" (a bar on a terminal, else lines), "bar", "lines", "off", True or False
@@ -195,6 +196,7 @@ def distill(
 
 def _distill(given: dict[str, Any], method_options: Mapping[str, Any]) -> DistillResult:
     losses = assemble.check_names(given, method_options, list(given))
+    given["temperature"] = assemble.temperature_of(given)
     settings = Settings.of(given)
     finetune.settings_of(given)
     folder = Path(given["output_dir"]) if given["output_dir"] is not None else None
@@ -208,9 +210,12 @@ def _distill(given: dict[str, Any], method_options: Mapping[str, Any]) -> Distil
     try:
         settings = _placed(settings, given, parts, facts)
         plan = told.plan_of(parts, facts, settings, given["callbacks"])
+        assemble.check_run(parts.method, facts.data, settings.compile)
+        ordered = in_order(parts.method, given["callbacks"])
+        for callback in ordered:
+            callback.check(Ahead(parts.method, facts.data, settings, ordered))
         if ready is None:
             return DistillResult(parts.net, parts.method.networks(), plan=plan, output_dir=folder)
-        assemble.check_rows(parts.method, facts.data)
         ranks = 1 if parts.method.alone else ready.num_processes
         schedule(settings, facts.data, ranks, parts.method.sampling)
         if folder is not None and resume_from is None:
@@ -222,17 +227,20 @@ def _distill(given: dict[str, Any], method_options: Mapping[str, Any]) -> Distil
             nets, extra, notes = finetune.adapted(given, parts, facts, distill, ready)
             parts = assemble.build(given, losses, method_options, facts, nets)
             parts.extra, plan["notes"] = extra, [*plan["notes"], *notes]
-        config = told.config_of(given, method_options, losses, settings)
-        if folder is not None and ready.is_main_process:
-            write_yaml(folder / "config.yaml", config)
-            write_json(folder / "env.json", environment(ready))
-            write_json(folder / "plan.json", plan)
+        options = assemble.resolved(given["method"], method_options)
+        config = told.config_of(given, options, losses, settings, ordered)
         watchers: list[Callback] = [Checkpoints(), log, *([Trackers(config)] if trackers else [])]
         watchers += [StayStill(parts.still)] if parts.still is not None else []
-        card = told.card_of(given, method_options, losses, [teacher.model for teacher in parts.teachers])
+        card = told.card_of(given, options, losses, [teacher.model for teacher in parts.teachers], ordered)
         callbacks = [*given["callbacks"], *watchers]
         run = Run(parts.method, facts.data, settings, ready, callbacks, folder, card, parts.layers)
         try:
+            if resume_from is not None:
+                checkpoint.check(resume_from, run.card)
+            if folder is not None and ready.is_main_process:
+                write_yaml(folder / "config.yaml", config)
+                write_json(folder / "env.json", environment(ready))
+                write_json(folder / "plan.json", plan)
             run.fit(resume_from)
             chosen = finish.choose(run)
             trained, (name, why) = finish.networks(run), finish.product(run)

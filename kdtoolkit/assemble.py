@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,18 +76,51 @@ def _check_team(strategy: Strategy, given: Mapping[str, Any]) -> None:
         raise ValueError(f"method {method!r} needs a teacher and teacher=None: pass a model")
     if not strategy.needs_teacher and teacher is not None:
         raise ValueError(f"method {method!r} uses no teacher, its networks teach each other: pass teacher=None")
-    if given["temperature"] is not TEMPERATURE and "temperature" not in strategy.options:
+    for name in ("teacher_head", "teacher_args", "teacher_weights") if teacher is None else ():
+        if given[name] is not None:
+            raise ValueError(f"{name} has no effect: method {method!r} has no teacher; leave it out")
+    if given["temperature"] is not TEMPERATURE and not _heated(strategy):
         raise ValueError(f"temperature has no effect: method {method!r} has none")
     for name in ("freeze", "layer_decay"):
         if given[name] is not None:
             raise ValueError(
-                f"{name}={given[name]!r} is for one student, method {method!r} trains several networks: leave it out, "
-                "or freeze parameters of modules that you pass yourself"
+                f"{name}={given[name]!r} is for a student under losses, method {method!r} builds a team: leave it out, "
+                "or freeze parameters of a module that you pass yourself"
             )
 
 
-def check_rows(method: Method, data: Any) -> None:
-    """ValueError for unlabelled training rows that the method has no use for."""
+def temperature_of(given: Mapping[str, Any]) -> float | None:
+    """That of the run: a strategy has its paper's where none is given, or has none."""
+    strategy = None if isinstance(given["method"], Method) else strategy_of(given["method"])
+    if strategy is None or given["temperature"] is not TEMPERATURE:
+        return given["temperature"]
+    return inspect.signature(strategy.build).parameters["temperature"].default if _heated(strategy) else None
+
+
+def resolved(method: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run with the defaults of its strategy."""
+    strategy = None if isinstance(method, Method) else strategy_of(method)
+    if strategy is None:
+        return dict(options)
+    found = inspect.signature(strategy.build).parameters
+    defaults = {name: found[name].default for name in strategy.options if name != "temperature"}
+    return defaults | dict(options)
+
+
+def _heated(strategy: Strategy) -> bool:
+    return "temperature" in strategy.options
+
+
+def check_run(method: Method, data: Any, compiled: bool) -> None:
+    """ValueError for unlabelled training rows that the method has no use for, and for what cannot be compiled."""
+    if compiled and method.no_compile:
+        raise ValueError(f"compile=True: {method.no_compile}; leave compile out")
+    if method.num_views > 1 and data is not None and data.augment is None:
+        raise ValueError(
+            f"this method sees {method.num_views} views of every image, and the data makes none (augmentation "
+            f"{data.notes.get('augmentation', 'none')}): pass transforms='crop-flip' or transforms=BatchAugment(...), "
+            "or views=False where the method has that option"
+        )
     rows = getattr(data, "unlabelled", 0)
     if rows and not method.unlabelled:
         raise ValueError(
@@ -104,10 +138,17 @@ def _check_own(method: Method, given: Mapping[str, Any], options: Mapping[str, A
     for name in "losses teacher_head student_args teacher_args student_weights teacher_weights".split():
         if given[name] is not None:
             raise ValueError(f"{name} has no effect on a Method that is already built: give it to its constructor")
-    if options or given["layers"] != "auto":
-        name = next(iter(options), "layers")
+    if options or given["layers"] != "auto" or given["temperature"] is not TEMPERATURE:
+        name = next(iter(options), "layers" if given["layers"] != "auto" else "temperature")
         raise ValueError(f"{name} has no effect on a Method that is already built: give it to its constructor")
-    product = next(iter(method.networks().values()))
+    nets = method.networks()
+    product = next(iter(nets.values()))
+    for name in ("freeze", "layer_decay"):
+        if given[name] is not None and len(nets) > 1:
+            raise ValueError(
+                f"{name}={given[name]!r} is for one student, this Method trains {', '.join(nets)}: leave it out, or "
+                "freeze parameters of the networks that you pass"
+            )
     if given["student"] is not None and given["student"] is not product:
         raise ValueError(
             f"student={_named(given['student'])} is not the network that the Method trains ({type(product).__name__}): "
@@ -215,10 +256,15 @@ def _built(
 
 def _own_parts(method: Method, facts: Facts) -> Parts:
     """Those of a Method that the caller has built."""
-    net = next(iter(method.networks().values()))
+    nets = method.networks()
     for teacher in method.teachers:
-        networks.apart(teacher.model, net)
-    return Parts(networks.trainable(net, facts), list(method.teachers), method)
+        networks.apart(teacher.model, next(iter(nets.values())))
+    for name, net in nets.items():
+        try:
+            networks.trainable(net, facts)
+        except ValueError as error:
+            raise (error if len(nets) == 1 else ValueError(f"network {name!r}: {error}")) from None
+    return Parts(next(iter(nets.values())), list(method.teachers), method)
 
 
 def _named_parts(
@@ -232,9 +278,10 @@ def _named_parts(
         to_adapt = networks.teachers(frozen, given, losses, facts, trained, net, notes)
         pre = Preprocess.of(net, facts.image)
         taps = Taps(net, None, pre.size or facts.image)
-        wanted = given["temperature"] is not TEMPERATURE or ("kd" in losses and strategy_of(given["method"]) is None)
-        options = dict(options) | ({"temperature": float(given["temperature"])} if wanted else {})
-        options["another"] = _another(given, facts)
+        heat, named = given["temperature"], strategy_of(given["method"]) is None and "kd" in losses
+        wanted = named or (heat is not None and heat is not TEMPERATURE)
+        options = dict(options) | ({"temperature": heat} if wanted else {})
+        options["another"] = _another(given, facts, notes)
         options |= {"losses": losses, "layers": given["layers"], "preprocess": pre, "image": facts.image}
         method = create_method(given["method"], taps, frozen, **options)
     except BaseException:
@@ -245,12 +292,15 @@ def _named_parts(
     return Parts(net, frozen, method, to_adapt, notes)
 
 
-def _another(given: Mapping[str, Any], facts: Facts) -> Callable[..., nn.Module]:
+def _another(given: Mapping[str, Any], facts: Facts, notes: list[str]) -> Callable[..., nn.Module]:
     """Further networks of a team: the student built again, or another source, with first weights of seed + k."""
 
     def another(k: int, spec: Any = None) -> nn.Module:
         if spec is None and isinstance(given["student"], nn.Module):
+            notes.append(f"network {k} is a copy of the student's module with weights drawn anew (but frozen ones)")
             return fresh(given["student"], given["seed"] + k)
+        if isinstance(spec, nn.Module):
+            return networks.trainable(spec, facts)
         own = given if spec is None else {**given, "student": spec, "student_args": None, "student_weights": None}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(given["seed"] + k)

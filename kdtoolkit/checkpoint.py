@@ -153,7 +153,7 @@ def check(folder: Path, card: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} holds no checkpoint ({CARD} is missing); start without resume, or give its folder"
         )
-    keys = ("method", "losses", "networks", "options", "seed", "total_steps", "batch_size", "optimizer")
+    keys = ("method", "losses", "networks", "options", "callbacks", "seed", "total_steps", "batch_size", "optimizer")
     wrong = [f"{k}: {found.get(k)!r} there, {card[k]!r} now" for k in keys if k in card and found.get(k) != card[k]]
     if wrong:
         raise CheckpointError(

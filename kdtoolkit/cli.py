@@ -83,7 +83,8 @@ def _distill(args: argparse.Namespace) -> None:
     options = _pairs(args.option, "--option")
     taken = next((name for name in options if name in inspect.signature(distill).parameters), None)
     if taken:
-        raise ValueError(f"--option {taken}: it is no option of a loss but an argument of distill(), see --help")
+        flag = f"--{taken.replace('_', '-')} {options[taken]}"
+        raise ValueError(f"--option {taken}: it is no option of a method but an argument of its own: write {flag}")
     if args.layers:
         given["layers"] = [_layers(text) for text in args.layers]
     teacher = given.pop("teacher", None)
@@ -101,7 +102,8 @@ def _distill(args: argparse.Namespace) -> None:
 def _methods(args: argparse.Namespace) -> None:
     for name in list_methods():
         recipe = METHODS[name]
-        terms = {n: f"{w:g}" if isinstance(w, (int, float)) else repr(w) for n, w in recipe.losses.items()}
+        rising = {n: getattr(w, "weight", w) for n, w in recipe.losses.items()}
+        terms = {n: f"{rising[n]:g}" + ("" if w == rising[n] else "↑") for n, w in recipe.losses.items()}
         weights = " + ".join(f"{weight} {loss}" for loss, weight in terms.items())
         print(f"{name:10} {weights:28} {recipe.title}")
 

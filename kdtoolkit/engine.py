@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import checkpoint, distributed
 from .allocator import keep_freed_memory
-from .callbacks.base import Callback
+from .callbacks.base import Callback, in_order
 from .data import Data, Split
 from .data.augment import key
 from .evaluation import Evaluator
@@ -74,11 +74,9 @@ class Run:
         layers: Mapping[str, int] | None = None,
     ):
         self.method, self.data, self.settings, self.accelerator = method, data, settings, accelerator
-        self.callbacks = sorted([*method.callbacks, *callbacks], key=lambda c: c.order)
-        names = [c.name for c in self.callbacks if c.name]
-        twice = next((n for n in names if names.count(n) > 1), None)
-        if twice:
-            raise ValueError(f"two callbacks are named {twice!r}: give one of them another `name`, states go by name")
+        self.callbacks = in_order(method, callbacks)
+        for callback in self.callbacks:
+            callback.check(self)
         self.output_dir = output_dir
         self.journal = Journal(output_dir, accelerator.is_main_process)
         self.watch = LossWatch()

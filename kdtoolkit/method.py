@@ -67,6 +67,7 @@ class Method(nn.Module):
     callbacks  those that are a part of it; the run calls them with the user's, in the order of `Callback.order`
     sampling   (labels (N,) int64, batch size, seed) -> a batch sampler with set_epoch; None draws rows evenly
     unlabelled whether rows without a label (y = -1) are of use to it
+    no_compile why its networks cannot be compiled, None where they can
     alone      every process trains networks of its own on the whole batch, and gradients are not averaged
     """
 
@@ -75,6 +76,7 @@ class Method(nn.Module):
     callbacks: tuple[Callback, ...] = ()
     sampling: Callable[..., Any] | None = None
     unlabelled: bool = False
+    no_compile: str | None = None
     alone: bool = False
 
     def forward(self, batch: Batch, clock: Clock) -> Step:
@@ -128,6 +130,8 @@ class Method(nn.Module):
                 teacher.fold(autocast)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
+        if self.no_compile:
+            raise ValueError(f"compile=True: {self.no_compile}; leave compile out")
         raise NotImplementedError
 
     def release(self) -> None:

@@ -196,6 +196,11 @@ def _check_other(label: str, held: int, classes: int, head: str | None, losses: 
             + ("" if head == "as-is" else '; "as-is" insists that the classes are the same')
             + ")"
         )
+    if "kd/branch" in losses:
+        raise ValueError(
+            "teacher_head='feature-only', but the branch of method 'sokd' learns from the teacher's logits: pass "
+            "teacher_head='finetune' or 'linear-probe'"
+        )
     if {"kd", "logits"} & set(losses):
         raise ValueError(
             f"teacher_head='feature-only', but the losses {', '.join(losses)} read the teacher's logits: "

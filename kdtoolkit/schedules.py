@@ -160,6 +160,10 @@ class SigmoidRampUp:
     weight: float = 1.0
     length: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.length is not None and not self.length >= 0:
+            raise ValueError(f"a ramp is 0 epochs long or longer, got {self.length}")
+
     def __call__(self, clock: Clock) -> float:
         epochs = clock.total_steps / max(clock.steps_per_epoch, 1)
         length = 80 * min(epochs / 300, 1.0) if self.length is None else self.length

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +23,8 @@ def plan_of(parts: Any, facts: Any, settings: Any, callbacks: Sequence[Callback]
     plan, s = Plan(parts.method.plan()), settings
     for callback in (*parts.method.callbacks, *callbacks):
         plan["losses"] = [*plan.get("losses", []), *callback.plan()]
-    nets = {"student": parts.net}
+        plan["notes"] = [*plan.get("notes", []), *callback.notes()]
+    nets = {"student": parts.net} | parts.method.networks()
     nets |= {"teacher" if len(parts.teachers) == 1 else f"teacher/{i}": t.model for i, t in enumerate(parts.teachers)}
     plan["models"] = {
         role: getattr(net, "pretrained_cfg", {}).get("architecture") or type(net).__name__ for role, net in nets.items()
@@ -41,18 +44,35 @@ def plan_of(parts: Any, facts: Any, settings: Any, callbacks: Sequence[Callback]
 
 
 def config_of(
-    given: Mapping[str, Any], options: Mapping[str, Any], losses: Mapping[str, Weight], settings: Any
+    given: Mapping[str, Any],
+    options: Mapping[str, Any],
+    losses: Mapping[str, Weight],
+    settings: Any,
+    callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
     """Every argument of distill() as it was resolved, for config.yaml."""
     config = {n: told(v) for n, v in given.items() if n not in NOT_TOLD}
     config |= {k: getattr(settings, k) for k in ("epochs", "max_steps", "lr", "weight_decay", "batch_size")}
     config["losses"] = {k: v if isinstance(v, (int, float)) else repr(v) for k, v in losses.items()}
-    config["callbacks"] = [type(c).__name__ for c in given["callbacks"]]
+    config["callbacks"] = [made(c) for c in callbacks]
     return config | {k: told(v) for k, v in options.items()}
 
 
+def made(callback: Callback) -> str:
+    """A callback as it was made, with its defaults."""
+    args, kwargs = callback.given
+    bound = inspect.signature(type(callback)).bind(*args, **kwargs)
+    bound.apply_defaults()
+    each = (f"{k}={repr(v) if callable(v) else told(v)!r}" for k, v in bound.arguments.items())
+    return re.sub(r" at 0x[0-9a-f]+", "", f"{type(callback).__name__}({', '.join(each)})")
+
+
 def card_of(
-    given: Mapping[str, Any], options: Mapping[str, Any], losses: Mapping[str, Weight], teachers: Sequence[nn.Module]
+    given: Mapping[str, Any],
+    options: Mapping[str, Any],
+    losses: Mapping[str, Weight],
+    teachers: Sequence[nn.Module],
+    callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
     """What a checkpoint must agree with to be gone on from; teachers by structure and weights."""
     weights = {k: str(v) for k, v in losses.items()}
@@ -60,10 +80,11 @@ def card_of(
     if given["freeze"] is not None:
         networks["freeze"] = told(given["freeze"])
     networks["teachers"] = [fingerprint.of_network(teacher) for teacher in teachers]
-    used = {"temperature": given["temperature"], "layers": told(given["layers"])} | {
-        k: told(v) for k, v in options.items()
-    }
-    return {"method": str(told(given["method"])), "losses": weights, "networks": networks, "options": used}
+    same = ("temperature", "layers", "labelled", "grad_clip", "student_args", "transforms")
+    used = {name: told(given[name]) for name in same} | {k: told(v) for k, v in options.items()}
+    joined = [made(c) for c in callbacks if c.order < Callback.order]  # others only watch
+    card = {"method": str(told(given["method"])), "losses": weights, "networks": networks, "options": used}
+    return card | {"callbacks": joined}
 
 
 def told(value: Any) -> Any:

@@ -305,7 +305,7 @@ def test_products_and_callbacks():
     assert strategy("one").products()[0] == ["student", "branch1", "branch2"]
     assert strategy("okddip").products()[0] == ["student"] and len(strategy("okddip").networks()) == 4
     (teacher,) = strategy("pcl").callbacks
-    assert (teacher.decay, teacher.learn_from, teacher.weight) == (0.999, "others", SigmoidRampUp(1.0))
+    assert (teacher.decay, teacher.learn_from, teacher.weight) == (None, "others", SigmoidRampUp(1.0))
     assert strategy("pcl", losses={"ce": 1.0, "ensemble": 1.0}).callbacks == ()
 
 

@@ -201,7 +201,10 @@ ERRORS = {
     "unknown data": ("plan --student cifar_resnet8 --method none --data cifar", "Did you mean 'cifar10' or 'cifar100'"),
     "unknown student": ("plan --student cifar_resnt8 --method none", "unknown model 'cifar_resnt8'"),
     "unknown option": ("plan --student cifar_resnet8 --teacher cifar_resnet20 --option detech=1", "detech"),
-    "flag as an option": ("plan --student cifar_resnet8 --option lr=1", "--option lr: it is no option of a loss"),
+    "flag as an option": (
+        "plan --student cifar_resnet8 --option lr=1",
+        "it is no option of a method but an argument of its own: write --lr 1",
+    ),
     "pair": ("train --student cifar_resnet8 --student-arg a", "--student-arg 'a': write NAME=VALUE"),
     "layers": ("plan --student cifar_resnet8 --layers 2", "--layers '2': write STUDENT:TEACHER"),
 }

@@ -385,8 +385,8 @@ def test_srkd_by_module_names():
 
 # -------------------------------------------------------------------------------------------------------------- errors
 @pytest.mark.parametrize("method, given, message", [
-    ("skrd", {}, r"unknown method 'skrd'; did you mean 'srkd'.*Known: at, fitnet"),
-    ("xyzzy", {}, r"unknown method 'xyzzy'\. Known: at, fitnet"),
+    ("skrd", {}, r"unknown method 'skrd'; did you mean 'srkd'.*Known: at, bake"),
+    ("xyzzy", {}, r"unknown method 'xyzzy'\. Known: at, bake"),
     ([], {}, r"method=\[\] names nothing; known: at"),
     ("kd", {"losses": {"ce": 1, "fitnett": 1}}, r"unknown loss 'fitnett'; did you mean 'fitnet'"),
     ("kd", {"losses": {"ce": -1.0}}, "weight of loss 'ce' is -1.0: a number >= 0, or a schedule"),

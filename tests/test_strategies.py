@@ -14,6 +14,7 @@ import torch
 
 from kdtoolkit import Callback, distill, list_methods
 from kdtoolkit.callbacks import DCLMerger, DecayingEnsemble, EMATeacher, MutualKL
+from kdtoolkit.checkpoint import CheckpointError
 from kdtoolkit.engine import Interrupted
 from kdtoolkit.method import METHODS, Strategy
 from kdtoolkit.methods import Branches, Peers
@@ -86,7 +87,8 @@ def test_all_networks_are_evaluated_the_product_is_named_and_all_are_saved(name,
     assert result.metrics["product_because"] and result.student is result.networks[result.metrics["product"]]
     if len(result.networks) > 1:
         assert set(result.networks) <= set(result.metrics["networks"])
-        assert ("ensemble" in result.metrics["networks"]) == (name not in ("mean_teacher", "byot", "bake"))
+        trained = [n for n in result.networks if not n.startswith("ema")]
+        assert ("ensemble" in result.metrics["networks"]) == (len(trained) > 1)
         assert result.metrics["networks"][result.metrics["product"]] == result.metrics["top1"]
     terms = {k.split("/", 1)[1] for row in rows if row["event"] == "epoch" for k in row if k.startswith("loss/")}
     wanted = {k for k, w in METHODS[name].losses.items() if callable(w) or w}
@@ -155,7 +157,7 @@ def test_with_every_mutual_weight_at_zero_the_student_trains_as_it_would_alone(n
     ({"name": "dml", "peers": 1}, "peers is 1"),
     ({"name": "dcl", "temperature": 2.0}, "temperature has no effect: method 'dcl' has none"),
     ({"name": "dcl", "layers": [(1, 1)]}, "layers=.* has no effect"),
-    ({"name": "one", "freeze": 1}, "freeze=1 is for one student"),
+    ({"name": "one", "freeze": 1}, "freeze=1 is for a student under losses"),
     ({"name": "kdcl", "labelled": 48}, "training rows have no label"),
     ({"name": "one", "compile": True}, "compile=True: branches"),
     ({"name": "dml", "keep": "some"}, "keep='some'; allowed: 'product', 'all'"),
@@ -166,7 +168,7 @@ def test_what_is_refused(given, message):
 
 
 def test_a_strategy_stands_alone_and_says_whether_it_wants_a_teacher():
-    with pytest.raises(ValueError, match="'dml' trains several networks and stands alone"):
+    with pytest.raises(ValueError, match="'dml' builds a team of its own and stands alone"):
         distill(None, "cifar_resnet8", "digits", method=["dml", "kd"])
     with pytest.raises(ValueError, match="uses no teacher, its networks teach each other"):
         distill(teacher(), "cifar_resnet8", "digits", method="dml")
@@ -232,3 +234,89 @@ def test_a_student_of_a_frozen_teacher_may_have_an_ema_too():
     result = distill(teacher(), "cifar_resnet8", "digits", method=["kd", "at"], **RUN, **same)
     assert set(result.networks) == {"student", "ema"} and result.metrics["product"] == "ema"
     assert not any(m._forward_hooks for m in result.student.modules())
+
+
+# ------------------------------------------------------------------------------------- what must not cost a user a run
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run whose folder others may claim."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train("dml", epochs=1, validation="none", output_dir=folder, report_to="none")
+    return folder
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"name": "one", "compile": True}, "compile=True: branches are run"),
+    ({"name": "one", "rampup_epochs": -1}, "a ramp is 0 epochs long or longer, got -1"),
+    ({"name": "dkel", "init_steps": 99}, "init_steps=99, an epoch has 3 batches"),
+    ({"name": "kdcl", "transforms": "none"}, "sees 2 views of every image"),
+    ({"name": "kdcl", "rule": "general", "validation": "none"}, "KDCL\\(rule='general'\\)"),
+    ({"name": "dcl", "peers": ["cifar_resnet14"]}, "DCLMerger merges networks of one architecture"),
+    ({"name": "dml", "callbacks": [MutualKL()]}, "two callbacks are named 'mutual'"),
+    ({"name": "bake", "callbacks": [MutualKL()]}, "MutualKL needs two networks"),
+    ({"name": "dml", "teacher_head": "finetune"}, "teacher_head has no effect: method 'dml' has no teacher"),
+], ids=str)  # fmt: skip
+def test_a_mistake_costs_no_finished_run(given, message, finished):
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    options = {**RUN, "epochs": 1, **given}
+    name = options.pop("name")
+    with pytest.raises(ValueError, match=message):
+        distill(None, "cifar_resnet8", "digits", method=name, output_dir=finished, overwrite=True, **options)
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("changed", [
+    {"temperature": 2.0}, {"peers": 3}, {"labelled": 90}, {"callbacks": [EMATeacher()]}, {"grad_clip": 1.0},
+], ids=str)  # fmt: skip
+def test_a_run_goes_on_with_its_own_settings_only(changed, finished):
+    config = (finished / "config.yaml").read_bytes()
+    with pytest.raises((CheckpointError, ValueError)):
+        train_again = {**RUN, "epochs": 1, "validation": "none", **changed}
+        distill(None, "cifar_resnet8", "digits", method="dml", output_dir=finished, resume=True, **train_again)
+    assert (finished / "config.yaml").read_bytes() == config
+    assert "temperature: 1.0" in config.decode() and "peers: 2" in config.decode()
+
+
+def test_dcl_by_epochs_hands_over_the_network_that_was_evaluated():
+    result = train("dcl", epochs=2, validation=96, every=1, unit="epochs", beta=0.5, rule="mean", train_limit=192)
+    again = distill(None, result.student, "digits", method="none", max_steps=1, batch_size=32, lr=0.0, momentum=0.0,
+                    freeze="backbone", validation="none", progress="off", weight_decay=0.0)  # fmt: skip
+    assert again.metrics["top1"] == result.metrics["top1"]
+
+
+def test_frozen_parts_are_neither_merged_nor_drawn_anew():
+    net = timm.create_model("cifar_resnet8", num_classes=10)
+    net.layer1.requires_grad_(False)
+    before = {n: p.clone() for n, p in net.layer1.named_parameters()}
+    result = distill(None, net, "digits", method="dcl", every=1, epochs=1, validation="none", **RUN)
+    for trained in result.networks.values():
+        assert all(torch.equal(p, before[n]) for n, p in trained.layer1.named_parameters())
+    with pytest.raises(ValueError, match="other parameters of peer1 are frozen"):
+        pair = [timm.create_model("cifar_resnet8", num_classes=10) for _ in range(2)]
+        pair[1].conv1.requires_grad_(False)
+        distill(None, None, "digits", method=Peers(pair), callbacks=[DCLMerger()], epochs=1, **RUN)
+
+
+def test_students_with_weights_share_a_trunk_and_are_no_twins(tmp_path):
+    train("dml", epochs=1, validation="none", output_dir=tmp_path / "first", report_to="none")
+    folder = str(tmp_path / "first" / "student")
+    result = train("one", student=folder, max_steps=1, validation="none", lr=0.0)
+    first, second = (net.state_dict() for net in list(result.networks.values())[:2])
+    assert torch.equal(first["conv1.weight"], second["conv1.weight"])
+    assert not torch.equal(first["fc.weight"], second["fc.weight"])
+    with pytest.raises(ValueError, match="equal first weights"):
+        train("dml", student=folder, epochs=1)
+
+
+def test_every_network_of_a_team_fits_the_data():
+    nets = [timm.create_model("cifar_resnet8", num_classes=classes) for classes in (10, 20)]
+    with pytest.raises(ValueError, match="network 'peer1': the student has 20 classes, the data 10"):
+        distill(None, None, "digits", method=Peers(nets), epochs=1, **RUN)
+    with pytest.raises(ValueError, match="temperature has no effect on a Method"):
+        distill(None, None, "digits", method=Peers(nets[:1]), temperature=2.0, epochs=1, **RUN)
+    with pytest.raises(ValueError, match="freeze='backbone' is for one student, this Method trains student, peer1"):
+        distill(None, None, "digits", method=peers(), freeze="backbone", epochs=1, **RUN)
+    used = branches()
+    distill(None, None, "digits", method=used, max_steps=1, validation="none", **RUN)
+    with pytest.raises(ValueError, match="trained by an earlier run"):
+        distill(None, None, "digits", method=used, max_steps=1, validation="none", **RUN)

@@ -446,25 +446,28 @@ def test_exchanges_between_two_shares_of_the_run(digits):
 
 
 # ---------------------------------------------------------------------------------------------------------- diversity
+def twins():
+    method = Peers(nets(2))
+    method.peers["peer1"].load_state_dict(method.peers["student"].state_dict())
+    return method
+
+
 def test_twins_are_told_and_peers_are_not(digits):
-    twin = nets(1)[0]
     options = {"epochs": 3, "batch_size": 48}
     with pytest.warns(HomogeneityWarning, match="epoch 2: the networks of this run have become one") as found:
-        train(digits, Peers([twin, copy.deepcopy(twin)]), Diversity(after=0), **options)
+        train(digits, twins(), Diversity(after=0), **options)
     assert len(found) == 1
     result, _ = train(digits, Peers(nets(2)), MutualKL(1.0), EMATeacher(1.0), Diversity(after=0), **options)
     rows = [r for r in result.history if r["event"] == "diversity"]
     names = {"weights", "disagreement", "knowledge"}
     assert len(rows) == 3 and all({*names, *(f"ema/{n}" for n in names)} <= r.keys() for r in rows)
-    train(digits, Peers([twin, copy.deepcopy(twin)]), Diversity(), **options)  # nothing is judged before 200 batches
+    train(digits, twins(), Diversity(), **options)  # nothing is judged before 200 batches
 
 
 def test_an_average_that_is_the_other_network_is_told(digits):
     """As in a collapse of PCL: the averages of the others say what each network says."""
-    twin = nets(1)[0]
     with pytest.warns(HomogeneityWarning, match="ema/knowledge"):
-        both = Peers([twin, copy.deepcopy(twin)])
-        train(digits, both, EMATeacher(1.0, count="from 0"), Diversity(after=0), epochs=2)
+        train(digits, twins(), EMATeacher(1.0, count="from 0"), Diversity(after=0), epochs=2)
 
 
 def test_numbers_of_one_batch():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,16 +11,45 @@ from torch import Tensor, nn
 from ..types import Batch, Step
 
 
+@dataclass
+class Ahead:
+    """What is known of a run before anything is written. data is None in a dry run of a preset."""
+
+    method: Any
+    data: Any
+    settings: Any
+    callbacks: list[Callback]
+
+
+def in_order(method: Any, given: Sequence[Callback]) -> list[Callback]:
+    """The callbacks of a method and of a user by their `order`; ValueError where two have one name."""
+    callbacks = sorted([*method.callbacks, *given], key=lambda c: c.order)
+    names = [c.name for c in callbacks if c.name]
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice:
+        raise ValueError(f"two callbacks are named {twice!r}: give one of them another `name`, states go by name")
+    return callbacks
+
+
 class Callback:
     """Watches a run, edits weights between steps, or returns extra losses made from logits. Override what you need.
 
     `name` is the key under which its state is saved; give two callbacks of one class different names. `order` is its
     place among the callbacks of a run, at every event: DCLMerger 10, EMATeacher 20, DecayingEnsemble 30, MutualKL 40,
-    all others 100; those of one place are called in the order in which they were given.
+    KDCL 45, all others 100; those of one place are called in the order in which they were given.
     """
 
     name: str = ""
     order: int = 100
+    given: tuple[tuple[Any, ...], dict[str, Any]] = (), {}  # what it was made with
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        made = super().__new__(cls)
+        made.given = args, kwargs
+        return made
+
+    def check(self, run: Any) -> None:
+        """ValueError for what cannot work, before anything is written. `run` has method, data, settings, callbacks."""
 
     def on_fit_start(self, run: Any) -> None:
         """Models, data and optimizer are ready; a resumed run has its state back."""
@@ -42,6 +73,10 @@ class Callback:
 
     def plan(self) -> list[dict[str, Any]]:
         """Rows of the plan for the losses that it adds: {"loss", "weight", "student", "teacher"}."""
+        return []
+
+    def notes(self) -> list[str]:
+        """Sentences for the plan, on what it does that is no loss."""
         return []
 
     # A callback may keep networks that are not trained but averaged, such as an EMA teacher:

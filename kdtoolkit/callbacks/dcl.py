@@ -70,6 +70,7 @@ class DCLMerger(Callback):
         for name, value in given.items():
             if value not in allowed[name]:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed[name]))}")
+        functional.updates.check_rule(rule, eps)
         if not 0 <= beta <= 1:
             raise ValueError(f"beta is {beta!r}: the share of the common weights, from 0 to 1")
         if not 0 <= start <= until <= 1:
@@ -77,7 +78,13 @@ class DCLMerger(Callback):
         self.every, self.unit, self.beta, self.rule, self.eps = every, unit, beta, rule, eps
         self.statistics, self.momentum, self.start, self.until = statistics, momentum, start, until
 
-    def on_fit_start(self, run: Any) -> None:
+    def notes(self) -> list[str]:
+        when = f"every {self.every} {self.unit}" + (f" from {self.start:g}" if self.start else "")
+        when += f" until {self.until:g} of the run" if self.until < 1 else ""
+        statistics = f"BatchNorm statistics {self.statistics}, momentum {self.momentum}"
+        return [f"{when}: weights are merged, rule {self.rule}, beta {self.beta:g}, {statistics}"]
+
+    def check(self, run: Any) -> None:
         names, nets = list(run.method.networks()), list(run.method.networks().values())
         if len(nets) < 2:
             raise ValueError(f"DCLMerger needs two networks or more, this run trains {len(nets)}: use Peers([...])")
@@ -87,23 +94,32 @@ class DCLMerger(Callback):
             raise ValueError(
                 f"DCLMerger merges networks of one architecture; {names[other]} has other parameters than {names[0]}"
             )
-        if self.statistics == "recalibrated" and (run.data.train.len is None or run.data.train.own_loader is not None):
+        trained = [{n for n, p in net.named_parameters() if p.requires_grad} for net in nets]
+        other = next((k for k, names_ in enumerate(trained) if names_ != trained[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"DCLMerger merges what is trained, and other parameters of {names[other]} are frozen than of "
+                f"{names[0]}: freeze the same ones, or leave DCLMerger out"
+            )
+        own = run.data is not None and (run.data.train.len is None or run.data.train.own_loader is not None)
+        if self.statistics == "recalibrated" and own:
             raise ValueError(
                 "DCLMerger(statistics='recalibrated') reads training images apart from the run's own batches: pass a "
                 "data set in place of a stream or a DataLoader, or statistics='merged'"
             )
 
     def on_step_end(self, run: Any, step: Step) -> None:
+        """Also the exchange at the end of an epoch is made here, in front of its evaluation."""
         clock, accum = run.clock, run.settings.grad_accum
-        if self.unit == "steps" and clock.step % accum == 0 and (clock.step // accum) % self.every == 0:
+        ended = clock.step == min(clock.total_steps, run.epoch_start + clock.steps_per_epoch)
+        if self.unit == "steps":
+            due = clock.step % accum == 0 and (clock.step // accum) % self.every == 0
+        else:
+            due = ended and (clock.epoch + 1) % self.every == 0
+        if due:
             self._exchange(run)
-        end = min(clock.total_steps, run.epoch_start + clock.steps_per_epoch)
-        if self.statistics == "recalibrated" and self.beta > 0 and clock.step == end:
+        if self.statistics == "recalibrated" and self.beta > 0 and ended:
             _recalibrate(run)
-
-    def on_epoch_end(self, run: Any, metrics: dict[str, float]) -> None:
-        if self.unit == "epochs" and run.clock.epoch % self.every == 0:
-            self._exchange(run)
 
     def _exchange(self, run: Any) -> None:
         if self.beta == 0 or not self.start <= run.clock.progress <= self.until:
@@ -136,8 +152,8 @@ class DCLMerger(Callback):
 
 
 def _own(nets: Sequence[nn.Module]) -> list[dict[str, nn.Parameter]]:
-    """Parameters by name that each network has for itself; those of a shared trunk are one already."""
-    each = [dict(net.named_parameters()) for net in nets]
+    """Trained parameters by name that each network has for itself; those of a shared trunk are one already."""
+    each = [{n: p for n, p in net.named_parameters() if p.requires_grad} for net in nets]
     return [{n: p for n, p in own.items() if p is not each[k - 1][n]} for k, own in enumerate(each)]
 
 

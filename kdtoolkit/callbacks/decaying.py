@@ -60,10 +60,12 @@ class DecayingEnsemble(Callback):
         self.length, self.temperature = length, temperature
         self.teacher: EMATeacher | None = None
 
-    def on_fit_start(self, run: Any) -> None:
+    def check(self, run: Any) -> None:
         count = len(run.method.networks())
         if count < 2:
             raise ValueError(f"DecayingEnsemble needs two networks or more, this run trains {count}: use Peers([...])")
+
+    def on_fit_start(self, run: Any) -> None:
         self.teacher = next((c for c in run.callbacks if isinstance(c, EMATeacher)), None)
 
     def share(self, clock: Clock) -> float:

@@ -61,12 +61,14 @@ class Diversity(Callback):
         self.sums: dict[str, Tensor] = {}
         self.count, self.alike, self.warned = 0, 0, False
 
+    def check(self, run: Any) -> None:
+        if len(run.method.networks()) < 2 and not any(isinstance(c, EMATeacher) for c in run.callbacks):
+            raise ValueError("Diversity compares two networks or more, or one with its EMATeacher; this run trains one")
+
     def on_fit_start(self, run: Any) -> None:
         if run.clock.step == 0:
             self._new()
         self.teacher = next((c for c in run.callbacks if isinstance(c, EMATeacher)), None)
-        if len(run.method.networks()) < 2 and self.teacher is None:
-            raise ValueError("Diversity compares two networks or more, or one with its EMATeacher; this run trains one")
 
     def on_losses(self, run: Any, step: Step, batch: Batch) -> None:
         end = min(run.clock.total_steps, run.epoch_start + run.clock.steps_per_epoch)

@@ -18,7 +18,7 @@ class EarlyStop(Callback):
         self.patience, self.min_delta = patience, min_delta
         self.best, self.waited = -1.0, 0
 
-    def on_fit_start(self, run: Any) -> None:
+    def check(self, run: Any) -> None:
         if run.settings.monitor is None:
             raise ValueError("EarlyStop watches a validation split and there is none: set validation='auto' or a share")
 

@@ -103,7 +103,7 @@ class EMATeacher(Callback):
         self._asked = False  # since the last update
 
     # ----------------------------------------------------------------------------------------------------- the copy
-    def on_fit_start(self, run: Any) -> None:
+    def check(self, run: Any) -> None:
         method = run.method
         count = len(method.networks())
         if self.learn_from == "others" and count < 2 and self.weight != 0:
@@ -111,11 +111,18 @@ class EMATeacher(Callback):
                 f"EMATeacher(learn_from='others') needs two networks or more, this run trains {count}: use "
                 "learn_from='own', or Peers([...])"
             )
+        rows = None if run.data is None else run.data.train.len
+        batches = None if rows is None else rows // run.settings.batch_size
+        if batches is not None and self.init_steps > batches:
+            raise ValueError(f"init_steps={self.init_steps}, an epoch has {batches} batches: use less")
         if self.view is not None and (method.num_views < 2 or not 0 <= self.view < method.num_views):
             raise ValueError(
                 f"view is {self.view}: views are counted from 0, the method makes {method.num_views} of an image "
                 "(method.num_views)"
             )
+
+    def on_fit_start(self, run: Any) -> None:
+        method = run.method
         self._cached, self._asked, self.updates = None, False, 0
         updates = run.clock.total_steps / run.settings.grad_accum
         self.share = min(0.999, max(1 - 20 / updates, 0.5)) if self.decay is None else self.decay
@@ -193,6 +200,11 @@ class EMATeacher(Callback):
         whom = {"others": "EMA of the others", "own": "its own EMA", "all": "EMA of all networks"}[self.learn_from]
         return [{"loss": self.term, "weight": told(self.weight), "student": "every network", "teacher": whom}]
 
+    def notes(self) -> list[str]:
+        share = "0.999, less in short runs" if self.decay is None else f"{self.decay:g}"
+        handed = ", and handed over" if self.product else ""
+        return [f"an average of all networks (EMA, decay {share}) is kept, evaluated{handed}"]
+
     def on_losses(self, run: Any, step: Step, batch: Batch) -> dict[str, Tensor] | None:
         weight = value(self.weight, run.clock)
         if weight == 0:
@@ -235,8 +247,10 @@ class EMATeacher(Callback):
     def products(self) -> tuple[list[str], str] | None:
         if self.copy is None or not self.product:
             return None
-        who = self.product if isinstance(self.product, str) else "this method"
-        return [self._named(n) for n in self.copy.products()[0]], f"the EMA teacher is what {who} uses for inference"
+        names = [self._named(n) for n in self.copy.products()[0]]
+        if isinstance(self.product, str):
+            return names, f"the EMA teacher is what {self.product} uses for inference"
+        return names, "EMATeacher hands its average over, product=False would not"
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> dict[str, Tensor]:

@@ -41,12 +41,16 @@ class KDCL(Callback):
         self.mixture: Tensor | None = None  # (K,) of "general"
         self._found_in = -1  # epoch
 
-    def on_fit_start(self, run: Any) -> None:
+    def check(self, run: Any) -> None:
         count = len(run.method.networks())
         if count < 2:
             raise ValueError(f"KDCL needs two networks or more, this run trains {count}: use Peers([...])")
-        if self.rule == "general" and run.data.val is None:
+        if self.rule in ("naive", "linear", "minlogit") and run.data is not None and run.data.unlabelled:
+            raise ValueError(f"KDCL(rule={self.rule!r}) reads every label, and some rows have none: use rule='mean'")
+        if self.rule == "general" and run.data is not None and run.data.val is None:
             raise ValueError("KDCL(rule='general') weighs networks on held-out data, there is none: set validation=0.1")
+
+    def on_fit_start(self, run: Any) -> None:
         if run.clock.step == 0:
             self.mixture, self._found_in = None, -1
 

@@ -53,13 +53,15 @@ class MutualKL(Callback):
             raise ValueError(f"form is {form!r}; allowed: {', '.join(map(repr, [*FORMS, 'tf']))}")
         if form == "tf" and (temperature, target, detach) != (1.0, "pairwise", True):
             raise ValueError("form='tf' has temperature=1.0, target='pairwise' and detach=True: leave them out")
+        if detach not in (True, False):
+            raise ValueError(f"detach is {detach!r}; allowed: True, False")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}, it must be positive")
         if not callable(weight) and not weight >= 0:
             raise ValueError(f"the weight is {weight}: a number >= 0, or a schedule (kdtoolkit.schedules)")
         self.weight, self.temperature, self.target, self.detach, self.form = weight, temperature, target, detach, form
 
-    def on_fit_start(self, run: Any) -> None:
+    def check(self, run: Any) -> None:
         count = len(run.method.networks())
         if count < 2:
             raise ValueError(f"MutualKL needs two networks or more, this run trains {count}: use Peers([...])")

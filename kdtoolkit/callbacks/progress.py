@@ -66,7 +66,8 @@ class ProgressLog(Callback):
         if self.mode == "off":
             return
         row = next(r for r in reversed(run.journal.rows) if r["event"] == "epoch")
-        shown = {"student", "ensemble", *run.products()[0]}  # of the networks
+        every = {"student", *run.method.networks()} if len(run.method.networks()) < 5 else {"student"}
+        shown = {*every, "ensemble", *run.products()[0]}  # of the networks
         tops = "  ".join(f"{k} {v:.2f}" for k, v in metrics.items() if _told(k, shown))
         self._print("  ".join(p for p in (self._where(run), _terms(row), tops, self._left(run)) if p))
         if self.bar is not None:

@@ -37,6 +37,8 @@ class BAKE(Method):
                  divide the batch size
     """
 
+    no_compile = "BAKE reads the classifier's input, which a compiled network does not give away"
+
     def __init__(
         self,
         student: Taps,
@@ -82,9 +84,6 @@ class BAKE(Method):
     def logits(self, name: str, x: Tensor) -> Tensor:
         return self.student(self.preprocess(x))
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        self.taps.compile()
-
     def release(self) -> None:
         self.embedding.remove()
         self.taps.remove()
@@ -93,7 +92,10 @@ class BAKE(Method):
         whom = {"ce": "labels", "bake": "logits of the batch, mixed by similarity"}
         weights = {t: told(w) for t, w in self.weights.items()}
         rows = [{"loss": t, "weight": w, "student": "logits", "teacher": whom[t]} for t, w in weights.items()]
-        return {"losses": rows, "parameters": {"student": count(self.student)}}
+        told_too = (
+            [f"batches: {self.sampling}, so an epoch has more steps than rows / batch_size"] if self.sampling else []
+        )
+        return {"losses": rows, "parameters": {"student": count(self.student)}, "notes": told_too}
 
 
 @strategy("bake", losses=TERMS, title="Batch knowledge ensembling, BAKE (Ge et al. 2021)")

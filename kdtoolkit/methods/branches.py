@@ -59,6 +59,8 @@ class Branches(Method):
     loss and the gradients that it would have alone on this trunk, which gets the sum.
     """
 
+    no_compile = "branches are run from the feature of a shared trunk, which takes its place anew in every step"
+
     def __init__(
         self,
         networks: nn.Module | Sequence[nn.Module],
@@ -104,6 +106,7 @@ class Branches(Method):
         self.taps.select(list(dict.fromkeys([self.cut, *self._boundary])))
         self.taps.rehearse()
         self._embeddings = [Embedding.at(t) for t in self._taps()] if getattr(join, "reads_embeddings", False) else []
+        self._released = False
         self._behind = sum(p.numel() for p in behind(networks[0], parts).values())
 
     # ------------------------------------------------------------------------------------------------------ training
@@ -181,13 +184,13 @@ class Branches(Method):
         logits = dict(zip(self.networks(), team.logits, strict=True))
         return logits if self.join is None else logits | {"ensemble": self.join.ensemble(team)}  # type: ignore[operator]
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            "compile=True: branches are run from the feature of a shared trunk, which takes its place anew in every "
-            "step, and that cannot be compiled; leave compile out"
-        )
+    def place(self, *args: Any, **kwargs: Any) -> None:
+        if self._released:
+            raise ValueError("these Branches were trained by an earlier run, which took its hooks off: build new ones")
+        super().place(*args, **kwargs)
 
     def release(self) -> None:
+        self._released = True
         for taps in self._taps():
             taps.remove()
         for embedding in self._embeddings:
@@ -218,8 +221,13 @@ def build(
     """Branches of a strategy; `join(taps of the student, cut)` makes the join from what these measure."""
     _check_count(branches)
     cut = cut_of(given.student, cut)
+    parts, nets = cut_at(given.student, cut), [given.student.model]
+    for k in range(1, branches):
+        net = given.another(k)
+        twin = any(_equal(other, net, parts) for other in nets)  # loaded weights: those behind the cut are drawn anew
+        nets.append(fresh(net, k) if twin else net)
     return Branches(
-        [given.student.model, *(given.another(k) for k in range(1, branches))],
+        nets,
         cut=cut, join=join(given.student, cut), weights=weights, views=views, share_gradient=share_gradient,
         image=given.image, preprocess=given.preprocess, best=best,
     )  # fmt: skip
@@ -285,11 +293,17 @@ def _check(networks: Sequence[nn.Module], label_smoothing: float) -> None:
         raise ValueError(f"label_smoothing is {label_smoothing}, it must be in [0, 1)")
 
 
+def _equal(one: nn.Module, other: nn.Module, parts: Cut) -> bool:
+    tails = [list(behind(net, parts).values()) for net in (one, other)]
+    return bool(tails[0]) and all(not p.is_meta and torch.equal(p, q) for p, q in zip(*tails, strict=True))
+
+
 def _check_twins(networks: Sequence[nn.Module], parts: Cut) -> None:
-    tails = [list(behind(net, parts).values()) for net in networks]
-    for number, tail in enumerate(tails):
+    if not behind(networks[0], parts):
+        raise ValueError("nothing that is trained lies behind the cut: choose a stage in front of the classifier")
+    for number, net in enumerate(networks):
         for other in range(number):
-            if all(not p.is_meta and torch.equal(p, q) for p, q in zip(tails[other], tail, strict=True)):
+            if _equal(networks[other], net, parts):
                 raise ValueError(
                     f"networks {other} and {number} of Branches have equal weights behind the cut: branches copied "
                     "without re-initialising stay twins; build each anew, or use kdtoolkit.tuning.fresh(net, seed)"

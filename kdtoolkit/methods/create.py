@@ -54,7 +54,7 @@ def strategy_of(method: Any) -> Strategy | None:
         return None
     if len(names) > 1:
         raise ValueError(
-            f"method={names!r}: {found[0]!r} trains several networks and stands alone; what joins them further is "
+            f"method={names!r}: {found[0]!r} builds a team of its own and stands alone; what joins networks further is "
             "passed as callbacks=[...]"
         )
     return METHODS[found[0]]  # type: ignore[return-value]
@@ -173,6 +173,7 @@ def _team(
         raise ValueError(f"layers={layers!r} has no effect: this method pairs no features of a student and a teacher")
     if strategy.needs_teacher and not teachers:
         raise ValueError(f"{strategy.title} needs a teacher, none was given")
+    student.rehearse()
     weights = {name: chosen.get(name, 0.0) for name in strategy.losses}
     pre = preprocess or Preprocess.of(student.model, image)
     return strategy.build(Given(student, teachers, weights, image, pre, another or _copies(student.model)), **options)

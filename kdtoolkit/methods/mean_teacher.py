@@ -11,6 +11,7 @@ from ..callbacks import EMATeacher
 from ..data import Mixed
 from ..method import Given, Method, strategy
 from ..schedules import SigmoidRampUp
+from .branches import ramped
 from .peers import Peers
 
 
@@ -27,12 +28,14 @@ def mean_teacher(
     ema_decay: float = 0.99,
     count: str = "from 1",
     mixed: float | None = None,
+    rampup_epochs: float | None = None,
     label_smoothing: float = 0.0,
 ) -> Method:
     """loss: "mse" or "kl" of probabilities, or "kd" at `temperature`; ema_decay, count: see EMATeacher; mixed: share of
-    labelled rows in every batch (data.Mixed), None draws all rows evenly."""
+    labelled rows in every batch (data.Mixed), None draws all rows evenly; rampup_epochs: 5 where none is given."""
+    weights = ramped(given.weights, ("consistency",), rampup_epochs)
     teacher = EMATeacher(
-        given.weights["consistency"], decay=ema_decay, count=count, loss=loss, temperature=temperature,
+        weights["consistency"], decay=ema_decay, count=count, loss=loss, temperature=temperature,
         learn_from="own", view=1, product="mean teacher", term="consistency",
     )  # fmt: skip
     method = Peers(

@@ -72,13 +72,13 @@ def pcl(
     branches: int = 3,
     temperature: float = 3.0,
     cut: Stage = "auto",
-    decay: float | None = None,
+    ema_decay: float | None = None,
     rampup_epochs: float | None = None,
 ) -> Method:
-    """branches: copies of what lies behind the cut; cut: a stage or a module's name; decay: share of the average in
+    """branches: copies of what lies behind the cut; cut: a stage or a module's name; ema_decay: share of the average in
     each of its updates; rampup_epochs: length of w."""
     weights = ramped(given.weights, ["ensemble", "ema"], rampup_epochs)
     method = pcl_branches(given, weights, branches=branches, temperature=temperature, cut=cut)
     if weights["ema"] != 0:
-        method.callbacks = (EMATeacher(weights["ema"], decay=decay, temperature=temperature, product="PCL"),)
+        method.callbacks = (EMATeacher(weights["ema"], decay=ema_decay, temperature=temperature, product="PCL"),)
     return method

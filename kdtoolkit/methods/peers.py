@@ -60,10 +60,15 @@ class Peers(Method):
                     "weights, build it again or use copy.deepcopy and other initial weights"
                 )
             shared |= {id(p) for p in net.parameters()}
+        for option, given in (("views", views), ("spread", spread)):
+            if given not in (True, False, *(["auto"] if option == "spread" else [])):
+                raise ValueError(f"{option} is {given!r}; allowed: True, False{', auto' * (option == 'spread')}")
+        if not callable(weight) and not weight >= 0:
+            raise ValueError(f"the weight is {weight}: a number >= 0, or a schedule (kdtoolkit.schedules)")
+        if not views:
+            _check_twins(networks)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing is {label_smoothing}, it must be in [0, 1)")
-        if spread not in (True, False, "auto"):
-            raise ValueError(f"spread is {spread!r}; allowed: True, False, 'auto'")
         self.peers = nn.ModuleDict({name_of(k): net for k, net in enumerate(networks)})
         self.weight, self.label_smoothing, self.spread = weight, label_smoothing, spread
         self.num_views, self.unlabelled = len(networks) if views else 1, bool(unlabelled)
@@ -151,6 +156,20 @@ class Peers(Method):
             distributed.copy_from(source, [*net.parameters(), *net.buffers()])
             if optimizer is not None:
                 distributed.copy_state_from(source, optimizer, list(net.parameters()))
+
+
+def _check_twins(networks: Sequence[nn.Module]) -> None:
+    """ValueError for two networks with equal weights: on the same images they would stay one."""
+    for number, net in enumerate(networks):
+        own = dict(net.named_parameters())
+        for other, before in enumerate(dict(n.named_parameters()) for n in networks[:number]):
+            same = own.keys() == before.keys() and all(p.shape == before[k].shape for k, p in own.items())
+            if same and own and all(not p.is_meta and torch.equal(p, before[k]) for k, p in own.items()):
+                raise ValueError(
+                    f"networks {other} and {number} of Peers have equal first weights, and on the same images they "
+                    "would stay twins: pass views=True, networks without loaded weights, or others (peers=[...]; by "
+                    "hand kdtoolkit.tuning.fresh(net, seed) draws weights anew)"
+                )
 
 
 def name_of(k: int) -> str:

@@ -86,7 +86,9 @@ class SOKD(Method):
         self._boundary = boundary(teacher, cut)
         trunk = _copied(teacher)
         self.drift = Drift(trunk, self._boundary, teacher.size) if teacher_mode == "train" else None
-        whole = _copied(teacher) if start == "teacher" else fresh(_copied(teacher), torch.initial_seed() % 2**32 + 1)
+        whole = _copied(teacher)
+        if start == "random":
+            whole = fresh(whole.requires_grad_(True), torch.initial_seed() % 2**32 + 1)
         graft(whole.requires_grad_(True), trunk, cut_at(teacher, cut))
         compares = self.weights["feature"] != 0
         if compares and teacher.end(-1).left <= teacher.end(cut).left:

@@ -31,6 +31,7 @@ class Config:
     beta: float = 0.1  # share of the common weights in an exchange, 0 to 1
     rule: str = "paper"  # "eps-free" (its limit), "mean" (plain average)
     statistics: str = "own"  # BatchNorm's after an exchange; "merged", "recalibrated"
+    until: float = 1.0  # share of the run with exchanges; at 0.5 networks stay different and gained more here
     views: bool = False  # True: every network has an augmentation of its own
     epochs: int = 200
     batch_size: int = 128  # images per step
@@ -49,9 +50,10 @@ def main(cfg: Config) -> None:
     result = distill(
         None, cfg.student, cfg.dataset, data_path=cfg.data or None, train_limit=cfg.rows or None, method="dcl",
         peers=cfg.peers, every=cfg.every, unit=cfg.unit, beta=cfg.beta, rule=cfg.rule, statistics=cfg.statistics,
-        views=cfg.views, epochs=cfg.epochs, batch_size=cfg.batch_size, optimizer="sgd", lr=cfg.lr, gamma=cfg.gamma,
-        weight_decay=cfg.weight_decay, scheduler="multistep", milestones=cfg.milestones, validation=cfg.validation,
-        mixed_precision=cfg.precision, seed=cfg.seed, output_dir=cfg.output, resume=cfg.resume, keep="all",
+        until=cfg.until, views=cfg.views, epochs=cfg.epochs, batch_size=cfg.batch_size, optimizer="sgd", lr=cfg.lr,
+        gamma=cfg.gamma, weight_decay=cfg.weight_decay, scheduler="multistep", milestones=cfg.milestones,
+        validation=cfg.validation, mixed_precision=cfg.precision, seed=cfg.seed, output_dir=cfg.output, resume=cfg.resume,
+        keep="all",
     )  # fmt: skip
     if PartialState().is_main_process:
         print({k: v for k, v in result.metrics.items() if k in ("top1", "product", "product_because", "networks")})

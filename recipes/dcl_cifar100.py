@@ -52,8 +52,8 @@ def main(cfg: Config) -> None:
         peers=cfg.peers, every=cfg.every, unit=cfg.unit, beta=cfg.beta, rule=cfg.rule, statistics=cfg.statistics,
         until=cfg.until, views=cfg.views, epochs=cfg.epochs, batch_size=cfg.batch_size, optimizer="sgd", lr=cfg.lr,
         gamma=cfg.gamma, weight_decay=cfg.weight_decay, scheduler="multistep", milestones=cfg.milestones,
-        validation=cfg.validation, mixed_precision=cfg.precision, seed=cfg.seed, output_dir=cfg.output, resume=cfg.resume,
-        keep="all",
+        validation=cfg.validation, mixed_precision=cfg.precision, seed=cfg.seed, output_dir=cfg.output,
+        resume=cfg.resume, keep="all",
     )  # fmt: skip
     if PartialState().is_main_process:
         print({k: v for k, v in result.metrics.items() if k in ("top1", "product", "product_because", "networks")})

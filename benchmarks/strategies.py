@@ -118,7 +118,7 @@ def cost(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> None:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for folder in sorted(Path(args.runs).glob("*-k*-s*")):
+    for folder in sorted(f for f in Path(args.runs).glob("*-k*-s*") if (f / "report.md").exists()):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         final = next((r for r in rows if r["event"] == "final"), None)
         if final is not None:
@@ -129,16 +129,17 @@ def table(args: argparse.Namespace) -> None:
             )  # fmt: skip
             groups.setdefault((arm, networks), []).append(final)
     costs = json.loads(Path(args.costs).read_text())["ratios"] if Path(args.costs).exists() else {}
-    heads = "arm | n | product | top-1 % | mean of networks % | ensemble % | disagreement % | step / alone"
+    heads = "arm | n | product | top-1 % | mean of trained networks % | ensemble % | disagreement % | step / alone"
     lines = [f"| {heads} |", "|" + "---|" * 8]
     for arm, networks in sorted(groups, key=lambda g: (list(ARMS).index(g[0]), g[1])):
         finals = groups[arm, networks]
-        nets = [[v for k, v in f.get("networks", {"": f["top1"]}).items() if "ensemble" not in k] for f in finals]
-        joint = [next((v for k, v in f.get("networks", {}).items() if k == "ensemble"), None) for f in finals]
+        told = [f.get("networks", {}) if arm not in TAUGHT else {} for f in finals]  # SOKD's branch is a teacher
+        nets = [[v for k, v in n.items() if k != "ensemble" and not k.startswith("ema")] for n in told]
+        joint = [n.get("ensemble") for n in told]
         apart = [d["disagreement"] for f in finals for d in f["diversity"] if "disagreement" in d]
         cells = [
             f"{arm} ({networks})" if arm in PEERS else arm, str(len(finals)), finals[0]["product"],
-            spread([f["top1"] for f in finals]), spread([statistics.mean(n) for n in nets]),
+            spread([f["top1"] for f in finals]), spread([statistics.mean(n) for n in nets if n]),
             spread([j for j in joint if j is not None]), spread(apart), f"{costs[arm]:.2f}" if arm in costs else "",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")

@@ -106,7 +106,7 @@ def cost(args: argparse.Namespace) -> None:
     for turn in range(args.turns):
         for arm in args.arms:
             clock, rows = Clocked(), 128 * (args.steps + 1)
-            quiet = {"progress": "off", "max_steps": args.steps, "eval_data": None, "train_limit": rows}
+            quiet = {"progress": "off", "max_steps": args.steps, "train_limit": rows, "warmup_epochs": 0}
             train(args, arm, turn, callbacks=[clock], eval_every=10**6, eval_test="end", **quiet)
             seconds[arm].append(statistics.median(clock.seconds[2:]))
     alone = seconds["alone"]

@@ -115,7 +115,12 @@ class Peers(Method):
         same = {"weight": told(self.weight), "teacher": "labels"}
         rows = [{"loss": loss_of(name), "student": f"{name} logits", **same} for name in self.peers]
         counts = {name: sum(p.numel() for p in net.parameters()) for name, net in self.peers.items()}
-        return {"losses": rows, "parameters": counts}
+        many, notes = distributed.processes(), []
+        if many > 1 and not self.alone:
+            notes = [f"every one of {many} processes trains all networks, each on its share of the batch"]
+        elif many > 1:
+            notes = [f"the networks are spread over {many} processes, each trains its own on the whole batch"]
+        return {"losses": rows, "parameters": counts, "notes": notes}
 
     def clipped(self) -> list[list[nn.Parameter]]:
         return [list(net.parameters()) for k, net in enumerate(self.peers.values()) if self._mine(k)]

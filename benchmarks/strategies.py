@@ -56,6 +56,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "pcl": dict(method="pcl"),
     "dkel": dict(method="dkel"),
     "byot": dict(method="byot"),
+    "bake": dict(method="bake"),
     "mean_teacher": dict(method="mean_teacher"),
     "kd": dict(method="kd", losses={"ce": 1.0, "kd": 1.0}),
     "sokd": dict(method="sokd"),

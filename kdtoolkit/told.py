@@ -60,7 +60,7 @@ def config_of(
 
 def made(callback: Callback) -> str:
     """A callback as it was made, with its defaults."""
-    args, kwargs = callback.given
+    args, kwargs = callback.made_with
     bound = inspect.signature(type(callback)).bind(*args, **kwargs)
     bound.apply_defaults()
     each = (f"{k}={repr(v) if callable(v) else told(v)!r}" for k, v in bound.arguments.items())

@@ -41,11 +41,11 @@ class Callback:
 
     name: str = ""
     order: int = 100
-    given: tuple[tuple[Any, ...], dict[str, Any]] = (), {}  # what it was made with
+    made_with: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         made = super().__new__(cls)
-        made.given = args, kwargs
+        made.made_with = args, kwargs
         return made
 
     def check(self, run: Any) -> None:

@@ -125,9 +125,6 @@ def table(args: argparse.Namespace) -> None:
         if final is not None:
             arm, networks, _ = folder.name.rsplit("-", 2)
             final["diversity"] = [r for r in rows if r["event"] == "diversity"][-1:]
-            final["config"], final["env"] = (folder / "config.yaml").read_text(), json.loads(
-                (folder / "env.json").read_text()
-            )  # fmt: skip
             groups.setdefault((arm, networks), []).append(final)
     costs = json.loads(Path(args.costs).read_text())["ratios"] if Path(args.costs).exists() else {}
     heads = "arm | n | product | top-1 % | mean of trained networks % | ensemble % | disagreement % | step / alone"

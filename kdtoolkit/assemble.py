@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,7 +78,7 @@ def _check_team(strategy: Strategy, given: Mapping[str, Any]) -> None:
     for name in ("teacher_head", "teacher_args", "teacher_weights") if teacher is None else ():
         if given[name] is not None:
             raise ValueError(f"{name} has no effect: method {method!r} has no teacher; leave it out")
-    if given["temperature"] is not TEMPERATURE and not _heated(strategy):
+    if given["temperature"] is not TEMPERATURE and "temperature" not in strategy.options:
         raise ValueError(f"temperature has no effect: method {method!r} has none")
     for name in ("freeze", "layer_decay"):
         if given[name] is not None:
@@ -92,23 +91,15 @@ def _check_team(strategy: Strategy, given: Mapping[str, Any]) -> None:
 def temperature_of(given: Mapping[str, Any]) -> float | None:
     """That of the run: a strategy has its paper's where none is given, or has none."""
     strategy = None if isinstance(given["method"], Method) else strategy_of(given["method"])
-    if strategy is None or given["temperature"] is not TEMPERATURE:
-        return given["temperature"]
-    return inspect.signature(strategy.build).parameters["temperature"].default if _heated(strategy) else None
+    said = strategy is None or given["temperature"] is not TEMPERATURE
+    return given["temperature"] if said else strategy.options.get("temperature")  # type: ignore[union-attr]
 
 
 def resolved(method: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a run with the defaults of its strategy."""
+    """The options of a run with the defaults of its strategy; the temperature is an argument of its own."""
     strategy = None if isinstance(method, Method) else strategy_of(method)
-    if strategy is None:
-        return dict(options)
-    found = inspect.signature(strategy.build).parameters
-    defaults = {name: found[name].default for name in strategy.options if name != "temperature"}
-    return defaults | dict(options)
-
-
-def _heated(strategy: Strategy) -> bool:
-    return "temperature" in strategy.options
+    defaults = {} if strategy is None else {k: v for k, v in strategy.options.items() if k != "temperature"}
+    return {**defaults, **options}
 
 
 def check_run(method: Method, data: Any, compiled: bool) -> None:
@@ -121,11 +112,10 @@ def check_run(method: Method, data: Any, compiled: bool) -> None:
             f"{data.notes.get('augmentation', 'none')}): pass transforms='crop-flip' or transforms=BatchAugment(...), "
             "or views=False where the method has that option"
         )
-    rows = getattr(data, "unlabelled", 0)
-    if rows and not method.unlabelled:
+    if data is not None and data.unlabelled and not method.unlabelled:
         raise ValueError(
-            f"{rows} training rows have no label (-1), and this method learns from labels alone: remove these rows, or "
-            "use method='mean_teacher'"
+            f"{data.unlabelled} training rows have no label (-1), and this method learns from labels alone: remove "
+            "these rows, or use method='mean_teacher'"
         )
 
 
@@ -183,8 +173,7 @@ class Facts:
             size = preset.size if side is None else (side, side)
             told = {"name": train_data, "num_classes": classes, "image_size": size}
             return cls(classes, size, None, told | {"augmentation": str(preset.augment)})
-        names = "seed validation transforms num_classes num_workers image_size data_path train_limit".split()
-        names += ["labelled"] if given["labelled"] is not None else []
+        names = "seed validation transforms num_classes num_workers image_size data_path train_limit labelled".split()
         loaded = data_room.load(train_data, given["eval_data"], **{n: given[n] for n in names})
         return cls(loaded.num_classes, loaded.image_size, loaded, loaded.describe())
 

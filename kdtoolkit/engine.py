@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checkpoint, distributed
 from .allocator import keep_freed_memory
 from .callbacks.base import Callback, in_order
-from .data import Data, Split
+from .data import Data
 from .data.augment import key
 from .evaluation import Evaluator
 from .journal import Journal
@@ -366,9 +366,8 @@ class Run:
             for name, row in self.evaluator.networks(split).items():
                 keys = {"epoch": self.clock.epoch, "step": self.clock.step}
                 self.journal.add(event="eval", split=split.name, network=name, **keys, **row)
-                prefix = f"{split.name}/" if name == "student" else f"{split.name}/{name}/"
-                metrics |= {prefix + k: v for k, v in row.items()}
-        tops = {name: metrics.get(_top1(s.monitor, name)) for name in self.products()[0]} if s.monitor else {}
+                metrics |= {_named(split.name, name, key): v for key, v in row.items()}
+        tops = {n: metrics.get(_named(s.monitor, n, "top1")) for n in self.products()[0]} if s.monitor else {}
         found = {name: top1 for name, top1 in tops.items() if top1 is not None}
         metrics["improved"] = float(bool(found) and max(found.values()) > self.best.get("top1", -1.0))
         if found:
@@ -384,10 +383,6 @@ class Run:
         named = (callback.products() for callback in self.callbacks)
         return next((found for found in named if found), None) or self.method.products()
 
-    def evaluate(self, split: Split, network: str) -> dict[str, float]:
-        """Numbers of one network over one split: top1, top5, loss, ece, and agreement with the first teacher."""
-        return self.evaluator.networks(split)[network]
-
     def _evaluate_teachers(self) -> None:
         """Accuracy of each teacher on every split; a resumed run has the rows already."""
         for name, split, row in self.evaluator.teachers():
@@ -396,8 +391,8 @@ class Run:
                 self.journal.add(**told, epoch=0, step=0, **row)
 
 
-def _top1(split: str, network: str) -> str:
-    return f"{split}/top1" if network == "student" else f"{split}/{network}/top1"
+def _named(split: str, network: str, number: str) -> str:
+    return f"{split}/{number}" if network == "student" else f"{split}/{network}/{number}"
 
 
 def _not_finite(method: Method) -> str | None:

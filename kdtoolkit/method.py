@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .callbacks.base import Callback
 from .preprocess import Preprocess
-from .registry import Registry, options_of
+from .registry import Registry, defaults_of
 from .taps import Frozen, Taps
 from .types import Batch, Clock, Out, Shape, Stage, Step, Weight
 
@@ -169,11 +169,11 @@ class Given:
 
 class Strategy(Recipe):
     """A name for networks that are trained together: `build(given, *, options) -> Method`. Its losses are terms of that
-    Method, not Objectives."""
+    Method, not Objectives. `options` holds their defaults by name."""
 
     def __init__(self, losses: dict[str, Weight], title: str, build: Callable[..., Method], needs_teacher: bool):
         super().__init__(losses, title)
-        self.build, self.needs_teacher, self.options = build, needs_teacher, options_of(build)
+        self.build, self.needs_teacher, self.options = build, needs_teacher, defaults_of(build)
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("loss")

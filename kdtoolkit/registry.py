@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -14,6 +14,13 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A phrase for error messages: "; did you mean 'a', 'b'?" or an empty string."""
     close = difflib.get_close_matches(name, dict.fromkeys(known), n=count, cutoff=0.5)
     return f"; did you mean {', '.join(repr(c) for c in close)}?" if close else ""
+
+
+def one_of(what: str, given: object, allowed: Iterable[object]) -> None:
+    """ValueError unless the option `what` is one of those allowed."""
+    known = list(allowed)
+    if given not in known:
+        raise ValueError(f"{what} is {given!r}; allowed: {', '.join(map(repr, known))}")
 
 
 class Registry(Generic[T]):
@@ -47,7 +54,12 @@ class Registry(Generic[T]):
         return sorted(self._items)
 
 
-def options_of(function: Callable) -> list[str]:
-    """Names of the keyword-only parameters that `function` accepts: the options a user may set."""
+def defaults_of(function: Callable) -> dict[str, Any]:
+    """Keyword-only parameters of `function`, the options a user may set, and their defaults."""
     parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def options_of(function: Callable) -> list[str]:
+    """Names of the options that `function` takes."""
+    return list(defaults_of(function))

@@ -7,8 +7,8 @@ in a configuration. Positions are shares of the run, 0 to 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from .types import Clock, Weight
 
@@ -57,6 +57,12 @@ class Steps:
 
 def _share(clock: Clock, begin: float, until: float) -> float:
     return min(max((clock.progress - begin) / max(until - begin, 1e-12), 0.0), 1.0)
+
+
+def check_weight(weight: Weight) -> None:
+    """ValueError unless it is a number from 0, or callable."""
+    if not callable(weight) and not weight >= 0:
+        raise ValueError(f"the weight is {weight}: a number >= 0, or a schedule (kdtoolkit.schedules)")
 
 
 def told(weight: Weight) -> float | str:
@@ -168,6 +174,20 @@ class SigmoidRampUp:
         epochs = clock.total_steps / max(clock.steps_per_epoch, 1)
         length = 80 * min(epochs / 300, 1.0) if self.length is None else self.length
         return self.weight * sigmoid_rampup(clock.epoch, length)
+
+
+def ramped(weights: Mapping[str, Weight], terms: Sequence[str], epochs: float | None) -> dict[str, Weight]:
+    """The weights, where a length of the ramp-up is given with that ramp-up of these terms."""
+    made = dict(weights)
+    for term in terms if epochs is not None else ():
+        weight = weights[term]
+        if isinstance(weight, SigmoidRampUp):
+            made[term] = replace(weight, length=epochs)
+        elif callable(weight):
+            raise ValueError(f"rampup_epochs={epochs} and a schedule for {term!r} in losses={{...}}: give one of them")
+        elif weight:
+            made[term] = SigmoidRampUp(weight, epochs)
+    return made
 
 
 @dataclass(frozen=True)

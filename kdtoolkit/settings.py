@@ -130,8 +130,8 @@ def schedule(
     clock = _clock(s, None if rows is None else len(loader))
     updates = -(-clock.total_steps // s.grad_accum)
     warmup = round(s.warmup_epochs * clock.steps_per_epoch / s.grad_accum)
-    numbers = {"warmup": warmup, "milestones": s.milestones, "gamma": s.gamma}
-    return loader, clock, schedules.lr_factor(s.scheduler, updates, **numbers)  # type: ignore[arg-type]
+    factor = schedules.lr_factor(s.scheduler, updates, warmup=warmup, milestones=s.milestones, gamma=s.gamma)
+    return loader, clock, factor
 
 
 def make_optimizer(method: nn.Module, s: Settings, layers: Mapping[str, int] | None = None) -> torch.optim.Optimizer:

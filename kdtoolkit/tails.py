@@ -80,6 +80,11 @@ def last_boundary(taps: Taps) -> Stage:
     )
 
 
+def cut_of(taps: Taps, cut: Stage) -> Stage:
+    """The tap of a cut; "auto" is the last boundary."""
+    return last_boundary(taps) if cut == "auto" else taps.key(cut)
+
+
 def boundary(taps: Taps, stage: Stage) -> list[Stage]:
     """Taps of the tensors from which the network behind the stage is run: mostly one, the stage itself."""
     end = taps.end(stage)

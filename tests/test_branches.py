@@ -381,13 +381,13 @@ def own(**options):
     (lambda: own().compile(), "compile=True: branches are run from the feature"),
     (lambda: strategy("one", branches=1), "branches is 1: a whole number from 2"),
     (lambda: strategy("okddip", branches=2), "a leader and two peers"),
-    (lambda: strategy("one", temperature=0), "a temperature is above 0, got 0"),
+    (lambda: strategy("one", temperature=0), "temperature is 0, it must be positive"),
     (lambda: strategy("cl", losses={"c": 1.0}), "unknown loss 'c'"),
     (lambda: strategy("one", rampup_epochs=5, losses={"ensemble": Linear(0, 1)}), "rampup_epochs=5 and a schedule"),
     (lambda: last_boundary(Taps(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(3600, 10)), None, 32)),
      "Sequential has . stages, and none in front of the last"),
-    (lambda: Attention(8, temperature=-1), "a temperature is above 0"),
-    (lambda: EnsembleClassifier(8, 2, 10, temperature=-1), "a temperature is above 0"),
+    (lambda: Attention(8, temperature=-1), "it must be positive"),
+    (lambda: EnsembleClassifier(8, 2, 10, temperature=-1), "it must be positive"),
 ])  # fmt: skip
 def test_messages(make, message):
     with pytest.raises(ValueError, match=message):

@@ -215,7 +215,7 @@ def test_under_autocast(kind, batches):
 
 
 ERRORS = {
-    "temperature": ("byot", {"temperature": 0.0}, "a temperature is above 0"),
+    "temperature": ("byot", {"temperature": 0.0}, "it must be positive"),
     "exempt": ("byot", {"exempt": 3}, r"exempt=3: number of an exit, 1 is the deepest of 2, or None"),
     "last stage": ("byot", {"stages": [3]}, r"stages=\[3\]: 'all', or different numbers from 1 to 2; behind the last"),
     "no stage": ("byot", {"stages": []}, r"stages=\[\]"),

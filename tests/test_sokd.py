@@ -204,7 +204,7 @@ def test_a_half_precision_teacher():
     (lambda: method_of(cut="conv9"), "tap 'conv9' is not a module"),
     (lambda: method_of(cut="layer3.0.conv1"), "cannot reset"),
     (lambda: method_of(cut=-1, losses={"ce": 1.0, "feature": 1.0}), "the branch has no feature"),
-    (lambda: method_of(temperature=0), "a temperature is above 0"),
+    (lambda: method_of(temperature=0), "it must be positive"),
     (lambda: method_of(losses={"kdd": 1.0}), "unknown loss 'kdd'"),
     (lambda: method_of(teacher=net("cifar_resnet8", classes=7)), "the teacher has 7 classes, the student 10"),
     (lambda: create_method("sokd", Taps(net("cifar_resnet8"), None, 32)), "needs a teacher, none was given"),

@@ -31,6 +31,15 @@ def in_order(method: Any, given: Sequence[Callback]) -> list[Callback]:
     return callbacks
 
 
+def several(callback: Callback, method: Any) -> None:
+    """ValueError unless the method trains two networks or more."""
+    count = len(method.networks())
+    if count < 2:
+        raise ValueError(
+            f"{type(callback).__name__} needs two networks or more, this run trains {count}: use Peers([...])"
+        )
+
+
 class Callback:
     """Watches a run, edits weights between steps, or returns extra losses made from logits. Override what you need.
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional
+from ..registry import one_of
 from ..restore import random_as_found
 from ..types import Step
-from .base import Callback
+from .base import Callback, several
 
 UNITS = ("steps", "epochs")
 STATISTICS = ("own", "merged", "recalibrated")
@@ -65,11 +66,10 @@ class DCLMerger(Callback):
     ):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every is {every!r}: a whole number of {unit} from 1")
-        allowed = {"unit": UNITS, "rule": functional.DCL_RULES, "statistics": STATISTICS, "momentum": MOMENTUM}
-        given = {"unit": unit, "rule": rule, "statistics": statistics, "momentum": momentum}
-        for name, value in given.items():
-            if value not in allowed[name]:
-                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed[name]))}")
+        one_of("unit", unit, UNITS)
+        one_of("rule", rule, functional.DCL_RULES)
+        one_of("statistics", statistics, STATISTICS)
+        one_of("momentum", momentum, MOMENTUM)
         functional.updates.check_rule(rule, eps)
         if not 0 <= beta <= 1:
             raise ValueError(f"beta is {beta!r}: the share of the common weights, from 0 to 1")
@@ -86,8 +86,7 @@ class DCLMerger(Callback):
 
     def check(self, run: Any) -> None:
         names, nets = list(run.method.networks()), list(run.method.networks().values())
-        if len(nets) < 2:
-            raise ValueError(f"DCLMerger needs two networks or more, this run trains {len(nets)}: use Peers([...])")
+        several(self, run.method)
         shapes = [{n: tuple(p.shape) for n, p in net.named_parameters()} for net in nets]
         other = next((k for k, s in enumerate(shapes) if s != shapes[0]), None)
         if other is not None:

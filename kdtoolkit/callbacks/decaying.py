@@ -12,9 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from .. import functional
-from ..schedules import cosine_rampdown, exponential_decay, linear_rampup, told, value
+from ..functional.logits import check_temperature
+from ..registry import one_of
+from ..schedules import check_weight, cosine_rampdown, exponential_decay, linear_rampup, told, value
 from ..types import Batch, Clock, Step, Weight
-from .base import Callback
+from .base import Callback, several
 from .ema import EMATeacher
 
 DECAYS = ("exponential", "cosine", "linear")
@@ -46,24 +48,19 @@ class DecayingEnsemble(Callback):
         length: float | None = None,
         temperature: float = 3.0,
     ):
-        if decay not in DECAYS:
-            raise ValueError(f"decay is {decay!r}; allowed: {', '.join(map(repr, DECAYS))}")
-        if not callable(weight) and not weight >= 0:
-            raise ValueError(f"the weight is {weight}: a number >= 0, or a schedule (kdtoolkit.schedules)")
+        one_of("decay", decay, DECAYS)
+        check_weight(weight)
         if not rate >= 0 or not 0 <= cut < 1:
             raise ValueError(f"rate is {rate} and cut {cut}: a rate an epoch from 0, and a share from 0 to below 1")
         if length is not None and (decay == "exponential" or not length > 0):
             raise ValueError(f"length is {length}: epochs above 0, of decay='cosine' or 'linear'")
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}, it must be positive")
+        check_temperature(temperature)
         self.weight, self.rate, self.decay, self.cut = weight, rate, decay, cut
         self.length, self.temperature = length, temperature
         self.teacher: EMATeacher | None = None
 
     def check(self, run: Any) -> None:
-        count = len(run.method.networks())
-        if count < 2:
-            raise ValueError(f"DecayingEnsemble needs two networks or more, this run trains {count}: use Peers([...])")
+        several(self, run.method)
 
     def on_fit_start(self, run: Any) -> None:
         self.teacher = next((c for c in run.callbacks if isinstance(c, EMATeacher)), None)

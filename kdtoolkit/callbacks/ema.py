@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import distributed, functional
+from ..functional.logits import check_temperature
 from ..functional.peers import from_each_other, peers
 from ..method import Method
+from ..registry import one_of
 from ..restore import random_as_found
-from ..schedules import told, value
+from ..schedules import check_weight, told, value
 from ..tuning import fresh
 from ..types import Batch, Step, Weight
 from .base import Callback
@@ -79,17 +81,15 @@ class EMATeacher(Callback):
         product: bool | str = True,
         term: str = "ema",
     ):
-        _one_of("count", count, COUNTS)
-        _one_of("loss", loss, ("kd", *LOSSES))
-        _one_of("learn_from", learn_from, LEARN_FROM)
-        _one_of("mode", mode, ("train", "eval"))
-        _one_of("init", init, ("copy", "independent"))
-        if not callable(weight) and not weight >= 0:
-            raise ValueError(f"the weight is {weight}: a number >= 0, or a schedule (kdtoolkit.schedules)")
+        one_of("count", count, COUNTS)
+        one_of("loss", loss, ("kd", *LOSSES))
+        one_of("learn_from", learn_from, LEARN_FROM)
+        one_of("mode", mode, ("train", "eval"))
+        one_of("init", init, ("copy", "independent"))
+        check_weight(weight)
         if decay is not None and not 0 <= decay <= 1:
             raise ValueError(f"decay is {decay}: the teacher's share in an update, from 0 to 1")
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}, it must be positive")
+        check_temperature(temperature)
         if isinstance(init_steps, bool) or not isinstance(init_steps, int) or init_steps < 0:
             raise ValueError(f"init_steps is {init_steps!r}: a whole number of steps from 0")
         self.weight, self.decay, self.first, self.learn_from = weight, decay, COUNTS[count], learn_from
@@ -152,10 +152,6 @@ class EMATeacher(Callback):
                 net.load_state_dict(fresh(net, (run.settings.seed ^ APART) + k).state_dict())
         if not self.init_steps:
             return
-        if self.init_steps > run.clock.steps_per_epoch:
-            raise ValueError(
-                f"init_steps={self.init_steps}, an epoch has {run.clock.steps_per_epoch} batches: use less"
-            )
         trained = [p for p in self.copy.trained().values() if p.requires_grad]
         lr = run.settings.lr / 100 if self.init_lr is None else self.init_lr
         optimizer = torch.optim.SGD(trained, lr=lr, weight_decay=run.settings.weight_decay)
@@ -275,11 +271,6 @@ class EMATeacher(Callback):
         if self.copy is not None and state:
             self.copy.load_state_dict(state["weights"])
             self.updates, self._asked, self._cached = state["updates"], state["asked"], None
-
-
-def _one_of(what: str, given: Any, allowed: Any) -> None:
-    if given not in allowed:
-        raise ValueError(f"{what} is {given!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
 @contextlib.contextmanager

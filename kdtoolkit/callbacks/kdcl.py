@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import distributed, functional
-from ..schedules import told, value
+from ..functional.logits import check_temperature
+from ..registry import one_of
+from ..schedules import check_weight, told, value
 from ..types import Batch, Step, Weight
-from .base import Callback
+from .base import Callback, several
 
 
 class KDCL(Callback):
@@ -31,20 +33,15 @@ class KDCL(Callback):
     order = 45
 
     def __init__(self, weight: Weight = 1.0, *, rule: str = "minlogit", temperature: float = 2.0):
-        if rule not in functional.KDCL_RULES:
-            raise ValueError(f"rule is {rule!r}; allowed: {', '.join(map(repr, functional.KDCL_RULES))}")
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}, it must be positive")
-        if not callable(weight) and not weight >= 0:
-            raise ValueError(f"the weight is {weight}: a number >= 0, or a schedule (kdtoolkit.schedules)")
+        one_of("rule", rule, functional.KDCL_RULES)
+        check_temperature(temperature)
+        check_weight(weight)
         self.weight, self.rule, self.temperature = weight, rule, temperature
         self.mixture: Tensor | None = None  # (K,) of "general"
         self._found_in = -1  # epoch
 
     def check(self, run: Any) -> None:
-        count = len(run.method.networks())
-        if count < 2:
-            raise ValueError(f"KDCL needs two networks or more, this run trains {count}: use Peers([...])")
+        several(self, run.method)
         if self.rule in ("naive", "linear", "minlogit") and run.data is not None and run.data.unlabelled:
             raise ValueError(f"KDCL(rule={self.rule!r}) reads every label, and some rows have none: use rule='mean'")
         if self.rule == "general" and run.data is not None and run.data.val is None:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..functional.logits import check_temperature
 from ..functional.peers import from_each_other, others_mean, peers
-from ..schedules import told, value
+from ..registry import one_of
+from ..schedules import check_weight, told, value
 from ..types import Batch, Step, Weight
-from .base import Callback
+from .base import Callback, several
 
 TARGETS = ("pairwise", "ensemble")
 FORMS: dict[str, Callable[..., Tensor]] = {"kl": functional.kd, "eps": functional.kd_eps, "soft-ce": functional.soft_ce}
@@ -47,24 +49,17 @@ class MutualKL(Callback):
         detach: bool = True,
         form: str = "kl",
     ):
-        if target not in TARGETS:
-            raise ValueError(f"target is {target!r}; allowed: {', '.join(map(repr, TARGETS))}")
-        if form not in (*FORMS, "tf"):
-            raise ValueError(f"form is {form!r}; allowed: {', '.join(map(repr, [*FORMS, 'tf']))}")
+        one_of("target", target, TARGETS)
+        one_of("form", form, (*FORMS, "tf"))
         if form == "tf" and (temperature, target, detach) != (1.0, "pairwise", True):
             raise ValueError("form='tf' has temperature=1.0, target='pairwise' and detach=True: leave them out")
-        if detach not in (True, False):
-            raise ValueError(f"detach is {detach!r}; allowed: True, False")
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}, it must be positive")
-        if not callable(weight) and not weight >= 0:
-            raise ValueError(f"the weight is {weight}: a number >= 0, or a schedule (kdtoolkit.schedules)")
+        one_of("detach", detach, (True, False))
+        check_temperature(temperature)
+        check_weight(weight)
         self.weight, self.temperature, self.target, self.detach, self.form = weight, temperature, target, detach, form
 
     def check(self, run: Any) -> None:
-        count = len(run.method.networks())
-        if count < 2:
-            raise ValueError(f"MutualKL needs two networks or more, this run trains {count}: use Peers([...])")
+        several(self, run.method)
         if run.method.alone and not self.detach:
             raise ValueError(
                 "MutualKL(detach=False) sends gradients into the networks that teach, which other processes train: "

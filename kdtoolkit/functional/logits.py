@@ -60,7 +60,7 @@ def kd_eps(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float
 def check_temperature(temperature: float) -> None:
     """ValueError unless a temperature (no unit) is above 0."""
     if not temperature > 0:
-        raise ValueError(f"a temperature is above 0, got {temperature}")
+        raise ValueError(f"temperature is {temperature}, it must be positive")
 
 
 def check_shapes(**tensors: Tensor) -> None:

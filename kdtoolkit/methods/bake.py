@@ -59,7 +59,7 @@ class BAKE(Method):
             raise ValueError(f"BAKE has no loss {unknown[0]!r}; it has {', '.join(TERMS)}")
         self.sampling = SameClass(partners) if partners != 0 else None
         self.weights = {**TERMS, **(weights or {})}
-        self.temperature, self.omega = temperature, omega
+        self.temperature, self.omega, self.partners = temperature, omega, partners
         self.preprocess = preprocess or Preprocess.of(student.model, image)
         self.student, self.taps = student.model, student.select([])
         student.rehearse()
@@ -92,10 +92,9 @@ class BAKE(Method):
         whom = {"ce": "labels", "bake": "logits of the batch, mixed by similarity"}
         weights = {t: told(w) for t, w in self.weights.items()}
         rows = [{"loss": t, "weight": w, "student": "logits", "teacher": whom[t]} for t, w in weights.items()]
-        told_too = (
-            [f"batches: {self.sampling}, so an epoch has more steps than rows / batch_size"] if self.sampling else []
-        )
-        return {"losses": rows, "parameters": {"student": count(self.student)}, "notes": told_too}
+        group = 1 + self.partners
+        notes = [f"batches of groups of {group}: an epoch has {group} times the steps"] if self.partners else []
+        return {"losses": rows, "parameters": {"student": count(self.student)}, "notes": notes}
 
 
 @strategy("bake", losses=TERMS, title="Batch knowledge ensembling, BAKE (Ge et al. 2021)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +10,11 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..method import Given, Method
-from ..offline import touch
+from ..offline import count, touch
 from ..preprocess import Preprocess
 from ..registry import nearest
-from ..schedules import SigmoidRampUp, told, value
-from ..tails import Cut, Embedding, Tail, behind, boundary, cut_at, graft, last_boundary
+from ..schedules import told, value
+from ..tails import Cut, Embedding, Tail, behind, boundary, cut_at, cut_of, graft
 from ..taps import Taps
 from ..tuning import fresh
 from ..types import Batch, Clock, Stage, Step, Weight
@@ -206,9 +205,9 @@ class Branches(Method):
         kind = type(self.join).__name__
         rows += [{"loss": t, "weight": weights[t], "student": "all branches", "teacher": kind} for t in self.terms]
         end = self.taps.end(self.cut)
-        counts = {"trunk": _count(self.student) - self._behind}
+        counts = {"trunk": count(self.student) - self._behind}
         counts |= {f"tail of {name}": self._behind for name in self.networks()}
-        counts |= {} if self.join is None else {kind: _count(self.join)}
+        counts |= {} if self.join is None else {kind: count(self.join)}
         note = f"the branches leave the trunk behind {end.name}, {'x'.join(map(str, end.shape))} {end.shape.layout}"
         return {"losses": rows, "parameters": counts, "notes": [note]}
 
@@ -233,36 +232,12 @@ def build(
     )  # fmt: skip
 
 
-def ramped(weights: Mapping[str, Weight], terms: Sequence[str], epochs: float | None) -> dict[str, Weight]:
-    """The weights, where a length of the ramp-up is given with that ramp-up of these terms."""
-    if epochs is None:
-        return dict(weights)
-    made = dict(weights)
-    for term in terms:
-        weight = weights[term]
-        if isinstance(weight, SigmoidRampUp):
-            made[term] = dataclasses.replace(weight, length=epochs)
-        elif callable(weight):
-            raise ValueError(f"rampup_epochs={epochs} and a schedule for {term!r} in losses={{...}}: give one of them")
-        elif weight:
-            made[term] = SigmoidRampUp(weight, epochs)
-    return made
-
-
-def cut_of(taps: Taps, cut: Stage) -> Stage:
-    return last_boundary(taps) if cut == "auto" else taps.key(cut)
-
-
 def name_of(k: int) -> str:
     return FIRST if k == 0 else f"branch{k}"
 
 
 def loss_of(name: str) -> str:
     return "ce" if name == FIRST else f"ce/{name}"
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def _weights(terms: Sequence[str], given: Mapping[str, Weight] | None) -> dict[str, Weight]:

@@ -92,7 +92,7 @@ def check_options(
 ) -> None:
     """ValueError for an option that no loss of this run takes; `arguments` are other names that may have been meant."""
     if strategy is not None:
-        allowed = strategy.options
+        allowed = list(strategy.options)
     else:
         allowed = sorted({o for name in losses if name in OBJECTIVES for o in options_of(OBJECTIVES[name].__init__)})
     unknown = [o for o in options if o not in allowed]

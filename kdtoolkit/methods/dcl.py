@@ -12,7 +12,7 @@ from typing import Any
 
 from ..callbacks import DCLMerger, Diversity
 from ..method import Given, Method, strategy
-from .dml import team
+from .peers import team
 
 
 @strategy("dcl", losses={"ce": 1.0}, title="Deep communication learning, DCL (Zhang et al. 2022)")

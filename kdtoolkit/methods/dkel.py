@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from ..callbacks import DecayingEnsemble, Diversity, EMATeacher
 from ..method import Given, Method, strategy
-from ..schedules import RampUpAsCoded, SigmoidRampUp
+from ..registry import one_of
+from ..schedules import RampUpAsCoded, SigmoidRampUp, ramped
 from ..types import Stage, Weight
-from .branches import ramped
 from .pcl import pcl_branches
 
 RAMPED = ("ensemble", "decaying")
@@ -44,8 +44,7 @@ def dkel(
     """branches: copies of what lies behind the cut; cut: a stage or a module's name; rate, decay: of the ensemble's
     share g, see DecayingEnsemble; init_steps, count, ema_decay: see EMATeacher; rampup: "intended" or "released", of
     weights that are not numbers; rampup_epochs: its length."""
-    if rampup not in RAMPUPS:
-        raise ValueError(f"rampup is {rampup!r}; allowed: {', '.join(map(repr, RAMPUPS))}")
+    one_of("rampup", rampup, RAMPUPS)
     weights: dict[str, Weight] = dict(given.weights)
     if rampup == "released":
         until = 80 if rampup_epochs is None else rampup_epochs

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from ..callbacks import MutualKL
 from ..method import Given, Method, strategy
-from .peers import Peers
+from .peers import team
 
 
 @strategy("dml", losses={"ce": 1.0, "mutual": 1.0}, title="Deep mutual learning, DML (Zhang et al. 2018)")
@@ -36,23 +34,3 @@ def dml(
     method = team(given, peers, views=views, label_smoothing=label_smoothing, spread=spread)
     method.callbacks = (mutual,)
     return method
-
-
-def team(given: Given, peers: Any, *, views: bool, label_smoothing: float, spread: bool | str) -> Peers:
-    """The student and further networks: `peers` in all, of its architecture, or those of a list."""
-    networks = [given.student.model, *_others(given, peers)]
-    return Peers(
-        networks, weight=given.weights["ce"], views=views, label_smoothing=label_smoothing, image=given.image,
-        spread=spread,
-    )  # fmt: skip
-
-
-def _others(given: Given, peers: Any) -> list[nn.Module]:
-    if isinstance(peers, (list, tuple)) and peers:
-        return [given.another(k, spec) for k, spec in enumerate(peers, 1)]
-    if isinstance(peers, bool) or not isinstance(peers, int) or peers < 2:
-        raise ValueError(
-            f"peers is {peers!r}: a number of networks from 2, the student among them, or a list of further networks "
-            "(names or modules)"
-        )
-    return [given.another(k) for k in range(1, peers)]

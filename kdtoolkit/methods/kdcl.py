@@ -11,7 +11,7 @@ from typing import Any
 
 from ..callbacks import KDCL
 from ..method import Given, Method, strategy
-from .dml import team
+from .peers import team
 
 
 @strategy("kdcl", losses={"ce": 1.0, "kdcl": 1.0}, title="Collaborative learning, KDCL (Guo et al. 2020)")

@@ -10,8 +10,7 @@ from __future__ import annotations
 from ..callbacks import EMATeacher
 from ..data import Mixed
 from ..method import Given, Method, strategy
-from ..schedules import SigmoidRampUp
-from .branches import ramped
+from ..schedules import SigmoidRampUp, ramped
 from .peers import Peers
 
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from .. import functional
 from ..functional.logits import check_temperature
 from ..method import Given, Method, strategy
-from ..schedules import SigmoidRampUp
+from ..schedules import SigmoidRampUp, ramped
 from ..tails import embedding_size
 from ..taps import Taps
 from ..types import Stage
-from .branches import Team, build, ramped
+from .branches import Team, build
 
 REDUCTION = 8  # D over the width of queries and keys
 

@@ -15,10 +15,10 @@ from .. import functional
 from ..functional.logits import check_temperature
 from ..method import Given, Method, strategy
 from ..modules import as_map
-from ..schedules import SigmoidRampUp
+from ..schedules import SigmoidRampUp, ramped
 from ..taps import Taps
 from ..types import Shape, Stage
-from .branches import Team, build, ramped
+from .branches import Team, build
 
 
 class Gate(nn.Module):

@@ -17,12 +17,12 @@ from .. import functional
 from ..callbacks.ema import EMATeacher
 from ..functional.logits import check_temperature
 from ..method import Given, Method, strategy
-from ..schedules import SigmoidRampUp
+from ..schedules import SigmoidRampUp, ramped
 from ..tails import embedding_size
 from ..taps import Taps
 from ..tuning import outputs
 from ..types import Stage, Weight
-from .branches import Branches, Team, build, ramped
+from .branches import Branches, Team, build
 
 
 class EnsembleClassifier(nn.Module):

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import distributed, functional
-from ..method import Method
+from ..method import Given, Method
+from ..offline import count
 from ..preprocess import Preprocess
-from ..schedules import told, value
+from ..schedules import check_weight, told, value
 from ..types import Batch, Clock, Step, Weight
 
 PRODUCT = "student"
@@ -63,8 +64,7 @@ class Peers(Method):
         for option, given in (("views", views), ("spread", spread)):
             if given not in (True, False, *(["auto"] if option == "spread" else [])):
                 raise ValueError(f"{option} is {given!r}; allowed: True, False{', auto' * (option == 'spread')}")
-        if not callable(weight) and not weight >= 0:
-            raise ValueError(f"the weight is {weight}: a number >= 0, or a schedule (kdtoolkit.schedules)")
+        check_weight(weight)
         if not views:
             _check_twins(networks)
         if not 0.0 <= label_smoothing < 1.0:
@@ -114,7 +114,7 @@ class Peers(Method):
     def plan(self) -> dict[str, Any]:
         same = {"weight": told(self.weight), "teacher": "labels"}
         rows = [{"loss": loss_of(name), "student": f"{name} logits", **same} for name in self.peers]
-        counts = {name: sum(p.numel() for p in net.parameters()) for name, net in self.peers.items()}
+        counts = {name: count(net) for name, net in self.peers.items()}
         many, notes = distributed.processes(), []
         if many > 1 and not self.alone:
             notes = [f"every one of {many} processes trains all networks, each on its share of the batch"]
@@ -161,6 +161,26 @@ class Peers(Method):
             distributed.copy_from(source, [*net.parameters(), *net.buffers()])
             if optimizer is not None:
                 distributed.copy_state_from(source, optimizer, list(net.parameters()))
+
+
+def team(given: Given, peers: Any, *, views: bool, label_smoothing: float, spread: bool | str) -> Peers:
+    """The student and further networks: `peers` in all, of its architecture, or those of a list."""
+    networks = [given.student.model, *_others(given, peers)]
+    return Peers(
+        networks, weight=given.weights["ce"], views=views, label_smoothing=label_smoothing, image=given.image,
+        spread=spread,
+    )  # fmt: skip
+
+
+def _others(given: Given, peers: Any) -> list[nn.Module]:
+    if isinstance(peers, (list, tuple)) and peers:
+        return [given.another(k, spec) for k, spec in enumerate(peers, 1)]
+    if isinstance(peers, bool) or not isinstance(peers, int) or peers < 2:
+        raise ValueError(
+            f"peers is {peers!r}: a number of networks from 2, the student among them, or a list of further networks "
+            "(names or modules)"
+        )
+    return [given.another(k) for k in range(1, peers)]
 
 
 def _check_twins(networks: Sequence[nn.Module]) -> None:

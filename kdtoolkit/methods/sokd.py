@@ -22,13 +22,14 @@ from .. import functional
 from ..functional.logits import check_temperature, full
 from ..method import Given, Method, strategy
 from ..modules import Adapter
+from ..offline import count
 from ..preprocess import Preprocess
+from ..registry import one_of
 from ..schedules import told, value
-from ..tails import Tail, boundary, cut_at, graft
+from ..tails import Tail, boundary, cut_at, cut_of, graft
 from ..taps import Frozen, Taps
 from ..tuning import fresh, outputs
 from ..types import Batch, Clock, Out, Stage, Step, Weight
-from .branches import cut_of
 
 STARTS = ("teacher", "random")
 MODES = ("eval", "train")
@@ -69,8 +70,8 @@ class SOKD(Method):
     ):
         super().__init__()
         check_temperature(temperature)
-        _one_of("start", start, STARTS)
-        _one_of("teacher_mode", teacher_mode, MODES)
+        one_of("start", start, STARTS)
+        one_of("teacher_mode", teacher_mode, MODES)
         if outputs(student) != outputs(teacher):
             raise ValueError(
                 f"the teacher has {outputs(teacher)} classes, the student {outputs(student)}: SOKD compares logits"
@@ -176,11 +177,11 @@ class SOKD(Method):
                 row |= {side: end.name, f"{side}_shape": list(end.shape), f"{side}_layout": end.shape.layout}
             row["teacher"] = f"branch {row['teacher']}"
             name = "identity" if self.adapter.is_identity else "Adapter"
-            rows.append(row | {"adapter": name, "adapter_parameters": _count(self.adapter)})
+            rows.append(row | {"adapter": name, "adapter_parameters": count(self.adapter)})
         end = teacher.end(self.branch.stage)
         note = f"the branch leaves the teacher behind {end.name}, {'x'.join(map(str, end.shape))} {end.shape.layout}"
         nets = {"student": self.student, "branch": self.branch, "teacher": teacher.model}
-        return {"losses": rows, "parameters": {name: _count(net) for name, net in nets.items()}, "notes": [note]}
+        return {"losses": rows, "parameters": {name: count(net) for name, net in nets.items()}, "notes": [note]}
 
 
 class Drift(nn.Module):
@@ -236,12 +237,3 @@ def sokd(
 def _copied(teacher: Frozen) -> nn.Module:
     """The teacher's network in float32; its hooks have no effect in a copy."""
     return copy.deepcopy(teacher.model).float()
-
-
-def _one_of(what: str, given: str, allowed: tuple[str, ...]) -> None:
-    if given not in allowed:
-        raise ValueError(f"{what} is {given!r}; allowed: {', '.join(map(repr, allowed))}")
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

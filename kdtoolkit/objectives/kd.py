@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import functional
+from ..functional.logits import check_temperature
 from ..method import Objective, objective
 from ..taps import Frozen, Taps
 from ..types import Batch, Out, Stage
@@ -32,8 +33,7 @@ class KD(Objective):
         temperature: float = 4.0,
     ):
         super().__init__(student, teacher)
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}, it must be positive")
+        check_temperature(temperature)
         self.temperature = temperature
 
     def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 import kdtoolkit
-from kdtoolkit.allocator import keep_freed_memory
+from kdtoolkit.utils.memory import keep_freed_memory
 
 Way = tuple[Callable[[Tensor], Tensor], list[nn.Parameter], Callable[[], list[dict[str, Tensor]]]]
 # x -> logits (K, B, C); what is trained; buffers of every network
@@ -46,8 +46,12 @@ class Heads(nn.Module):
 
     def __init__(self, layers: list[nn.Linear]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.stack([m.weight.detach().t() for m in layers]))  # (K, F, C)
-        self.bias = nn.Parameter(torch.stack([m.bias.detach() for m in layers]).unsqueeze(1))  # (K, 1, C)
+        self.weight = nn.Parameter(
+            torch.stack([m.weight.detach().t() for m in layers])
+        )  # (K, F, C)
+        self.bias = nn.Parameter(
+            torch.stack([m.bias.detach() for m in layers]).unsqueeze(1)
+        )  # (K, 1, C)
 
     def forward(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (len(self.weight), -1)).transpose(0, 1) @ self.weight + self.bias
@@ -63,21 +67,31 @@ def joined(layers: list[nn.Module]) -> nn.Module | None:
     elif isinstance(first, nn.Conv2d) and first.groups == 1 and first.bias is None:
         stem = first.in_channels == 3
         shape = (first.in_channels * (1 if stem else count), first.out_channels * count)
-        options = dict(stride=first.stride, padding=first.padding, groups=1 if stem else count, bias=False)
+        options = dict(
+            stride=first.stride, padding=first.padding, groups=1 if stem else count, bias=False
+        )
         new = nn.Conv2d(*shape, first.kernel_size, **options)  # type: ignore[arg-type]
     elif first.state_dict() and not list(first.children()):
-        raise ValueError(f"{type(first).__name__} has no grouped form here; allowed: Conv2d, BatchNorm2d, Linear")
+        raise ValueError(
+            f"{type(first).__name__} has no grouped form here; allowed: Conv2d, BatchNorm2d, Linear"
+        )
     else:
         return None
     states = [m.state_dict() for m in layers]
-    new.load_state_dict({k: torch.cat([s[k] for s in states]) if v.dim() else v for k, v in states[0].items()})
+    new.load_state_dict(
+        {k: torch.cat([s[k] for s in states]) if v.dim() else v for k, v in states[0].items()}
+    )
     return new
 
 
 def loop(nets: list[nn.Module]) -> Way:
     nets = [copy.deepcopy(n).to(memory_format=torch.channels_last) for n in nets]  # type: ignore[call-overload]
     params = [p for n in nets for p in n.parameters()]
-    return lambda x: torch.stack([n(x) for n in nets]), params, lambda: [dict(n.named_buffers()) for n in nets]
+    return (
+        lambda x: torch.stack([n(x) for n in nets]),
+        params,
+        lambda: [dict(n.named_buffers()) for n in nets],
+    )
 
 
 def batched(nets: list[nn.Module], cast: bool) -> Way:
@@ -132,7 +146,11 @@ def stepper(way: Way, x: Tensor, y: Tensor, half: bool) -> Callable[[], Tensor]:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             logits = forward(x)
         targets = y.repeat(len(logits))
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none").view(len(logits), -1).mean(1)
+        losses = (
+            F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
+            .view(len(logits), -1)
+            .mean(1)
+        )
         losses.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -153,40 +171,57 @@ def seconds(step: Callable[[], Tensor], device: str) -> float:
 def row(model: str, peers: int, precision: str, args: argparse.Namespace) -> str:
     torch.manual_seed(0)
     nets = [timm.create_model(model, num_classes=100).to(args.device).train() for _ in range(peers)]
-    x = torch.rand(args.batch, 3, 32, 32, device=args.device).contiguous(memory_format=torch.channels_last)
+    x = torch.rand(args.batch, 3, 32, 32, device=args.device).contiguous(
+        memory_format=torch.channels_last
+    )
     y = torch.randint(0, 100, (args.batch,), device=args.device)
     half = precision == "bf16"
-    ways = {"loop": loop(nets), "vmap": batched(nets, half and not args.autocast_alone), "grouped": grouped(nets)}
+    ways = {
+        "loop": loop(nets),
+        "vmap": batched(nets, half and not args.autocast_alone),
+        "grouped": grouped(nets),
+    }
     steps = {name: stepper(way, x, y, half) for name, way in ways.items()}
     losses = {name: torch.stack([step() for _ in range(3)]) for name, step in steps.items()}
     others = [name for name in ways if name != "loop"]
     apart = {n: (losses[n] - losses["loop"]).abs().max().item() for n in others}
     kept = {name: statistics_of(way[2]()) for name, way in ways.items()}
-    moved = {n: ((kept[n] - kept["loop"]).abs() / kept["loop"].abs().clamp(min=1)).max().item() for n in others}
+    moved = {
+        n: ((kept[n] - kept["loop"]).abs() / kept["loop"].abs().clamp(min=1)).max().item()
+        for n in others
+    }
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(args.rounds):
         for name in list(steps) if number % 2 else list(steps)[::-1]:
             times[name].append(seconds(steps[name], args.device))
     cells = [f"{statistics.median(times['loop']) * 1e3:.0f}"]
     for name in others:
-        low, middle, high = statistics.quantiles([a / b for a, b in zip(times[name], times["loop"], strict=True)], n=4)
+        low, middle, high = statistics.quantiles(
+            [a / b for a, b in zip(times[name], times["loop"], strict=True)], n=4
+        )
         cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
     cells += [f"{max(apart.values()):.1e}", f"{max(moved.values()):.1e}"]
     return f"| {model} | {precision} | {peers} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=["cifar_resnet8", "cifar_resnet20"])
     parser.add_argument("--peers", nargs="+", type=int, default=[2, 3, 6], help="how many networks")
     parser.add_argument("--precisions", nargs="+", default=["no", "bf16"], choices=["no", "bf16"])
     parser.add_argument("--batch", type=int, default=128, help="images, 32 x 32")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--autocast-alone", action="store_true", help="no casts by hooks under vmap")
+    parser.add_argument(
+        "--autocast-alone", action="store_true", help="no casts by hooks under vmap"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="", help="file to append the table to")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", message="There is a performance drop")  # as_strided_ of the pool under vmap
+    warnings.filterwarnings(
+        "ignore", message="There is a performance drop"
+    )  # as_strided_ of the pool under vmap
     if args.device == "cpu":
         keep_freed_memory()  # as every run of distill() does
     lines = [

@@ -32,7 +32,9 @@ METHODS: dict[str, dict[str, Any]] = {
 ADAMW: dict[str, Any] = dict(optimizer="adamw", lr=1e-3, weight_decay=0.05)
 NESTEROV: dict[str, Any] = dict(optimizer="nesterov", lr=0.1, weight_decay=5e-4)
 VIT = dict(img_size=32, patch_size=4, depth=4, embed_dim=64, num_heads=2)
-SWIN = dict(img_size=32, patch_size=2, window_size=4, embed_dim=32, depths=(2, 2, 2), num_heads=(2, 4, 8))
+SWIN = dict(
+    img_size=32, patch_size=2, window_size=4, embed_dim=32, depths=(2, 2, 2), num_heads=(2, 4, 8)
+)
 STUDENTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "swin-resnet8": ("cifar_resnet8", {}, NESTEROV),
     "resnet56-vit": ("vit_tiny_patch16_224", VIT, ADAMW),
@@ -42,13 +44,17 @@ STUDENTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def final(folder: Path) -> dict[str, Any] | None:
     """What a finished run measured at its end."""
     journal = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    rows = (
+        [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    )
     found = next((row for row in rows if row["event"] == "final"), None)
     speeds = [row["images_per_s"] for row in rows if row["event"] == "train"]
     return found and found | {"images_per_s": statistics.median(speeds), "folder": folder}
 
 
-def train(args: argparse.Namespace, folder: Path, teacher: Any, student: str, **options: Any) -> dict[str, Any]:
+def train(
+    args: argparse.Namespace, folder: Path, teacher: Any, student: str, **options: Any
+) -> dict[str, Any]:
     """The result of one arm, run unless its folder has it."""
     done = final(folder)
     if done is None:
@@ -67,10 +73,19 @@ def run(args: argparse.Namespace) -> None:
     for pair in args.pairs:
         teacher, (student, student_args, rule) = args.teacher_weights, STUDENTS[pair]
         if pair == "swin-resnet8":
-            options: dict[str, Any] = dict(method="none", epochs=args.teacher_epochs, batch_size=128, **ADAMW)
+            options: dict[str, Any] = dict(
+                method="none", epochs=args.teacher_epochs, batch_size=128, **ADAMW
+            )
             architecture = SWIN | {"drop_path_rate": 0.0}
             folder = runs / f"swin-e{args.teacher_epochs}"
-            train(args, folder, None, "swin_tiny_patch4_window7_224", student_args=architecture, **options)
+            train(
+                args,
+                folder,
+                None,
+                "swin_tiny_patch4_window7_224",
+                student_args=architecture,
+                **options,
+            )
             teacher = str(folder / "student")
         for seed in args.seeds:
             for name, method in ((m, METHODS[m]) for m in args.methods):
@@ -89,12 +104,20 @@ def table(args: argparse.Namespace) -> None:
         done, (name, rows, epochs, _) = final(folder), folder.name.rsplit("-", 3)
         if done is not None:
             pair, method = name.rsplit("-", 1)
-            groups.setdefault((pair, int(rows[1:]), int(epochs[1:])), {}).setdefault(method, []).append(done)
+            groups.setdefault((pair, int(rows[1:]), int(epochs[1:])), {}).setdefault(
+                method, []
+            ).append(done)
     lines = ["# Pairs of different families", "", (__doc__ or "").strip().split("\n\n", 1)[1], ""]
     for (pair, rows, epochs), arms in groups.items():
-        lines += [f"## {pair}: student {STUDENTS[pair][0]}, {rows} training images, {epochs} epochs, last epoch", ""]
+        lines += [
+            f"## {pair}: student {STUDENTS[pair][0]}, {rows} training images, {epochs} epochs, last epoch",
+            "",
+        ]
         lines += [_origin(pair, rows, epochs, [f for found in arms.values() for f in found]), ""]
-        lines += ["| method | n | top-1 % | per seed | agreement % | images/s (median) |", "|---|---|---|---|---|---|"]
+        lines += [
+            "| method | n | top-1 % | per seed | agreement % | images/s (median) |",
+            "|---|---|---|---|---|---|",
+        ]
         lines += [_row(method, arms[method]) for method in METHODS if method in arms]
         lines.append("")
     out, mark = Path(args.table), "\n## What they say\n"
@@ -114,7 +137,9 @@ def _row(name: str, found: list[dict[str, Any]]) -> str:
 
 def _origin(pair: str, rows: int, epochs: int, found: list[dict[str, Any]]) -> str:
     """Teacher, command and machine of a table."""
-    teacher = next((f"Teacher top-1 {f['teacher_top1']:.2f} %. " for f in found if "teacher_top1" in f), "")
+    teacher = next(
+        (f"Teacher top-1 {f['teacher_top1']:.2f} %. " for f in found if "teacher_top1" in f), ""
+    )
     env = json.loads((found[0]["folder"] / "env.json").read_text())
     packages = ", ".join(f"{p} {env['packages'][p]}" for p in ("torch", "timm"))
     return (
@@ -125,14 +150,20 @@ def _origin(pair: str, rows: int, epochs: int, found: list[dict[str, Any]]) -> s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default=None, help="a local copy of CIFAR-10; default the Hub")
-    parser.add_argument("--teacher-weights", required=True, help="a CIFAR-10 ResNet, for instance ResNet-56")
+    parser.add_argument(
+        "--teacher-weights", required=True, help="a CIFAR-10 ResNet, for instance ResNet-56"
+    )
     parser.add_argument("--pairs", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--rows", type=int, default=10000, help="training images of the students")
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--teacher-epochs", type=int, default=8, help="of the Swin, on all training images")
+    parser.add_argument(
+        "--teacher-epochs", type=int, default=8, help="of the Swin, on all training images"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--output", default="runs/cross_family", help="folder of the runs")

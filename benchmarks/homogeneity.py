@@ -74,12 +74,18 @@ def simulate(
         teacher = teacher + lr * way(teacher, truth)
     found: dict[str, list[np.ndarray]] = {"student": [], "teacher": [], "apart": []}
     for epoch in range(epochs + 1):
-        for name, gap in (("student", student - truth), ("teacher", teacher - truth), ("apart", teacher - student)):
+        for name, gap in (
+            ("student", student - truth),
+            ("teacher", teacher - truth),
+            ("apart", teacher - student),
+        ):
             found[name].append(np.linalg.norm(gap, axis=-1).mean(-1))
         others = [np.roll(teacher, -k, axis=1) for k in range(1, PEERS)]  # of peer i: teacher i + k
         each = sum(way(student, t) for t in others) / (1 if summed else PEERS - 1)
         early = np.exp(-decay * epoch) if "DKEL" in method else 0.0
-        taught = (1 - early if mixed or coded else 1.0) * each + early * way(student, sum(others) / (PEERS - 1))
+        taught = (1 - early if mixed or coded else 1.0) * each + early * way(
+            student, sum(others) / (PEERS - 1)
+        )
         peers = way(student, student.mean(1, keepdims=True))
         student = student + lr * (way(student, truth) + peers + taught)
         keep = min(1 - 1 / (epoch + 1), ema) if coded else ema
@@ -107,7 +113,10 @@ def tables(trials: int) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for method, run in runs.items():
-        at = [", ".join(f"{run[n][e].mean():.3f}" for e in (0, 10, 60, 90)) for n in ("student", "teacher", "apart")]
+        at = [
+            ", ".join(f"{run[n][e].mean():.3f}" for e in (0, 10, 60, 90))
+            for n in ("student", "teacher", "apart")
+        ]
         lines.append(
             f"| {method} | {at[0]} | {at[1]} | {converged(run['student'])}, {converged(run['teacher'])} | {at[2]} |"
         )
@@ -160,17 +169,25 @@ def draw(file: Path, trials: int) -> None:
             style = (0, (4, 3)) if method in ("DKEL", "PCL, coded") else "-"
             axes.plot(run[name].mean(1), color=color, linestyle=style, linewidth=1.6, label=method)
     for axes, title in zip(panels, ("student to truth", "teacher to its student"), strict=True):
-        axes.set(title=title, xlabel="epoch (steps)", ylabel="mean distance (no unit)", ylim=(0, None))
+        axes.set(
+            title=title, xlabel="epoch (steps)", ylabel="mean distance (no unit)", ylim=(0, None)
+        )
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=6,
+        frameon=False,
+        fontsize=9,
     )
     save(figure, file)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--figure", default="", help="PNG to write; needs matplotlib")
     args = parser.parse_args()

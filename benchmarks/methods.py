@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from kdtoolkit import distill
-from kdtoolkit.models import build
+from kdtoolkit.models.loading import load_model
 
 METHODS = {
     "alone": dict(method="none"),
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
             if (folder / "report.md").exists():
                 continue
             teacher = None if name == "alone" else args.teacher
-            known = build(args.teacher, pretrained=False, role="teacher")
+            known = load_model(args.teacher, pretrained=False, role="teacher")
             shortcut = getattr(known, "kd_model_args", {}).get("shortcut", "B")
             distill(
                 teacher, args.student, args.data, data_path=args.data_path, **METHODS[name],  # type: ignore[arg-type]
@@ -59,16 +59,26 @@ def table(args: argparse.Namespace) -> None:
         data, rest = folder.name.split("-", 1)
         student, rest = rest.split("-", 1)
         name, epochs, _ = rest.rsplit("-", 2)
-        final["images_per_s"] = statistics.median(r["images_per_s"] for r in rows if r["event"] == "train")
+        final["images_per_s"] = statistics.median(
+            r["images_per_s"] for r in rows if r["event"] == "train"
+        )
         final["env"] = json.loads((folder / "env.json").read_text())
         final["config"] = yaml.safe_load((folder / "config.yaml").read_text())
         groups.setdefault((data, student, int(epochs[1:])), {}).setdefault(name, []).append(final)
     lines = ["# Student alone, KD, SRKD", "", (__doc__ or "").strip().split("\n\n", 1)[1], ""]
     for (data, student, epochs), methods in groups.items():
-        teacher = next((f["teacher_top1"] for fs in methods.values() for f in fs if "teacher_top1" in f), None)
-        lines += [f"## {data}, {student}, {epochs} epochs, last epoch; teacher top-1 {teacher} %", ""]
+        teacher = next(
+            (f["teacher_top1"] for fs in methods.values() for f in fs if "teacher_top1" in f), None
+        )
+        lines += [
+            f"## {data}, {student}, {epochs} epochs, last epoch; teacher top-1 {teacher} %",
+            "",
+        ]
         lines += [_origin(next(iter(methods.values()))[0], data, student, epochs), ""]
-        lines += ["| method | n | top-1 % | per seed | agreement % | images/s (median) |", "|---|---|---|---|---|---|"]
+        lines += [
+            "| method | n | top-1 % | per seed | agreement % | images/s (median) |",
+            "|---|---|---|---|---|---|",
+        ]
         for name in [m for m in METHODS if m in methods]:
             tops = [f["top1"] for f in methods[name]]
             spread = f" ± {statistics.stdev(tops):.2f}" if len(tops) > 1 else ""
@@ -97,7 +107,9 @@ def _origin(final: dict, data: str, student: str, epochs: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True)
     runner = commands.add_parser("run")
     runner.set_defaults(do=run)
@@ -105,7 +117,9 @@ def main() -> None:
     runner.add_argument("--data-path", default=None, help="a local copy of the data")
     runner.add_argument("--teacher", required=True)
     runner.add_argument("--student", default="cifar_resnet20")
-    runner.add_argument("--methods", nargs="+", default=["alone", "kd", "srkd"], choices=list(METHODS))
+    runner.add_argument(
+        "--methods", nargs="+", default=["alone", "kd", "srkd"], choices=list(METHODS)
+    )
     runner.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     runner.add_argument("--rows", type=int, default=0, help="training rows to use; 0 is all")
     runner.add_argument("--epochs", type=int, default=12)

@@ -28,15 +28,19 @@ from torch.profiler import ProfilerActivity, profile
 
 import kdtoolkit
 from kdtoolkit import Frozen, Taps, create_method
-from kdtoolkit.allocator import keep_freed_memory
 from kdtoolkit.types import Batch, Clock
+from kdtoolkit.utils.memory import keep_freed_memory
 
 Step = Callable[[], None]
 NETS = {  # name -> (constructor arguments, pixels, batch)
     "cifar_resnet20": ({}, 32, 128),
     "resnet18": ({}, 64, 32),
     "vit_tiny_patch16_224": ({"img_size": 64, "patch_size": 8}, 64, 32),
-    "swin_tiny_patch4_window7_224": ({"img_size": 64, "window_size": 4, "depths": (1, 1, 2, 1)}, 64, 32),
+    "swin_tiny_patch4_window7_224": (
+        {"img_size": 64, "window_size": 4, "depths": (1, 1, 2, 1)},
+        64,
+        32,
+    ),
     "hrnet_w18_small": ({}, 64, 16),
 }
 
@@ -45,7 +49,9 @@ def build(args: argparse.Namespace) -> dict[str, Step]:
     torch.manual_seed(0)
     device, half = torch.device(args.device), {"bf16": torch.bfloat16, "no": None}[args.precision]
     batch = Batch(
-        x=torch.rand(args.batch, 3, args.size, args.size, device=device).contiguous(memory_format=torch.channels_last),
+        x=torch.rand(args.batch, 3, args.size, args.size, device=device).contiguous(
+            memory_format=torch.channels_last
+        ),
         y=torch.randint(0, 100, (args.batch,), device=device),
         index=torch.arange(args.batch, device=device),
     )
@@ -62,7 +68,7 @@ def build(args: argparse.Namespace) -> dict[str, Step]:
     def train(name: str) -> Step:
         frozen = [] if name == "none" else [Frozen(copy.deepcopy(teacher), None, args.size)]
         method = create_method(name, Taps(net(args.student), None, args.size), frozen).to(device)
-        method.place(device, torch.channels_last, half)
+        method.place_teachers(device, torch.channels_last, half)
         optimizer = torch.optim.SGD(method.parameters(), lr=0.01, momentum=0.9)
 
         def step() -> None:
@@ -119,13 +125,19 @@ def peak(step: Step, device: str) -> float:
     return highest / 2**20
 
 
-def tapped(name: str, args: argparse.Namespace) -> tuple[Step, Callable[[bool], Taps], Callable[[], int]]:
+def tapped(
+    name: str, args: argparse.Namespace
+) -> tuple[Step, Callable[[bool], Taps], Callable[[], int]]:
     options, size, batch = NETS[name]
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=100, **options).to(args.device, memory_format=torch.channels_last)
+    model = timm.create_model(name, num_classes=100, **options).to(
+        args.device, memory_format=torch.channels_last
+    )
     taps = Taps(model, None, size)
     everything = list(range(1, len(taps.stages) + 1))
-    x = torch.rand(batch, 3, size, size, device=args.device).contiguous(memory_format=torch.channels_last)
+    x = torch.rand(batch, 3, size, size, device=args.device).contiguous(
+        memory_format=torch.channels_last
+    )
     y = torch.randint(0, 100, (batch,), device=args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     device, half = torch.device(args.device).type, args.precision == "bf16"
@@ -197,7 +209,10 @@ def method_lines(args: argparse.Namespace) -> list[str]:
     middle = {name: statistics.median(t) for name, t in times.items()}
     both_t, both_m = middle["student"] + middle["teacher"], memory["student"] + memory["teacher"]
     both = [s + t for s, t in zip(times["student"], times["teacher"], strict=True)]
-    ratios = {n: statistics.median(k / b for k, b in zip(times[n], both, strict=True)) for n in ("kd", "srkd")}
+    ratios = {
+        n: statistics.median(k / b for k, b in zip(times[n], both, strict=True))
+        for n in ("kd", "srkd")
+    }
     lines = [
         f"{args.teacher} -> {args.student}, batch {args.batch}, {args.size} px, {machine(args)}, medians of "
         f"{args.rounds} interleaved rounds",
@@ -224,7 +239,9 @@ def tap_lines(args: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="?", default="methods", choices=["methods", "taps"])
     parser.add_argument("--teacher", default="cifar_resnet56")
     parser.add_argument("--student", default="cifar_resnet20")

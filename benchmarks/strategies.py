@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from kdtoolkit import Callback, distill
-from kdtoolkit.callbacks import DCLMerger, MutualKL
+from kdtoolkit.callbacks.dcl import DCLMerger
+from kdtoolkit.callbacks.mutual import MutualKL
 
 
 def soup() -> list[Callback]:
@@ -44,7 +45,9 @@ PEERS: dict[str, dict[str, Any]] = {
     "dcl-soup": dict(method="dcl", rule="mean", beta=0.5, until=0.1, views=True, callbacks=soup),
     "dcl-views": dict(method="dcl", rule="mean", views=True),
     "dcl-views-100": dict(method="dcl", rule="mean", views=True, every=100, beta=0.5),
-    "dcl-views-epoch": dict(method="dcl", rule="mean", views=True, every=1, unit="epochs", beta=0.5),
+    "dcl-views-epoch": dict(
+        method="dcl", rule="mean", views=True, every=1, unit="epochs", beta=0.5
+    ),
     "kdcl": dict(method="kdcl"),
 }
 ARMS: dict[str, dict[str, Any]] = {
@@ -73,7 +76,12 @@ def train(args: argparse.Namespace, arm: str, seed: int, **more: Any) -> Any:
     )  # fmt: skip
     extra = given.pop("callbacks", list)()
     given["callbacks"] = [*extra, *more.pop("callbacks", [])]
-    return distill(args.teacher if arm in TAUGHT else None, args.student, args.data, **{**shared, **given, **more})
+    return distill(
+        args.teacher if arm in TAUGHT else None,
+        args.student,
+        args.data,
+        **{**shared, **given, **more},
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -81,7 +89,12 @@ def run(args: argparse.Namespace) -> None:
         for arm in args.arms:
             folder = Path(args.runs) / f"{arm}-k{args.networks}-s{seed}"
             if not (folder / "report.md").exists():
-                told = {"output_dir": folder, "resume": "auto", "label": folder.name, "progress": "lines"}
+                told = {
+                    "output_dir": folder,
+                    "resume": "auto",
+                    "label": folder.name,
+                    "progress": "lines",
+                }
                 train(args, arm, seed, epochs=args.epochs, eval_every=args.epochs, **told)
 
 
@@ -107,13 +120,23 @@ def cost(args: argparse.Namespace) -> None:
     for turn in range(args.turns):
         for arm in args.arms:
             clock, rows = Clocked(), 128 * (args.steps + 1)
-            quiet = {"progress": "off", "max_steps": args.steps, "train_limit": rows, "warmup_epochs": 0}
+            quiet = {
+                "progress": "off",
+                "max_steps": args.steps,
+                "train_limit": rows,
+                "warmup_epochs": 0,
+            }
             train(args, arm, turn, callbacks=[clock], eval_every=10**6, eval_test="end", **quiet)
             seconds[arm].append(statistics.median(clock.seconds[2:]))
     alone = seconds["alone"]
-    ratios = {arm: statistics.median(s / a for s, a in zip(each, alone, strict=True)) for arm, each in seconds.items()}
+    ratios = {
+        arm: statistics.median(s / a for s, a in zip(each, alone, strict=True))
+        for arm, each in seconds.items()
+    }
     Path(args.costs).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.costs).write_text(json.dumps({"turns": args.turns, "steps": args.steps, "ratios": ratios}, indent=1))
+    Path(args.costs).write_text(
+        json.dumps({"turns": args.turns, "steps": args.steps, "ratios": ratios}, indent=1)
+    )
     print(ratios)
 
 
@@ -131,12 +154,16 @@ def table(args: argparse.Namespace) -> None:
     lines = [f"| {heads} |", "|" + "---|" * 8]
     for arm, networks in sorted(groups, key=lambda g: (list(ARMS).index(g[0]), g[1])):
         finals = groups[arm, networks]
-        told = [f.get("networks", {}) if arm not in TAUGHT else {} for f in finals]  # SOKD's branch is a teacher
-        nets = [[v for k, v in n.items() if k != "ensemble" and not k.startswith("ema")] for n in told]
+        told = [
+            f.get("networks", {}) if arm not in TAUGHT else {} for f in finals
+        ]  # SOKD's branch is a teacher
+        nets = [
+            [v for k, v in n.items() if k != "ensemble" and not k.startswith("ema")] for n in told
+        ]
         joint = [n.get("ensemble") for n in told]
         apart = [d["disagreement"] for f in finals for d in f["diversity"] if "disagreement" in d]
         cells = [
-            f"{arm} ({networks})" if arm in PEERS else arm, str(len(finals)), finals[0]["product"],
+            f"{arm} ({networks})" if arm in PEERS else arm, str(len(finals)), finals[0]["exported"],
             spread([f["top1"] for f in finals]), spread([statistics.mean(n) for n in nets if n]),
             spread([j for j in joint if j is not None]), spread(apart), f"{costs[arm]:.2f}" if arm in costs else "",
         ]  # fmt: skip
@@ -150,11 +177,15 @@ def table(args: argparse.Namespace) -> None:
 def spread(values: list[float]) -> str:
     if not values:
         return ""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.2f}" + (
+        f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True)
     for name, do in (("run", run), ("cost", cost), ("table", table)):
         command = commands.add_parser(name)
@@ -173,7 +204,9 @@ def main() -> None:
         command.add_argument("--epochs", type=int, default=10)
         command.add_argument("--precision", default="bf16")
         command.add_argument("--turns", type=int, default=5)
-        command.add_argument("--steps", type=int, default=12, help="measured in each turn, the first two left out")
+        command.add_argument(
+            "--steps", type=int, default=12, help="measured in each turn, the first two left out"
+        )
     args = parser.parse_args()
     args.do(args)
 

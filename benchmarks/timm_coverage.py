@@ -30,10 +30,10 @@ import torchvision
 from torch import nn
 
 from kdtoolkit import Frozen, Taps, create_method
-from kdtoolkit.modules import Adapter
-from kdtoolkit.pairing import pair_stages
-from kdtoolkit.stages import find_stages
-from kdtoolkit.taps import leaks
+from kdtoolkit.features.adapters import Adapter
+from kdtoolkit.features.reset_check import find_reset_leaks
+from kdtoolkit.features.stage_matching import pair_stages
+from kdtoolkit.features.stages import find_stages
 
 LOSSES = {"fitnet": 1.0, "at": 1.0, "srkd": 1.0}
 FIXED = {"inception_v3": 299}  # torchvision's, which does not say so
@@ -50,8 +50,14 @@ def names() -> list[str]:
 def build(name: str, classes: int | None = None) -> nn.Module:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = timm.create_model(name) if classes is None else timm.create_model(name, num_classes=classes)
-    if classes is None and getattr(model, "num_classes", 1) == 0:  # a backbone that is published without a head
+        model = (
+            timm.create_model(name)
+            if classes is None
+            else timm.create_model(name, num_classes=classes)
+        )
+    if (
+        classes is None and getattr(model, "num_classes", 1) == 0
+    ):  # a backbone that is published without a head
         return build(name, 10)
     return model.eval()
 
@@ -64,7 +70,9 @@ def torchvision_model(name: str) -> nn.Module:
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
-def row(name: str, model: nn.Module, size: int | None = None, hints: bool = True, plans: bool = True) -> Row:
+def row(
+    name: str, model: nn.Module, size: int | None = None, hints: bool = True, plans: bool = True
+) -> Row:
     start = time.perf_counter()
     taps = Taps(model, None, size)
     if not hints:
@@ -76,7 +84,7 @@ def row(name: str, model: nn.Module, size: int | None = None, hints: bool = True
     cuts = [key for key in taps.keys if taps.end(key).cut]
     found: Row = {
         "name": name, "size": list(taps.size), "seconds": seconds, "taps": len(ends), "cuts": len(cuts),
-        "leaks": leaks(taps, cuts), "stages": [[e.name, round(e.stride, 2), e.shape.layout, e.cut] for e in ends],
+        "leaks": find_reset_leaks(taps, cuts), "stages": [[e.name, round(e.stride, 2), e.shape.layout, e.cut] for e in ends],
         "tensors": max((len(e.boundary) for e in ends), default=0),
         "prefix": max((e.shape.prefix for e in ends), default=0),
     }  # fmt: skip
@@ -133,13 +141,17 @@ def scan(done: set[str]) -> Iterator[Row]:
         key = f"torchvision/{name}"
         if key not in done:
             size = FIXED.get(name, 224)
-            yield attempt(key, lambda name=name: torchvision_model(name), size=size) | {"family": "torchvision"}
+            yield attempt(key, lambda name=name: torchvision_model(name), size=size) | {
+                "family": "torchvision"
+            }
 
 
 def graph(done: set[str]) -> Iterator[Row]:
     for name in names():
         if name not in done:
-            yield attempt(name, lambda name=name: build(name), hints=False, plans=False) | {"family": family(name)}
+            yield attempt(name, lambda name=name: build(name), hints=False, plans=False) | {
+                "family": family(name)
+            }
 
 
 def pairs(done: set[str]) -> Iterator[Row]:
@@ -184,7 +196,9 @@ def read(path: Path) -> list[Row]:
 
 
 def good(rows: Iterable[Row], cuts: int = 0) -> int:
-    return sum("error" not in r and r["taps"] >= 2 and r["cuts"] >= cuts and not r["leaks"] for r in rows)
+    return sum(
+        "error" not in r and r["taps"] >= 2 and r["cuts"] >= cuts and not r["leaks"] for r in rows
+    )
 
 
 def table(folder: Path) -> str:
@@ -216,8 +230,12 @@ def table(folder: Path) -> str:
         for r in paired:
             octaves.update(r["octaves"])
         wrong = sum(bool(r["wrong"]) for r in paired)
-        share = ", ".join(f"{k} octaves {100 * v / octaves.total():.1f} %" for k, v in sorted(octaves.items()))
-        text += [f"| ordered pairs of one network per family, every adapter fits | {count - wrong} of {count} |"]
+        share = ", ".join(
+            f"{k} octaves {100 * v / octaves.total():.1f} %" for k, v in sorted(octaves.items())
+        )
+        text += [
+            f"| ordered pairs of one network per family, every adapter fits | {count - wrong} of {count} |"
+        ]
         text += ["", f"Strides of the paired stages differ by: {share}."]
     text += [
         "", f"Finding the stages takes {statistics.median(seconds):.2f} s in the median, {seconds[-1]:.1f} s at most "
@@ -233,7 +251,10 @@ def table(folder: Path) -> str:
 
 
 def failures(title: str, rows: list[Row]) -> list[str]:
-    lines = [f"- {r['name']}: {r.get('error') or r.get('leaks') or str(r['taps']) + ' stages'}" for r in rows]
+    lines = [
+        f"- {r['name']}: {r.get('error') or r.get('leaks') or str(r['taps']) + ' stages'}"
+        for r in rows
+    ]
     return [f"## {title} ({len(rows)})", "", *(lines or ["None."]), ""]
 
 
@@ -241,10 +262,16 @@ def by_family(rows: list[Row]) -> list[str]:
     families: dict[str, list[Row]] = defaultdict(list)
     for r in rows:
         families[r["family"]].append(r)
-    text = ["## By family", "", "| family | networks | stages | boundaries | strides | layout | tensors | prefix |"]
+    text = [
+        "## By family",
+        "",
+        "| family | networks | stages | boundaries | strides | layout | tensors | prefix |",
+    ]
     text += ["|---|---|---|---|---|---|---|---|"]
     for name, members in sorted(families.items()):
-        strides = Counter("/".join(f"{s[1]:.0f}" for s in r["stages"]) for r in members).most_common(1)[0][0]
+        strides = Counter(
+            "/".join(f"{s[1]:.0f}" for s in r["stages"]) for r in members
+        ).most_common(1)[0][0]
         cells = [
             "/".join(map(str, sorted({r[key] for r in members})))
             for key in ("taps", "cuts", "tensors", "prefix")
@@ -258,9 +285,13 @@ def by_family(rows: list[Row]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=["scan", "graph", "pairs", "table"])
-    parser.add_argument("--output", type=Path, default=Path("runs/timm_coverage"), help="folder of raw rows")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/timm_coverage"), help="folder of raw rows"
+    )
     args = parser.parse_args()
     if args.part == "table":
         target = Path(__file__).parent / "results" / "timm_coverage.md"
@@ -274,7 +305,11 @@ def main() -> None:
     for found in {"scan": scan, "graph": graph, "pairs": pairs}[args.part](done):
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
-        print(found["name"], found.get("error") or found.get("leaks") or found.get("wrong") or "ok", flush=True)
+        print(
+            found["name"],
+            found.get("error") or found.get("leaks") or found.get("wrong") or "ok",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -14,14 +14,24 @@ T = TypeVar("T")
 
 def parse(config: type[T], doc: str | None = None, argv: list[str] | None = None) -> T:
     """`config` (a dataclass) with the values that the command line gives; --help shows each field and its comment."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     notes = _comments(config, sys._getframe(1).f_globals.get("__file__"))
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         default: Any = field.default
-        kind = _flag if isinstance(default, bool) else type(default[0]) if isinstance(default, tuple) else type(default)
+        kind = (
+            _flag
+            if isinstance(default, bool)
+            else type(default[0])
+            if isinstance(default, tuple)
+            else type(default)
+        )
         many = "+" if isinstance(default, tuple) else None
         text = f"{notes.get(field.name, '')} (default {default!r})".replace("%", "%%")
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, nargs=many, default=default, help=text)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=kind, nargs=many, default=default, help=text
+        )
     values = vars(parser.parse_args(argv))
     return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -40,4 +50,6 @@ def _comments(config: type, caller: str | None) -> dict[str, str]:
         return {}
     text = Path(path).read_text(encoding="utf-8")
     body = re.search(rf"^class {config.__name__}\b.*?(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
-    return dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", body.group() if body else "", re.MULTILINE))
+    return dict(
+        re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", body.group() if body else "", re.MULTILINE)
+    )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .types import Clock, Weight
+from kdtoolkit.types import Clock, LossWeight
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class Steps:
 
     def __post_init__(self) -> None:
         if len(self.values) != len(self.at) + 1:
-            raise ValueError(f"Steps needs one value more than positions, got {len(self.values)} and {len(self.at)}")
+            raise ValueError(
+                f"Steps needs one value more than positions, got {len(self.values)} and {len(self.at)}"
+            )
 
     def __call__(self, clock: Clock) -> float:
         return self.values[sum(clock.progress >= a for a in self.at)]
@@ -59,18 +61,20 @@ def _share(clock: Clock, begin: float, until: float) -> float:
     return min(max((clock.progress - begin) / max(until - begin, 1e-12), 0.0), 1.0)
 
 
-def check_weight(weight: Weight) -> None:
+def check_loss_weight(weight: LossWeight) -> None:
     """ValueError unless it is a number from 0, or callable."""
     if not callable(weight) and not weight >= 0:
-        raise ValueError(f"the weight is {weight}: a number >= 0, or a schedule (kdtoolkit.schedules)")
+        raise ValueError(
+            f"the weight is {weight}: a number >= 0, or a schedule (kdtoolkit.schedules)"
+        )
 
 
-def told(weight: Weight) -> float | str:
+def describe_weight(weight: LossWeight) -> float | str:
     """A weight for people: the number, or the schedule as it prints."""
     return weight if isinstance(weight, (int, float)) else repr(weight)
 
 
-def value(weight: Weight, clock: Clock) -> float:
+def weight_at(weight: LossWeight, clock: Clock) -> float:
     """The weight at this moment."""
     return float(weight(clock)) if callable(weight) else float(weight)
 
@@ -79,7 +83,12 @@ SCHEDULERS = ("cosine", "multistep", "onecycle", "linear", "constant")
 
 
 def lr_factor(
-    name: str, total: int, *, warmup: int = 0, milestones: Sequence[float] = (0.5, 2 / 3, 5 / 6), gamma: float = 0.1
+    name: str,
+    total: int,
+    *,
+    warmup: int = 0,
+    milestones: Sequence[float] = (0.5, 2 / 3, 5 / 6),
+    gamma: float = 0.1,
 ) -> Callable[[int], float]:
     """Learning-rate factor (0 to 1) of optimizer step number n, 0-based, of a run of `total` steps.
 
@@ -91,7 +100,9 @@ def lr_factor(
     if name not in SCHEDULERS:
         raise ValueError(f"unknown scheduler {name!r}; known: {', '.join(SCHEDULERS)}")
     if total < 1 or warmup < 0 or warmup > total:
-        raise ValueError(f"a run of {total} steps cannot warm up for {warmup}: use fewer warm-up epochs")
+        raise ValueError(
+            f"a run of {total} steps cannot warm up for {warmup}: use fewer warm-up epochs"
+        )
     marks = [round(m * total) for m in milestones]
 
     def factor(n: int) -> float:
@@ -176,7 +187,9 @@ class SigmoidRampUp:
         return self.weight * sigmoid_rampup(clock.epoch, length)
 
 
-def ramped(weights: Mapping[str, Weight], terms: Sequence[str], epochs: float | None) -> dict[str, Weight]:
+def with_rampup(
+    weights: Mapping[str, LossWeight], terms: Sequence[str], epochs: float | None
+) -> dict[str, LossWeight]:
     """The weights, where a length of the ramp-up is given with that ramp-up of these terms."""
     made = dict(weights)
     for term in terms if epochs is not None else ():
@@ -184,7 +197,9 @@ def ramped(weights: Mapping[str, Weight], terms: Sequence[str], epochs: float | 
         if isinstance(weight, SigmoidRampUp):
             made[term] = replace(weight, length=epochs)
         elif callable(weight):
-            raise ValueError(f"rampup_epochs={epochs} and a schedule for {term!r} in losses={{...}}: give one of them")
+            raise ValueError(
+                f"rampup_epochs={epochs} and a schedule for {term!r} in losses={{...}}: give one of them"
+            )
         elif weight:
             made[term] = SigmoidRampUp(weight, epochs)
     return made

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypedDict
 
 from torch import Tensor
 
-Stage = int | str
+TapKey = int | str
 
 
 class Batch(TypedDict, total=False):
@@ -17,7 +17,9 @@ class Batch(TypedDict, total=False):
 
     x: Tensor  # (B, 3, H, W) float in [0, 1], not yet normalised: each model normalises its own input
     y: Tensor  # (B,) int64 class ids
-    index: Tensor  # (B,) int64 row in the training set; always there (memory banks and caches need it)
+    index: (
+        Tensor  # (B,) int64 row in the training set; always there (memory banks and caches need it)
+    )
     views: Tensor  # (B, V, 3, H, W), only when the method asks for several views
 
 
@@ -25,7 +27,7 @@ class Out(NamedTuple):
     """What one forward of a tapped model returns."""
 
     logits: Tensor  # (B, C)
-    feats: Mapping[Stage, Tensor]  # stage number or tap name -> feature, in the model's own layout
+    feats: Mapping[TapKey, Tensor]  # stage number or tap name -> feature, in the model's own layout
 
 
 class Step(NamedTuple):
@@ -56,7 +58,7 @@ class Clock:
         return self.step / max(self.steps_per_epoch, 1)
 
 
-Weight = float | Callable[[Clock], float]
+LossWeight = float | Callable[[Clock], float]
 
 
 class Shape(tuple[int, ...]):
@@ -90,19 +92,24 @@ class Shape(tuple[int, ...]):
         self = super().__new__(cls, sizes)
         self.layout = layout or {3: "NCHW", 2: "NLC", 1: "NC"}.get(len(sizes), "?")
         if self.layout not in ("NCHW", "NHWC", "NLC", "NCL", "NC", "windows"):
-            raise ValueError(f"feature of shape {tuple(sizes)} without batch: expected (C, H, W), (L, C) or (C,)")
+            raise ValueError(
+                f"feature of shape {tuple(sizes)} without batch: expected (C, H, W), (L, C) or (C,)"
+            )
         self.prefix, self.order, self.windows = prefix, order, windows
         self.channels = sizes[0] if self.layout in ("NCHW", "NCL", "NC") else sizes[-1]
         if self.layout in ("NLC", "NCL", "windows"):
             self.grid = grid or _token_grid(sizes[self.layout == "NCL"], prefix)
         else:
-            self.grid = {"NCHW": tuple(sizes[1:3]), "NHWC": tuple(sizes[:2]), "NC": (1, 1)}[self.layout]  # type: ignore[assignment]
+            self.grid = {"NCHW": tuple(sizes[1:3]), "NHWC": tuple(sizes[:2]), "NC": (1, 1)}[
+                self.layout
+            ]  # type: ignore[assignment]
         return self
 
     def like(self, other: Shape) -> bool:
         """Whether a feature of this shape can stand where one of the other is expected."""
         mine, its = (
-            (s.layout, s.grid, s.prefix, s.order, s.windows) if s.layout != "NC" else s.layout for s in (self, other)
+            (s.layout, s.grid, s.prefix, s.order, s.windows) if s.layout != "NC" else s.layout
+            for s in (self, other)
         )
         return self == other and mine == its
 

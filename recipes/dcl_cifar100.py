@@ -31,7 +31,9 @@ class Config:
     beta: float = 0.1  # share of the common weights in an exchange, 0 to 1
     rule: str = "paper"  # "eps-free" (its limit), "mean" (plain average)
     statistics: str = "own"  # BatchNorm's after an exchange; "merged", "recalibrated"
-    until: float = 1.0  # share of the run with exchanges; at 0.5 networks stay different and gained more here
+    until: float = (
+        1.0  # share of the run with exchanges; at 0.5 networks stay different and gained more here
+    )
     views: bool = False  # True: every network has an augmentation of its own
     epochs: int = 200
     batch_size: int = 128  # images per step
@@ -56,7 +58,13 @@ def main(cfg: Config) -> None:
         resume=cfg.resume, keep="all",
     )  # fmt: skip
     if PartialState().is_main_process:
-        print({k: v for k, v in result.metrics.items() if k in ("top1", "product", "product_because", "networks")})
+        print(
+            {
+                k: v
+                for k, v in result.metrics.items()
+                if k in ("top1", "exported", "exported_reason", "networks")
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -53,7 +53,13 @@ def main(cfg: Config) -> None:
         **(own if cfg.method == "dkel" else {}),
     )  # fmt: skip
     if PartialState().is_main_process:
-        print({k: v for k, v in result.metrics.items() if k in ("top1", "product", "product_because", "networks")})
+        print(
+            {
+                k: v
+                for k, v in result.metrics.items()
+                if k in ("top1", "exported", "exported_reason", "networks")
+            }
+        )
 
 
 if __name__ == "__main__":

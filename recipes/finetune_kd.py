@@ -19,15 +19,19 @@ from dataclasses import dataclass
 from accelerate import PartialState
 
 from kdtoolkit import DistillResult, distill
-from kdtoolkit.models import is_name
+from kdtoolkit.models.loading import is_timm_name
 from kdtoolkit.recipe import parse
 
 
 @dataclass(frozen=True)
 class Config:
     student: str = "cifar_resnet20"  # timm name
-    student_weights: str = ""  # its pretrained weights: folder, .safetensors or .pth; default: pretrained here
-    teacher: str = "cifar_resnet32"  # a timm name is pretrained here; or a folder, PATH.safetensors, hf-hub:ID
+    student_weights: str = (
+        ""  # its pretrained weights: folder, .safetensors or .pth; default: pretrained here
+    )
+    teacher: str = (
+        "cifar_resnet32"  # a timm name is pretrained here; or a folder, PATH.safetensors, hf-hub:ID
+    )
     source: str = "cifar100"  # data set to pretrain on
     source_data: str = ""  # local copy of it; default the Hub
     source_rows: int = 0  # of its training images, drawn by class; 0 is all
@@ -42,7 +46,9 @@ class Config:
     scratch_lr: float = 0.05
     method: str = "kd"
     teacher_head: str = "finetune"  # or "linear-probe"
-    layer_decay: float = 1.0  # factor of the student's learning rate from one layer to the next towards the image
+    layer_decay: float = (
+        1.0  # factor of the student's learning rate from one layer to the next towards the image
+    )
     precision: str = "no"  # "bf16", "fp16"
     seeds: tuple[int, ...] = (0,)
     output: str = "runs/finetune_kd"
@@ -60,9 +66,14 @@ def pretrained(cfg: Config, name: str) -> str:
     return f"local-dir:{result.output_dir}/student"
 
 
-def tune(cfg: Config, seed: int, arm: str, teacher: str | None, student: str, **options: object) -> DistillResult:
+def tune(
+    cfg: Config, seed: int, arm: str, teacher: str | None, student: str, **options: object
+) -> DistillResult:
     """One arm on the small data; the last epoch counts."""
-    given = {"lr": cfg.lr, "layer_decay": cfg.layer_decay if cfg.layer_decay < 1 else None} | options
+    given = {
+        "lr": cfg.lr,
+        "layer_decay": cfg.layer_decay if cfg.layer_decay < 1 else None,
+    } | options
     return distill(
         teacher, student, cfg.dataset, data_path=cfg.data or None, train_limit=cfg.rows or None, epochs=cfg.epochs,
         batch_size=cfg.batch_size, validation="none", eval_every=cfg.epochs, mixed_precision=cfg.precision, seed=seed,
@@ -71,22 +82,33 @@ def tune(cfg: Config, seed: int, arm: str, teacher: str | None, student: str, **
 
 
 def main(cfg: Config) -> None:
-    teacher = pretrained(cfg, cfg.teacher) if is_name(cfg.teacher) else cfg.teacher
+    teacher = pretrained(cfg, cfg.teacher) if is_timm_name(cfg.teacher) else cfg.teacher
     student = cfg.student if cfg.student_weights else pretrained(cfg, cfg.student)
     weights = {"student_weights": cfg.student_weights or None}
-    taught = {"method": cfg.method, "teacher_head": cfg.teacher_head, "teacher_dir": f"{cfg.output}/teachers"}
+    taught = {
+        "method": cfg.method,
+        "teacher_head": cfg.teacher_head,
+        "teacher_dir": f"{cfg.output}/teachers",
+    }
     arms = {
-        "scratch": (None, cfg.student, {"method": "none", "lr": cfg.scratch_lr, "layer_decay": None}),
+        "scratch": (
+            None,
+            cfg.student,
+            {"method": "none", "lr": cfg.scratch_lr, "layer_decay": None},
+        ),
         "alone": (None, student, {"method": "none", **weights}),
         "distilled": (teacher, student, taught | weights),
     }
     found = {
-        arm: [tune(cfg, seed, arm, *nets, **own).metrics for seed in cfg.seeds] for arm, (*nets, own) in arms.items()
+        arm: [tune(cfg, seed, arm, *nets, **own).metrics for seed in cfg.seeds]
+        for arm, (*nets, own) in arms.items()
     }
     if PartialState().is_main_process:
         rows = {arm: [m["top1"] for m in metrics] for arm, metrics in found.items()}
         rows["teacher"] = [m["teacher_top1"] for m in found["distilled"]]
-        print(f"\ntop-1 on the test set of {cfg.dataset}, last epoch, {cfg.rows or 'all'} training images, %")
+        print(
+            f"\ntop-1 on the test set of {cfg.dataset}, last epoch, {cfg.rows or 'all'} training images, %"
+        )
         for arm, tops in rows.items():
             spread = f" ± {statistics.stdev(tops):.2f}" if len(tops) > 1 else ""
             where = f"{cfg.output}/{'teachers' if arm == 'teacher' else arm}"

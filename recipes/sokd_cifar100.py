@@ -26,7 +26,9 @@ class Config:
     data: str = ""  # local copy of the data set; default the Hub
     rows: int = 0  # training images to use, drawn by class; 0 is all
     temperature: float = 4.0  # no unit
-    teacher_mode: str = "eval"  # "train" is the released code's: statistics of the batch in the targets
+    teacher_mode: str = (
+        "eval"  # "train" is the released code's: statistics of the batch in the targets
+    )
     start: str = "teacher"  # first weights of the branch; "random" as in the released code
     epochs: int = 200
     batch_size: int = 128  # images per step over all processes
@@ -42,7 +44,9 @@ class Config:
 
 def main(cfg: Config) -> None:
     if not cfg.teacher:
-        raise ValueError("--teacher is missing: give weights, or train some with recipes/train_teacher.py")
+        raise ValueError(
+            "--teacher is missing: give weights, or train some with recipes/train_teacher.py"
+        )
     result = distill(
         cfg.teacher, cfg.student, cfg.dataset, data_path=cfg.data or None, train_limit=cfg.rows or None, method="sokd",
         temperature=cfg.temperature, teacher_mode=cfg.teacher_mode, start=cfg.start, epochs=cfg.epochs,
@@ -51,7 +55,13 @@ def main(cfg: Config) -> None:
         output_dir=cfg.output, resume=cfg.resume, keep="all",
     )  # fmt: skip
     if PartialState().is_main_process:
-        print({k: v for k, v in result.metrics.items() if k in ("top1", "product", "product_because", "networks")})
+        print(
+            {
+                k: v
+                for k, v in result.metrics.items()
+                if k in ("top1", "exported", "exported_reason", "networks")
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,11 @@ class Config:
     batch_size: int = 64  # images per step over all processes
     lr: float = 0.05
     weight_decay: float = 5e-4
-    milestones: tuple[float, ...] = (0.5, 2 / 3, 5 / 6)  # shares of the run: epochs 90, 120, 150 of 180
+    milestones: tuple[float, ...] = (
+        0.5,
+        2 / 3,
+        5 / 6,
+    )  # shares of the run: epochs 90, 120, 150 of 180
     validation: str = "none"  # the paper reports the test set at the end of training
     precision: str = "no"  # "bf16", "fp16"
     seed: int = 0
@@ -43,9 +47,15 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    srkd = {"losses": {"ce": 1.0, "kd": 1.0, "srkd": cfg.weight}, "detach": cfg.detach} if cfg.method == "srkd" else {}
+    srkd = (
+        {"losses": {"ce": 1.0, "kd": 1.0, "srkd": cfg.weight}, "detach": cfg.detach}
+        if cfg.method == "srkd"
+        else {}
+    )
     if cfg.method != "none" and not cfg.teacher:
-        raise ValueError("--teacher is missing: give weights, or train some with recipes/train_teacher.py")
+        raise ValueError(
+            "--teacher is missing: give weights, or train some with recipes/train_teacher.py"
+        )
     result = distill(
         cfg.teacher if cfg.method != "none" else None, cfg.student, cfg.dataset, data_path=cfg.data or None,
         train_limit=cfg.rows or None, method=cfg.method, temperature=cfg.temperature, epochs=cfg.epochs,

@@ -15,9 +15,7 @@ import yaml
 from kdtoolkit import cli, distill, list_methods
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-TINY = (
-    "--student cifar_resnet8 --data digits --train-limit 64 --batch-size 32 --progress false --report-to none".split()
-)
+TINY = "--student cifar_resnet8 --data digits --train-limit 64 --batch-size 32 --progress false --report-to none".split()
 
 
 @pytest.fixture
@@ -55,20 +53,32 @@ VALUES = [
     ("--transforms crop-flip", {"transforms": "crop-flip"}),
     ("--milestones 0.3 0.6", {"milestones": [0.3, 0.6]}),
     ("--eval-data PATH --data digits", {"eval_data": "PATH", "train_data": "digits"}),
-    ("--student-arg shortcut=B --student-arg a=2", {"student_args": {"shortcut": "B", "a": 2}, "teacher_args": None}),
+    (
+        "--student-arg shortcut=B --student-arg a=2",
+        {"student_args": {"shortcut": "B", "a": 2}, "teacher_args": None},
+    ),
     ("--teacher-arg deep=false", {"teacher_args": {"deep": False}}),
     ("--layers 2:3 --layers layer2:blocks.4", {"layers": [(2, 3), ("layer2", "blocks.4")]}),
     ("--layers=-1:-2 --layers layer2:both[1]", {"layers": [(-1, -2), ("layer2", "both[1]")]}),
-    ("--loss ce=1 --loss kd=0.5 --option detach=False", {"losses": {"ce": 1, "kd": 0.5}, "detach": False}),
+    (
+        "--loss ce=1 --loss kd=0.5 --option detach=False",
+        {"losses": {"ce": 1, "kd": 0.5}, "detach": False},
+    ),
     ("--teacher a b", {"teacher": ["a", "b"]}),
     ("--teacher a", {"teacher": "a"}),
     ("--method srkd", {"method": "srkd"}),
     ("--freeze 2 --layer-decay 0.75", {"freeze": 2, "layer_decay": 0.75}),
     ("--freeze backbone", {"freeze": "backbone"}),
     ("--freeze conv1,layer1", {"freeze": "conv1,layer1"}),
-    ("--student-weights a.pth --teacher-weights b.pth", {"student_weights": "a.pth", "teacher_weights": "b.pth"}),
+    (
+        "--student-weights a.pth --teacher-weights b.pth",
+        {"student_weights": "a.pth", "teacher_weights": "b.pth"},
+    ),
     ("--teacher-head finetune --teacher-dir 7", {"teacher_head": "finetune", "teacher_dir": "7"}),
-    ("--teacher-training epochs=3 --teacher-training lr=0.1", {"teacher_training": {"epochs": 3, "lr": 0.1}}),
+    (
+        "--teacher-training epochs=3 --teacher-training lr=0.1",
+        {"teacher_training": {"epochs": 3, "lr": 0.1}},
+    ),
 ]
 
 
@@ -85,7 +95,9 @@ def test_flags_left_out_leave_the_defaults(said):
     assert set(said()) == set(named)
 
 
-@pytest.mark.parametrize("flag", ["--overwrite maybe", "--epochs many", "--lr x", "--milestones a", "--grad-accum 1.5"])
+@pytest.mark.parametrize(
+    "flag", ["--overwrite maybe", "--epochs many", "--lr x", "--milestones a", "--grad-accum 1.5"]
+)
 def test_values_of_the_wrong_type_are_refused(flag, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", *TINY, *flag.split()])
@@ -99,16 +111,29 @@ def test_help_tells_the_meaning_of_the_flags(capsys, monkeypatch):
             cli.main([command, "--help"])
     text = capsys.readouterr().out
     flags = set(re.findall(r"^  --([a-z-]+)", text, re.MULTILINE))
-    beyond = {"train_data", "losses", "dry_run", "student_args", "teacher_args"}  # under other names
+    beyond = {
+        "train_data",
+        "losses",
+        "dry_run",
+        "student_args",
+        "teacher_args",
+    }  # under other names
     beyond |= {"accelerator", "callbacks", "method_options"}  # a shell cannot say them
-    assert {name.replace("_", "-") for name in set(inspect.signature(distill).parameters) - beyond} <= flags
+    assert {
+        name.replace("_", "-") for name in set(inspect.signature(distill).parameters) - beyond
+    } <= flags
     assert re.search(r"--temperature TEMPERATURE\s+of KD, no unit.*\(default 4.0\)", text)
     assert re.search(r"--validation VALIDATION\s.*10 %.*\(default 'auto'\)", text)
 
 
 def test_meanings_go_over_several_lines_and_names():
     table = "Train.\n\na, b   one\n       two\nlong_name three: 5 %\n\nRaises it."
-    assert cli._meanings(table) == {"a": "one two", "b": "one two", "long_name": "three: 5 %", "Raises": "it."}
+    assert cli._meanings(table) == {
+        "a": "one two",
+        "b": "one two",
+        "long_name": "three: 5 %",
+        "Raises": "it.",
+    }
 
 
 def test_methods_are_listed(capsys):
@@ -129,9 +154,17 @@ def test_train_with_flags_of_each_kind(tmp_path):
     flags += " --num-workers 0 --resume auto --validation none --student-arg shortcut=B --log-every 1 --overwrite false"
     assert cli.main(["train", *TINY, *flags.split(), "--output-dir", str(tmp_path / "run")]) == 0
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    told = {"channels_last": False, "num_workers": 0, "progress": False, "milestones": [0.5], "max_steps": 2}
+    told = {
+        "channels_last": False,
+        "num_workers": 0,
+        "progress": False,
+        "milestones": [0.5],
+        "max_steps": 2,
+    }
     assert {k: config[k] for k in told} == told and config["student_args"] == {"shortcut": "B"}
-    assert (tmp_path / "run" / "metrics.jsonl").stat().st_size and (tmp_path / "run" / "student").is_dir()
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_size and (
+        tmp_path / "run" / "student"
+    ).is_dir()
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["schedule"]["lr"] == 0.01
 
 
@@ -182,7 +215,10 @@ def test_recipe_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["before"])
     tiny = "--rows 100 --epochs 1 --teacher-epochs 1 --teacher cifar_resnet8".split()
     assert cli.main(["run", "srkd_digits", *tiny, "--output", str(tmp_path)]) == 0
-    assert "student alone" in capsys.readouterr().out and (tmp_path / "distilled" / "report.md").is_file()
+    assert (
+        "student alone" in capsys.readouterr().out
+        and (tmp_path / "distilled" / "report.md").is_file()
+    )
     assert sys.argv == ["before"]
 
 
@@ -198,14 +234,26 @@ def test_recipes_beside_the_caller_are_found(tmp_path, capsys, monkeypatch):
 
 ERRORS = {
     "unknown recipe": ("run srkd_digit", "no recipe 'srkd_digit'; did you mean 'srkd_digits'"),
-    "unknown data": ("plan --student cifar_resnet8 --method none --data cifar", "Did you mean 'cifar10' or 'cifar100'"),
-    "unknown student": ("plan --student cifar_resnt8 --method none", "unknown model 'cifar_resnt8'"),
-    "unknown option": ("plan --student cifar_resnet8 --teacher cifar_resnet20 --option detech=1", "detech"),
+    "unknown data": (
+        "plan --student cifar_resnet8 --method none --data cifar",
+        "Did you mean 'cifar10' or 'cifar100'",
+    ),
+    "unknown student": (
+        "plan --student cifar_resnt8 --method none",
+        "unknown model 'cifar_resnt8'",
+    ),
+    "unknown option": (
+        "plan --student cifar_resnet8 --teacher cifar_resnet20 --option detech=1",
+        "detech",
+    ),
     "flag as an option": (
         "plan --student cifar_resnet8 --option lr=1",
         "it is no option of a method but an argument of its own: write --lr 1",
     ),
-    "pair": ("train --student cifar_resnet8 --student-arg a", "--student-arg 'a': write NAME=VALUE"),
+    "pair": (
+        "train --student cifar_resnet8 --student-arg a",
+        "--student-arg 'a': write NAME=VALUE",
+    ),
     "layers": ("plan --student cifar_resnet8 --layers 2", "--layers '2': write STUDENT:TEACHER"),
 }
 

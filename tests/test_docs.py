@@ -16,7 +16,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
     pytest.param(block, id=f"{page.stem}-{number}")
     for page in PAGES
-    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S))
+    for number, block in enumerate(
+        re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    )
 ]
 
 
@@ -26,5 +28,7 @@ def test_block_runs(block, tmp_path, monkeypatch):
     if "runs/srkd_digits/teacher/student" in block:  # what the README's first command leaves
         torch.manual_seed(0)
         net = timm.create_model("cifar_resnet20", num_classes=10)
-        models.save(net, tmp_path / "runs/srkd_digits/teacher/student", input_size=(3, 16, 16))
+        models.save_model(
+            net, tmp_path / "runs/srkd_digits/teacher/student", input_size=(3, 16, 16)
+        )
     exec(compile(block, "block", "exec"), {"__name__": "__main__"})  # noqa: S102

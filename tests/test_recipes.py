@@ -13,7 +13,18 @@ import torch
 from kdtoolkit import models
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-SHORT = ["--dataset", "digits", "--student", "cifar_resnet8", "--rows", "96", "--epochs", "1", "--batch-size", "32"]
+SHORT = [
+    "--dataset",
+    "digits",
+    "--student",
+    "cifar_resnet8",
+    "--rows",
+    "96",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "32",
+]
 
 
 @pytest.mark.parametrize("recipe, flags, others", [
@@ -26,10 +37,16 @@ SHORT = ["--dataset", "digits", "--student", "cifar_resnet8", "--rows", "96", "-
 def test_recipe_trains_and_saves_all(recipe, flags, others, tmp_path, monkeypatch, capsys):
     if recipe == "sokd_cifar100":
         torch.manual_seed(0)
-        models.save(timm.create_model("cifar_resnet14", num_classes=10), tmp_path / "teacher", input_size=(3, 32, 32))
+        models.save_model(
+            timm.create_model("cifar_resnet14", num_classes=10),
+            tmp_path / "teacher",
+            input_size=(3, 32, 32),
+        )
         flags = [*flags, "--teacher", str(tmp_path / "teacher")]
     monkeypatch.setattr(sys, "argv", [recipe, *SHORT, "--output", str(tmp_path / "run"), *flags])
     runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="__main__")
-    assert "product_because" in capsys.readouterr().out
-    assert (tmp_path / "run" / "student" / "model.safetensors").exists() and (tmp_path / "run" / "report.md").exists()
+    assert "exported_reason" in capsys.readouterr().out
+    assert (tmp_path / "run" / "student" / "model.safetensors").exists() and (
+        tmp_path / "run" / "report.md"
+    ).exists()
     assert {p.name for p in (tmp_path / "run" / "networks").iterdir()} == others

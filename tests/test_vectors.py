@@ -18,16 +18,23 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kdtoolkit import functional, schedules
-from kdtoolkit.method import OBJECTIVES
-from kdtoolkit.objectives.fitnet import Regressor
-from kdtoolkit.taps import Frozen, Taps
+from kdtoolkit.core.registries import LOSSES
+from kdtoolkit.features.extractor import Taps
+from kdtoolkit.features.frozen import Frozen
+from kdtoolkit.losses.fitnet import Regressor
 from kdtoolkit.types import Out, Shape
 
 DEFAULT = Path(__file__).parents[1] / "../shared/vectors/public"
 FOLDER = Path(os.environ.get("KDTOOLKIT_VECTORS") or DEFAULT)
 FILES = sorted(FOLDER.glob("*.safetensors"))
 FITNET = ("fitnet_same", "fitnet_down", "fitnet_up", "fitnet_valid")
-OBJECTIVE_OF = {"kd": "kd", "logits_mse": "logits", "at": "at", "sp": "sp", **dict.fromkeys(FITNET, "fitnet")}
+OBJECTIVE_OF = {
+    "kd": "kd",
+    "logits_mse": "logits",
+    "at": "at",
+    "sp": "sp",
+    **dict.fromkeys(FITNET, "fitnet"),
+}
 DTYPES = [torch.float64, torch.float32]
 
 
@@ -38,8 +45,13 @@ class Vector:
         with safe_open(path, "pt") as f:
             tensors, self.meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
         self.name, self.dtype = path.stem, dtype
-        self.hparams, self.zeros = json.loads(self.meta["hparams"]), set(json.loads(self.meta["zero_gradients"]))
-        self.expected = {k: v for k, v in tensors.items() if k.split(".")[0] in ("loss", "out", "grad")}
+        self.hparams, self.zeros = (
+            json.loads(self.meta["hparams"]),
+            set(json.loads(self.meta["zero_gradients"])),
+        )
+        self.expected = {
+            k: v for k, v in tensors.items() if k.split(".")[0] in ("loss", "out", "grad")
+        }
         self.inputs = {
             k: (v.to(dtype) if v.is_floating_point() else v).requires_grad_("grad." + k in tensors)
             for k, v in tensors.items()
@@ -50,7 +62,10 @@ class Vector:
         return self.inputs[name]
 
     def series(self, prefix):
-        return [self[f"{prefix}.{i}"] for i in range(sum(k.startswith(f"{prefix}.") for k in self.inputs))]
+        return [
+            self[f"{prefix}.{i}"]
+            for i in range(sum(k.startswith(f"{prefix}.") for k in self.inputs))
+        ]
 
     def maps(self):
         return self.series("student_features"), self.series("teacher_features")
@@ -66,13 +81,28 @@ class Vector:
         grads = {**self.inputs, **dict(parameters)}
         seen = []
         for name, want in self.expected.items():
-            got = grads[name.removeprefix("grad.")].grad if name.startswith("grad.") else values[name]
+            got = (
+                grads[name.removeprefix("grad.")].grad if name.startswith("grad.") else values[name]
+            )
             assert got is not None, f"{self.name}: no gradient for {name}"
-            assert got.shape == want.shape and got.dtype == self.dtype, (name, got.shape, want.shape, got.dtype)
+            assert got.shape == want.shape and got.dtype == self.dtype, (
+                name,
+                got.shape,
+                want.shape,
+                got.dtype,
+            )
             error = (got.detach().double() - want).abs().max().item()
-            relative = 1e-4 if self.dtype == torch.float32 else 1e-9 if want.dtype == torch.float64 else 1e-6
+            relative = (
+                1e-4
+                if self.dtype == torch.float32
+                else 1e-9
+                if want.dtype == torch.float64
+                else 1e-6
+            )
             scale = self.hparams.get("beta", 1.0) if name in self.zeros else want.abs().max().item()
-            assert error <= relative * max(scale, 1e-30), f"{self.name} {self.dtype} {name}: {error:.3g} of {scale:.3g}"
+            assert error <= relative * max(scale, 1e-30), (
+                f"{self.name} {self.dtype} {name}: {error:.3g} of {scale:.3g}"
+            )
             seen.append(name)
         return seen
 
@@ -82,7 +112,11 @@ def kd(v):
     h = v.hparams
     student, teacher, labels = v["student_logits"], v["teacher_logits"], v["labels"]
     loss, ce = functional.kd(student, teacher, temperature=h["T"]), functional.ce(student, labels)
-    return {"loss": loss, "loss.ce": ce, "loss.total": h["ce_weight"] * ce + h["kd_weight"] * loss}, {}
+    return {
+        "loss": loss,
+        "loss.ce": ce,
+        "loss.total": h["ce_weight"] * ce + h["kd_weight"] * loss,
+    }, {}
 
 
 def logits_mse(v):
@@ -104,7 +138,11 @@ def regressor_of(v, student, teacher):
 
 
 def load(regressor, v):
-    stored = {k.removeprefix("param.adapter."): t.detach() for k, t in v.inputs.items() if k.startswith("param.")}
+    stored = {
+        k.removeprefix("param.adapter."): t.detach()
+        for k, t in v.inputs.items()
+        if k.startswith("param.")
+    }
     missing, unexpected = regressor.load_state_dict(stored, strict=False)
     assert not unexpected and set(missing) <= {"bn.num_batches_tracked"}, (missing, unexpected)
     regressor.bn.eps = v.hparams.get("bn_eps", regressor.bn.eps)
@@ -135,7 +173,9 @@ def numbered(prefix, values):
 
 def dml(v):
     h, student, labels = v.hparams, v["student_logits"], v["labels"]
-    each = functional.ce_each(student, labels) + h["lambda"] * functional.mutual_kl(student, temperature=h["T"])
+    each = functional.ce_each(student, labels) + h["lambda"] * functional.mutual_kl(
+        student, temperature=h["T"]
+    )
     loss = functional.dml(student, labels, temperature=h["T"], weight=h["lambda"])
     return {"loss": loss, **numbered("loss.net", each)}, {}
 
@@ -144,7 +184,10 @@ def dml_tf(v):
     h, student, labels = v.hparams, v["student_logits"], v["labels"]
     hard = functional.ce_each(student, labels, label_smoothing=h["label_smoothing"])
     loss = functional.dml_tf(student, labels, label_smoothing=h["label_smoothing"], eps=h["eps"])
-    return {"loss": loss, **numbered("loss.net", hard + functional.mutual_kl_tf(student, eps=h["eps"]))}, {}
+    return {
+        "loss": loss,
+        **numbered("loss.net", hard + functional.mutual_kl_tf(student, eps=h["eps"])),
+    }, {}
 
 
 def dml_okddip(v):
@@ -162,19 +205,31 @@ def cl_paper(v):
         functional.cl_paper(student, labels, temperature=h["T"], beta=h["beta"], squared=squared)
         for squared in (False, True)
     )
-    hard, soft = functional.ce_each(student, labels), functional.others_soft_ce(student, temperature=h["T"])
-    return {"loss": loss, "loss.with_T2": squared, "loss.hard": hard.sum(), "loss.soft": soft.sum()}, {}
+    hard, soft = (
+        functional.ce_each(student, labels),
+        functional.others_soft_ce(student, temperature=h["T"]),
+    )
+    return {
+        "loss": loss,
+        "loss.with_T2": squared,
+        "loss.hard": hard.sum(),
+        "loss.soft": soft.sum(),
+    }, {}
 
 
 def classified(v, features, i):
-    return nn.functional.linear(features, v[f"param.classifier.{i}.weight"], v[f"param.classifier.{i}.bias"])
+    return nn.functional.linear(
+        features, v[f"param.classifier.{i}.weight"], v[f"param.classifier.{i}.bias"]
+    )
 
 
 def cl_okddip(v):
     h, labels = v.hparams, v["labels"]
     trunk = functional.scale_gradient(v["trunk_features"], h["ilr_scale"])
     weights = [v[f"param.branch.{i}.conv.weight"] for i in range(h["branches"])]
-    student = [classified(v, nn.functional.conv2d(trunk, w).mean((2, 3)), i) for i, w in enumerate(weights)]
+    student = [
+        classified(v, nn.functional.conv2d(trunk, w).mean((2, 3)), i) for i, w in enumerate(weights)
+    ]
     options = {"temperature": h["T"], "eps": h["eps"]}
     return {
         "loss": functional.cl_okddip(student, labels, weight=h["consistency_weight"], **options),
@@ -187,7 +242,9 @@ def cl_okddip(v):
 
 def batch_norm(v, x, name):
     weight, bias = v[f"{name}.weight"], v[f"{name}.bias"]
-    return nn.functional.batch_norm(x, None, None, weight, bias, True, eps=v.hparams.get("bn_eps", 1e-5))
+    return nn.functional.batch_norm(
+        x, None, None, weight, bias, True, eps=v.hparams.get("bn_eps", 1e-5)
+    )
 
 
 def one(v):
@@ -195,7 +252,9 @@ def one(v):
     gate = nn.functional.linear(
         v["trunk_features"].mean((2, 3)), v["param.gate.linear.weight"], v["param.gate.linear.bias"]
     )
-    ensemble = functional.one_ensemble(student, batch_norm(v, gate, "param.gate.bn").relu().softmax(1))
+    ensemble = functional.one_ensemble(
+        student, batch_norm(v, gate, "param.gate.bn").relu().softmax(1)
+    )
     weight = schedules.sigmoid_rampup(h["epoch"], h["rampup_length"])
     options = {"temperature": h["T"], "eps": h["eps"]}
     return {
@@ -210,7 +269,10 @@ def one(v):
 def okddip(v):
     h, labels, features = v.hparams, v["labels"], v.series("student_features")
     student = torch.stack([classified(v, f, i) for i, f in enumerate(features)])
-    projected = [torch.stack([f @ v[f"param.{role}.weight"].T for f in features[:-1]]) for role in ("query", "key")]
+    projected = [
+        torch.stack([f @ v[f"param.{role}.weight"].T for f in features[:-1]])
+        for role in ("query", "key")
+    ]
     attention = functional.okddip_attention(*projected)
     weight = h["alpha"] * schedules.sigmoid_rampup(h["epoch"], h["rampup_length"])
     options = {"temperature": h["T"], "eps": h["eps"]}
@@ -232,7 +294,9 @@ def pcl(v):
     given = v["student_logits"], v["ensemble_logits"], v["teacher_logits"], v["labels"]
     weight = h["lambda"] * schedules.sigmoid_rampup(h["epoch"], h["rampup_length"])
     coded = {
-        name: functional.pcl(*given, temperature=h["T"], weight=schedules.rampup_as_coded(epoch, h["lambda"]))
+        name: functional.pcl(
+            *given, temperature=h["T"], weight=schedules.rampup_as_coded(epoch, h["lambda"])
+        )
         for name, epoch in v.epochs("loss.code_epoch_")
     }
     each = functional.pcl_each(*given, temperature=h["T"], weight=weight)
@@ -255,20 +319,30 @@ def dkel(v):
         **numbered("loss.peer", functional.dkel_each(*given, weight=weight, **options)),
     }
     for name, epoch in v.epochs("loss.code_epoch_"):
-        options["ensemble_weight"] = schedules.exponential_decay(epoch, h["exp_of_code_epoch_entries"], h["cut"])
-        values[name] = functional.dkel(*given, weight=schedules.rampup_as_coded(epoch, h["lambda"]), **options)
+        options["ensemble_weight"] = schedules.exponential_decay(
+            epoch, h["exp_of_code_epoch_entries"], h["cut"]
+        )
+        values[name] = functional.dkel(
+            *given, weight=schedules.rampup_as_coded(epoch, h["lambda"]), **options
+        )
     return values, {}
 
 
 def kdcl_targets(v):
     h, student, labels = v.hparams, v["student_logits"], v["labels"]
     w = functional.kdcl_general_weights(v["val_logits"], v["val_labels"]).to(v.dtype)
-    targets = {rule: functional.kdcl_targets(student, labels, rule=rule, weights=w) for rule in functional.KDCL_RULES}
+    targets = {
+        rule: functional.kdcl_targets(student, labels, rule=rule, weights=w)
+        for rule in functional.KDCL_RULES
+    }
     losses = {
         rule: functional.kdcl(student, target, labels, temperature=h["T"], weight=h["lambda"])
         for rule, target in targets.items()
     }
-    hard = [nn.functional.cross_entropy(z, labels, reduction="none") for z in (*student, targets["linear"])]
+    hard = [
+        nn.functional.cross_entropy(z, labels, reduction="none")
+        for z in (*student, targets["linear"])
+    ]
     at_temperature = functional.kdcl_general_probabilities(student, w, temperature=h["T"])
     return {
         "loss": losses["minlogit"],
@@ -303,7 +377,9 @@ def sokd(v):
         "ce_weight": h["lambda_a_ce"], "teacher_weight": h["lambda_a_kd_t"], "student_weight": h["lambda_a_kd_s"]
     }  # fmt: skip
     branch, T = auxiliary_logits(v), h["T"]
-    auxiliary = functional.sokd_auxiliary(branch, student, teacher, labels, temperature=T, **weights)
+    auxiliary = functional.sokd_auxiliary(
+        branch, student, teacher, labels, temperature=T, **weights
+    )
     own = functional.sokd_student(
         student, branch, labels, temperature=T, ce_weight=h["lambda_ce"], kd_weight=h["lambda_kd"]
     )
@@ -321,21 +397,33 @@ def sokd(v):
 def mean_teacher(v):
     student, teacher, labels = v["student_logits"], v["teacher_logits"], v["labels"]
     losses = {
-        kind: functional.mean_teacher(student, teacher, labels, weight=v.hparams["consistency_weight"], kind=kind)
+        kind: functional.mean_teacher(
+            student, teacher, labels, weight=v.hparams["consistency_weight"], kind=kind
+        )
         for kind in ("mse", "kl")
     }
     return {
         "loss": losses["mse"],
         "loss.kl_variant": losses["kl"],
-        **{f"loss.consistency_{kind}": functional.consistency(student, teacher, kind=kind) for kind in losses},
+        **{
+            f"loss.consistency_{kind}": functional.consistency(student, teacher, kind=kind)
+            for kind in losses
+        },
         "loss.symmetric_logit_mse": functional.logits_mse(student, teacher),
     }, {}
 
 
 def byot(v):
-    h, student, labels, features = v.hparams, v["student_logits"], v["labels"], v.series("student_features")
+    h, student, labels, features = (
+        v.hparams,
+        v["student_logits"],
+        v["labels"],
+        v.series("student_features"),
+    )
     adapted = [
-        nn.functional.linear(f, v[f"param.adaptation.{i}.weight"], v[f"param.adaptation.{i}.bias"]) if i else f
+        nn.functional.linear(f, v[f"param.adaptation.{i}.weight"], v[f"param.adaptation.{i}.bias"])
+        if i
+        else f
         for i, f in enumerate(features)
     ]
     soft, share = functional.byot_logits(student, temperature=h["T"]), h["loss_coefficient"]
@@ -350,7 +438,12 @@ def byot(v):
 
 
 def byot_unofficial(v):
-    h, student, labels, features = v.hparams, v["student_logits"], v["labels"], v.series("student_features")
+    h, student, labels, features = (
+        v.hparams,
+        v["student_logits"],
+        v["labels"],
+        v.series("student_features"),
+    )
     options = {"temperature": h["T"], "alpha": h["alpha"], "beta": h["beta"]}
     return {
         "loss": functional.byot_unofficial(student, features, labels, **options),
@@ -364,9 +457,16 @@ def bake(v):
     h, student, features = v.hparams, v["student_logits"], v["student_features.0"]
     T, omega = h["T"], h["omega"]
     targets = functional.bake_targets(student, features, temperature=T, omega=omega)
-    loss = functional.bake(student, features, v["labels"], temperature=T, omega=omega, weight=h["lambda"])
+    loss = functional.bake(
+        student, features, v["labels"], temperature=T, omega=omega, weight=h["lambda"]
+    )
     soft = functional.bake_kd(student, targets, temperature=T)
-    return {"loss": loss, "loss.ce": functional.ce(student, v["labels"]), "loss.kd": soft, "out.targets": targets}, {}
+    return {
+        "loss": loss,
+        "loss.ce": functional.ce(student, v["labels"]),
+        "loss.kd": soft,
+        "out.targets": targets,
+    }, {}
 
 
 def dcl_merge(v):
@@ -375,8 +475,12 @@ def dcl_merge(v):
         for rule, suffix in (("paper", ""), ("eps-free", "_eps0")):
             merged = functional.dcl_merge(list(params), beta=h["beta"], rule=rule, eps=h["eps"])
             values[f"out.student_params_after{suffix}.{i}"] = torch.stack(merged)
-            values[f"out.theta_wavg{suffix}.{i}"] = functional.dcl_average(params, rule=rule, eps=h["eps"])
-            values[f"out.alpha{suffix}.{i}"] = functional.dcl_alphas(params, rule=rule, eps=h["eps"])
+            values[f"out.theta_wavg{suffix}.{i}"] = functional.dcl_average(
+                params, rule=rule, eps=h["eps"]
+            )
+            values[f"out.alpha{suffix}.{i}"] = functional.dcl_alphas(
+                params, rule=rule, eps=h["eps"]
+            )
         values[f"out.official_float32_after.{i}"] = values[f"out.student_params_after.{i}"]
         mean = functional.dcl_merge(list(params), beta=h["beta"], rule="mean")
         values[f"out.official_float32_after_mean_rule.{i}"] = torch.stack(mean)
@@ -387,7 +491,10 @@ def ema_update(v):
     student, teacher, decay = v["student_params"], v["teacher_params"], v.hparams["alpha"]
     alphas = [functional.ema_alpha(step, decay=decay) for step in v["global_steps"].tolist()]
     after = [functional.ema_update(student, teacher, alpha=alpha) for alpha in alphas]
-    values = {"out.alpha": torch.tensor(alphas, dtype=v.dtype), "out.teacher_after": torch.stack(after)}
+    values = {
+        "out.alpha": torch.tensor(alphas, dtype=v.dtype),
+        "out.teacher_after": torch.stack(after),
+    }
     for name, first in v.epochs("out.trajectory_step_from_"):
         moving, states = {"w": teacher}, []
         for k in range(len(v.expected[name])):
@@ -423,15 +530,28 @@ def rampups(v):
     return values, {}
 
 
-LOSSES = {"kd": kd, "logits_mse": logits_mse, "at": at, "sp": sp, **dict.fromkeys(FITNET, fitnet)}
+VECTOR_LOSSES = {"kd": kd, "logits_mse": logits_mse, "at": at, "sp": sp, **dict.fromkeys(FITNET, fitnet)}
 STRATEGIES = {
     f.__name__: f
     for f in (
-        *(dml, dml_tf, dml_okddip, cl_paper, cl_okddip, one, okddip, pcl, dkel, kdcl_targets, sokd, mean_teacher),
+        *(
+            dml,
+            dml_tf,
+            dml_okddip,
+            cl_paper,
+            cl_okddip,
+            one,
+            okddip,
+            pcl,
+            dkel,
+            kdcl_targets,
+            sokd,
+            mean_teacher,
+        ),
         *(byot, byot_unofficial, bake, dcl_merge, ema_update, rampups),
     )
 }
-FUNCTIONS = LOSSES | STRATEGIES
+FUNCTIONS = VECTOR_LOSSES | STRATEGIES
 
 
 def function_for(name):
@@ -451,7 +571,9 @@ class Maps(nn.Module):
             for i, (o, h, w) in zip(channels, sizes, strict=False)
         )
         self.fc = nn.Linear(channels[-1], 5)
-        self.feature_info = [{"num_chs": c, "module": f"stages.{i}"} for i, (c, _, _) in enumerate(sizes)]
+        self.feature_info = [
+            {"num_chs": c, "module": f"stages.{i}"} for i, (c, _, _) in enumerate(sizes)
+        ]
 
     def forward(self, x):
         for stage in self.stages:
@@ -461,12 +583,18 @@ class Maps(nn.Module):
 
 def by_objective(v):
     """(values, parameters) from the Objective that distill() would build for features of these shapes."""
-    cls = OBJECTIVES[OBJECTIVE_OF[v.name]]
+    cls = LOSSES[OBJECTIVE_OF[v.name]]
     students, teachers = v.maps() if cls.needs_taps else ([], [])
-    nets = [Maps([tuple(f.shape[1:]) for f in side] or [(4, 8, 8)]) for side in (students, teachers)]
+    nets = [
+        Maps([tuple(f.shape[1:]) for f in side] or [(4, 8, 8)]) for side in (students, teachers)
+    ]
     keys = [f"stages.{i}" for i in range(len(students))]
     student, teacher = Taps(nets[0], keys or None, 16), Frozen(nets[1], keys or None, 16)
-    options = {"kd": {"temperature": v.hparams.get("T")}, "at": {"p": v.hparams.get("p")}, "sp": {"sp_stages": "all"}}
+    options = {
+        "kd": {"temperature": v.hparams.get("T")},
+        "at": {"p": v.hparams.get("p")},
+        "sp": {"sp_stages": "all"},
+    }
     part = cls(student, teacher, list(zip(keys, keys, strict=True)), **options.get(v.name, {}))
     parameters = {}
     if v.name in FITNET:
@@ -506,7 +634,9 @@ def test_public_vector(path, dtype):
 def test_vector_folder_is_there():
     if not FILES:
         pytest.skip(f"no reference vectors in {FOLDER}: set KDTOOLKIT_VECTORS")
-    assert any(function_for(p.stem) for p in FILES), f"{FOLDER} holds no vector of an implemented method"
+    assert any(function_for(p.stem) for p in FILES), (
+        f"{FOLDER} holds no vector of an implemented method"
+    )
 
 
 # ------------------------------------------------------------------------- a second set, from the papers' equations
@@ -519,7 +649,9 @@ def loop_kd(s, t, temperature):
 
 
 def loop_ce(s, labels):
-    return sum(-torch.log(torch.exp(z[y]) / torch.exp(z).sum()) for z, y in zip(s, labels, strict=True)) / len(s)
+    return sum(
+        -torch.log(torch.exp(z[y]) / torch.exp(z).sum()) for z, y in zip(s, labels, strict=True)
+    ) / len(s)
 
 
 def loop_mse(a, b):
@@ -562,7 +694,9 @@ def loop_conv(x, weight, bias, stride, padding):
     out = bias[None, :, None, None].expand(len(x), -1, high, wide)
     for i in range(weight.shape[2]):
         for j in range(weight.shape[3]):
-            window = x[:, :, i : i + stride * high : stride, j : j + stride * wide : stride][:, :, :high, :wide]
+            window = x[:, :, i : i + stride * high : stride, j : j + stride * wide : stride][
+                :, :, :high, :wide
+            ]
             out = out + torch.einsum("bchw,oc->bohw", window, weight[:, :, i, j])
     return out
 
@@ -574,7 +708,9 @@ def loop_transposed(x, weight, bias):
     for i in range(high):
         for j in range(wide):
             patch = torch.zeros_like(out)
-            patch[:, :, 2 * i : 2 * i + 4, 2 * j : 2 * j + 4] = torch.einsum("bc,cokl->bokl", x[:, :, i, j], weight)
+            patch[:, :, 2 * i : 2 * i + 4, 2 * j : 2 * j + 4] = torch.einsum(
+                "bc,cokl->bokl", x[:, :, i, j], weight
+            )
             out = out + patch
     return out[:, :, 1:-1, 1:-1] + bias[None, :, None, None]
 
@@ -594,7 +730,10 @@ def make_set(folder, seed):
         return torch.randn(*shape, generator=generator)
 
     def write(name, inputs, compute, hparams, zeros=()):
-        cast = {k: t.double().requires_grad_() if t.is_floating_point() else t for k, t in inputs.items()}
+        cast = {
+            k: t.double().requires_grad_() if t.is_floating_point() else t
+            for k, t in inputs.items()
+        }
         values = compute(cast)
         values["loss"].backward()
         tensors = {**inputs, **{k: t.detach().clone() for k, t in values.items()}}
@@ -602,21 +741,39 @@ def make_set(folder, seed):
             if t.is_floating_point() and t.grad is not None and not k.startswith("teacher"):
                 tensors[f"grad.{k}"] = torch.zeros_like(t) if f"grad.{k}" in zeros else t.grad
         tensors["loss_f32"] = values["loss"].detach().float()
-        meta = {"hparams": json.dumps(hparams), "zero_gradients": json.dumps(list(zeros)), "name": name}
-        save_file({k: t.contiguous() for k, t in tensors.items()}, folder / f"{name}.safetensors", meta)
+        meta = {
+            "hparams": json.dumps(hparams),
+            "zero_gradients": json.dumps(list(zeros)),
+            "name": name,
+        }
+        save_file(
+            {k: t.contiguous() for k, t in tensors.items()}, folder / f"{name}.safetensors", meta
+        )
 
     batch, classes = draw.randint(3, 6), draw.randint(4, 11)
-    logits = {"student_logits": 2 * rand(batch, classes), "teacher_logits": 2 * rand(batch, classes)}
+    logits = {
+        "student_logits": 2 * rand(batch, classes),
+        "teacher_logits": 2 * rand(batch, classes),
+    }
     labels = torch.randint(classes, (batch,), generator=generator)
     h = {"T": draw.choice([1.5, 3.0, 7.0]), "ce_weight": draw.random(), "kd_weight": draw.random()}
 
     def compute_kd(v):
         loss = loop_kd(v["student_logits"], v["teacher_logits"], h["T"])
         ce = loop_ce(v["student_logits"], v["labels"])
-        return {"loss": loss, "loss.ce": ce, "loss.total": h["ce_weight"] * ce + h["kd_weight"] * loss}
+        return {
+            "loss": loss,
+            "loss.ce": ce,
+            "loss.total": h["ce_weight"] * ce + h["kd_weight"] * loss,
+        }
 
     write("kd", {**logits, "labels": labels}, compute_kd, h)
-    write("logits_mse", logits, lambda v: {"loss": loop_mse(v["student_logits"], v["teacher_logits"])}, {})
+    write(
+        "logits_mse",
+        logits,
+        lambda v: {"loss": loop_mse(v["student_logits"], v["teacher_logits"])},
+        {},
+    )
     for name, grids in (("at", [(4, 4), (2, 4), (8, 8)]), ("sp", [(3, 3), (2, 5), (4, 4)])):
         taps = draw.randint(1, 5)
         maps = {
@@ -629,7 +786,9 @@ def make_set(folder, seed):
         loss = functools.partial(loop_at, p=p) if name == "at" else loop_sp
 
         def compute(v, taps=taps, loss=loss):
-            layers = [loss(v[f"student_features.{i}"], v[f"teacher_features.{i}"]) for i in range(taps)]
+            layers = [
+                loss(v[f"student_features.{i}"], v[f"teacher_features.{i}"]) for i in range(taps)
+            ]
             return {"loss": sum(layers), **layer_losses(layers)}
 
         write(name, maps, compute, h)
@@ -642,9 +801,19 @@ def make_set(folder, seed):
             "fitnet_up": (grid, 2 * grid, 4),
             "fitnet_valid": (2 * grid + 1, 2 * grid + 1 - shrink, 1 + shrink),
         }[name]
-        h = {"beta": draw.randint(1, 200), "bn_eps": draw.choice([1e-5, 1e-3]), "bn_mode": "train", "hint_layer": 1}
+        h = {
+            "beta": draw.randint(1, 200),
+            "bn_eps": draw.choice([1e-5, 1e-3]),
+            "bn_mode": "train",
+            "hint_layer": 1,
+        }
         weight = rand(c, d, kernel, kernel) if name == "fitnet_up" else rand(d, c, kernel, kernel)
-        adapter = {"conv.weight": weight, "conv.bias": rand(d), "bn.weight": rand(d), "bn.bias": rand(d)}
+        adapter = {
+            "conv.weight": weight,
+            "conv.bias": rand(d),
+            "bn.weight": rand(d),
+            "bn.bias": rand(d),
+        }
         adapter |= {"bn.running_mean": rand(d), "bn.running_var": rand(d).abs()}
         maps = {
             "student_features.0": rand(batch, c, student, student),
@@ -652,9 +821,16 @@ def make_set(folder, seed):
         }
 
         def compute_hint(v, name=name, eps=h["bn_eps"]):
-            x, (w, b) = v["student_features.0"], (v[f"param.adapter.conv.{k}"] for k in ("weight", "bias"))
+            x, (w, b) = (
+                v["student_features.0"],
+                (v[f"param.adapter.conv.{k}"] for k in ("weight", "bias")),
+            )
             stride, padding = (2, 1) if name == "fitnet_down" else (1, 0)
-            x = loop_transposed(x, w, b) if name == "fitnet_up" else loop_conv(x, w, b, stride, padding)
+            x = (
+                loop_transposed(x, w, b)
+                if name == "fitnet_up"
+                else loop_conv(x, w, b, stride, padding)
+            )
             x = loop_norm(x, v["param.adapter.bn.weight"], v["param.adapter.bn.bias"], eps)
             adapted = torch.where(x > 0, x, torch.zeros_like(x))
             return {"loss": loop_mse(adapted, v["teacher_features.0"]), "out.adapted": adapted}
@@ -666,15 +842,15 @@ def make_set(folder, seed):
 
 @pytest.mark.parametrize("seed", range(1, 7))
 def test_vector_check_holds_for_another_set(tmp_path, seed):
-    assert make_set(tmp_path, seed) == sorted(LOSSES)
-    for name in LOSSES:
+    assert make_set(tmp_path, seed) == sorted(VECTOR_LOSSES)
+    for name in VECTOR_LOSSES:
         for dtype in DTYPES:
             check_vector(tmp_path / f"{name}.safetensors", dtype)
 
 
 def test_vector_check_finds_a_wrong_value(tmp_path):
     make_set(tmp_path, 4)
-    for name in LOSSES:
+    for name in VECTOR_LOSSES:
         v = Vector(tmp_path / f"{name}.safetensors", torch.float64)
         values, parameters = FUNCTIONS[name](v)
         v.expected["loss"] = v.expected["loss"] * (1 + 1e-8)

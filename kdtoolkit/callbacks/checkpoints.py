@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from .. import checkpoint
-from .base import Callback
+from kdtoolkit.core.callback import Callback
+from kdtoolkit.utils import checkpoint
 
 
 class Checkpoints(Callback):
@@ -16,7 +16,9 @@ class Checkpoints(Callback):
         if every < 1:
             raise ValueError(f"every is {every}, checkpoints are written each 1, 2, ... epochs")
         self.every = every
-        self.best_weights: tuple[dict[str, Any], dict[str, Any]] | None = None  # method's, callbacks' by name
+        self.best_weights: tuple[dict[str, Any], dict[str, Any]] | None = (
+            None  # method's, callbacks' by name
+        )
 
     def on_epoch_end(self, run: Any, metrics: dict[str, float]) -> None:
         run.check_finite(weights=True)  # broken weights never take the place of good ones
@@ -24,8 +26,13 @@ class Checkpoints(Callback):
         if run.output_dir is None:
             if improved:
                 run.sync()
-                kept = {c.name: copy.deepcopy(c.state_dict()) for c in run.callbacks if c.networks()}
-                self.best_weights = {k: v.detach().cpu().clone() for k, v in run.method.state_dict().items()}, kept
+                kept = {
+                    c.name: copy.deepcopy(c.state_dict()) for c in run.callbacks if c.networks()
+                }
+                self.best_weights = (
+                    {k: v.detach().cpu().clone() for k, v in run.method.state_dict().items()},
+                    kept,
+                )
             return
         over = run.clock.step >= run.clock.total_steps or run.stop
         if improved or over or run.clock.epoch % self.every == 0:

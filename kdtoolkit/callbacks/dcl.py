@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import functional
-from ..registry import one_of
-from ..restore import random_as_found
-from ..types import Step
-from .base import Callback, several
+from kdtoolkit import functional
+from kdtoolkit.core.callback import Callback, check_several_networks
+from kdtoolkit.types import Step
+from kdtoolkit.utils.state import preserve_random_state
+from kdtoolkit.utils.validation import check_choice
 
 UNITS = ("steps", "epochs")
 STATISTICS = ("own", "merged", "recalibrated")
@@ -66,19 +66,21 @@ class DCLMerger(Callback):
     ):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every is {every!r}: a whole number of {unit} from 1")
-        one_of("unit", unit, UNITS)
-        one_of("rule", rule, functional.DCL_RULES)
-        one_of("statistics", statistics, STATISTICS)
-        one_of("momentum", momentum, MOMENTUM)
-        functional.updates.check_rule(rule, eps)
+        check_choice("unit", unit, UNITS)
+        check_choice("rule", rule, functional.DCL_RULES)
+        check_choice("statistics", statistics, STATISTICS)
+        check_choice("momentum", momentum, MOMENTUM)
+        functional.parameter_updates.check_rule(rule, eps)
         if not 0 <= beta <= 1:
             raise ValueError(f"beta is {beta!r}: the share of the common weights, from 0 to 1")
         if not 0 <= start <= until <= 1:
-            raise ValueError(f"start is {start!r} and until {until!r}: shares of the run, 0 <= start <= until <= 1")
+            raise ValueError(
+                f"start is {start!r} and until {until!r}: shares of the run, 0 <= start <= until <= 1"
+            )
         self.every, self.unit, self.beta, self.rule, self.eps = every, unit, beta, rule, eps
         self.statistics, self.momentum, self.start, self.until = statistics, momentum, start, until
 
-    def notes(self) -> list[str]:
+    def plan_notes(self) -> list[str]:
         when = f"every {self.every} {self.unit}" + (f" from {self.start:g}" if self.start else "")
         when += f" until {self.until:g} of the run" if self.until < 1 else ""
         statistics = f"BatchNorm statistics {self.statistics}, momentum {self.momentum}"
@@ -86,7 +88,7 @@ class DCLMerger(Callback):
 
     def check(self, run: Any) -> None:
         names, nets = list(run.method.networks()), list(run.method.networks().values())
-        several(self, run.method)
+        check_several_networks(self, run.method)
         shapes = [{n: tuple(p.shape) for n, p in net.named_parameters()} for net in nets]
         other = next((k for k, s in enumerate(shapes) if s != shapes[0]), None)
         if other is not None:
@@ -100,7 +102,9 @@ class DCLMerger(Callback):
                 f"DCLMerger merges what is trained, and other parameters of {names[other]} are frozen than of "
                 f"{names[0]}: freeze the same ones, or leave DCLMerger out"
             )
-        own = run.data is not None and (run.data.train.len is None or run.data.train.own_loader is not None)
+        own = run.data is not None and (
+            run.data.train.len is None or run.data.train.own_loader is not None
+        )
         if self.statistics == "recalibrated" and own:
             raise ValueError(
                 "DCLMerger(statistics='recalibrated') reads training images apart from the run's own batches: pass a "
@@ -109,7 +113,7 @@ class DCLMerger(Callback):
 
     def on_step_end(self, run: Any, step: Step) -> None:
         """Also the exchange at the end of an epoch is made here, in front of its evaluation."""
-        clock, accum = run.clock, run.settings.grad_accum
+        clock, accum = run.clock, run.config.grad_accum
         ended = clock.step == min(clock.total_steps, run.epoch_start + clock.steps_per_epoch)
         if self.unit == "steps":
             due = clock.step % accum == 0 and (clock.step // accum) % self.every == 0
@@ -134,7 +138,10 @@ class DCLMerger(Callback):
         if self.beta == 0:
             return
         parameters = _own(nets)
-        _write(parameters, functional.dcl_merge(parameters, beta=self.beta, rule=self.rule, eps=self.eps))
+        _write(
+            parameters,
+            functional.dcl_merge(parameters, beta=self.beta, rule=self.rule, eps=self.eps),
+        )
         kept = [_statistics(net) for net in nets]
         if self.statistics == "merged" and kept[0]:
             _write(kept, functional.dcl_merge(kept, beta=self.beta, rule="mean"))
@@ -158,7 +165,12 @@ def _own(nets: Sequence[nn.Module]) -> list[dict[str, nn.Parameter]]:
 
 def _averaged(value: Any, p: nn.Parameter) -> bool:
     """Whether an entry of an optimizer's state is a moving average of the gradient, and not a counter."""
-    return isinstance(value, Tensor) and value.shape == p.shape and value.dim() > 0 and value.is_floating_point()
+    return (
+        isinstance(value, Tensor)
+        and value.shape == p.shape
+        and value.dim() > 0
+        and value.is_floating_point()
+    )
 
 
 @torch.no_grad()
@@ -169,12 +181,18 @@ def _write(tensors: Sequence[Mapping[str, Tensor]], new: Sequence[Mapping[str, T
 
 
 def _norms(net: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    return ((n, m) for n, m in net.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None)
+    return (
+        (n, m)
+        for n, m in net.named_modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None
+    )
 
 
 def _statistics(net: nn.Module) -> dict[str, Tensor]:
     """Running means and variances by name; no counters."""
-    return {f"{n}.{k}": getattr(m, k) for n, m in _norms(net) for k in ("running_mean", "running_var")}
+    return {
+        f"{n}.{k}": getattr(m, k) for n, m in _norms(net) for k in ("running_mean", "running_var")
+    }
 
 
 @torch.no_grad()
@@ -182,17 +200,26 @@ def _recalibrate(run: Any) -> None:
     """BatchNorm's statistics of all networks: plain means over batches drawn by seed and epoch alone, in train mode.
     Counters, dropout and order of data of the run stay as they were; frozen BatchNorms too."""
     norms = [m for net in run.method.networks().values() for _, m in _norms(net) if m.training]
-    before = [(m, m.momentum, m.num_batches_tracked.clone()) for m in norms if m.num_batches_tracked is not None]
-    with random_as_found(), run.accelerator.autocast():
-        run._seed(run.clock.epoch, -2)
+    before = [
+        (m, m.momentum, m.num_batches_tracked.clone())
+        for m in norms
+        if m.num_batches_tracked is not None
+    ]
+    with preserve_random_state(), run.accelerator.autocast():
+        run.seed_step(run.clock.epoch, -2)
         split = dataclasses.replace(run.data.train, num_workers=0)
-        batches = islice(split.loader(run.settings.batch_size, shuffle=True, drop_last=True), RECALIBRATION)
+        batches = islice(
+            split.loader(run.config.batch_size, shuffle=True, drop_last=True), RECALIBRATION
+        )
         for m, _, _ in before:
             m.reset_running_stats()
             m.momentum = None
         for batch in batches:
-            moved = {k: v.to(run.accelerator.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            run.method.each(run._finish(moved, train=True))
+            moved = {
+                k: v.to(run.accelerator.device) if isinstance(v, Tensor) else v
+                for k, v in batch.items()
+            }
+            run.method.train_logits(run.prepare_batch(moved, train=True))
     for m, momentum, counter in before:
         m.momentum = momentum
         if m.num_batches_tracked is not None:

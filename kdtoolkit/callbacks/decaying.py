@@ -11,13 +11,19 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import functional
-from ..functional.logits import check_temperature
-from ..registry import one_of
-from ..schedules import check_weight, cosine_rampdown, exponential_decay, linear_rampup, told, value
-from ..types import Batch, Clock, Step, Weight
-from .base import Callback, several
-from .ema import EMATeacher
+from kdtoolkit import functional
+from kdtoolkit.callbacks.ema import EMATeacher
+from kdtoolkit.core.callback import Callback, check_several_networks
+from kdtoolkit.schedules import (
+    check_loss_weight,
+    cosine_rampdown,
+    describe_weight,
+    exponential_decay,
+    linear_rampup,
+    weight_at,
+)
+from kdtoolkit.types import Batch, Clock, LossWeight, Step
+from kdtoolkit.utils.validation import check_choice, check_temperature
 
 DECAYS = ("exponential", "cosine", "linear")
 
@@ -40,7 +46,7 @@ class DecayingEnsemble(Callback):
 
     def __init__(
         self,
-        weight: Weight = 1.0,
+        weight: LossWeight = 1.0,
         *,
         rate: float = 0.5,
         decay: str = "exponential",
@@ -48,10 +54,12 @@ class DecayingEnsemble(Callback):
         length: float | None = None,
         temperature: float = 3.0,
     ):
-        one_of("decay", decay, DECAYS)
-        check_weight(weight)
+        check_choice("decay", decay, DECAYS)
+        check_loss_weight(weight)
         if not rate >= 0 or not 0 <= cut < 1:
-            raise ValueError(f"rate is {rate} and cut {cut}: a rate an epoch from 0, and a share from 0 to below 1")
+            raise ValueError(
+                f"rate is {rate} and cut {cut}: a rate an epoch from 0, and a share from 0 to below 1"
+            )
         if length is not None and (decay == "exponential" or not length > 0):
             raise ValueError(f"length is {length}: epochs above 0, of decay='cosine' or 'linear'")
         check_temperature(temperature)
@@ -60,7 +68,7 @@ class DecayingEnsemble(Callback):
         self.teacher: EMATeacher | None = None
 
     def check(self, run: Any) -> None:
-        several(self, run.method)
+        check_several_networks(self, run.method)
 
     def on_fit_start(self, run: Any) -> None:
         self.teacher = next((c for c in run.callbacks if isinstance(c, EMATeacher)), None)
@@ -74,12 +82,19 @@ class DecayingEnsemble(Callback):
             return cosine_rampdown(clock.epoch, length)
         return 1.0 - linear_rampup(clock.epoch, length)
 
-    def plan(self) -> list[dict[str, Any]]:
+    def plan_rows(self) -> list[dict[str, Any]]:
         whom = "mean of the others, then each of them"
-        return [{"loss": "decaying", "weight": told(self.weight), "student": "every network", "teacher": whom}]
+        return [
+            {
+                "loss": "decaying",
+                "weight": describe_weight(self.weight),
+                "student": "every network",
+                "teacher": whom,
+            }
+        ]
 
     def on_losses(self, run: Any, step: Step, batch: Batch) -> dict[str, Tensor] | None:
-        weight = value(self.weight, run.clock)
+        weight = weight_at(self.weight, run.clock)
         if weight == 0:
             return None
         names = list(run.method.networks())

@@ -15,15 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import distributed, functional
-from ..types import Batch, Step
-from .base import Callback
-from .ema import EMATeacher
+from kdtoolkit import functional
+from kdtoolkit.callbacks.ema import EMATeacher
+from kdtoolkit.core.callback import Callback
+from kdtoolkit.types import Batch, Step
+from kdtoolkit.utils import distributed
 
 WINDOW = 10  # batches at the end of an epoch that are looked at
 LEAST_KNOWLEDGE = 0.01  # of the cross-entropy
 LEAST_DISAGREEMENT = 0.5  # percent
-CLEAR_DISAGREEMENT = 5.0  # percent; logits that have learned little are near each other, and may still differ
+CLEAR_DISAGREEMENT = (
+    5.0  # percent; logits that have learned little are near each other, and may still differ
+)
 ERRORS = 5.0  # percent; networks that make fewer agree because they are right
 
 
@@ -62,8 +65,12 @@ class Diversity(Callback):
         self.count, self.alike, self.warned = 0, 0, False
 
     def check(self, run: Any) -> None:
-        if len(run.method.networks()) < 2 and not any(isinstance(c, EMATeacher) for c in run.callbacks):
-            raise ValueError("Diversity compares two networks or more, or one with its EMATeacher; this run trains one")
+        if len(run.method.networks()) < 2 and not any(
+            isinstance(c, EMATeacher) for c in run.callbacks
+        ):
+            raise ValueError(
+                "Diversity compares two networks or more, or one with its EMATeacher; this run trains one"
+            )
 
     def on_fit_start(self, run: Any) -> None:
         if run.clock.step == 0:
@@ -78,22 +85,29 @@ class Diversity(Callback):
         found = measured(students, batch["y"]) if len(students) > 1 else {}
         teachers = None if self.teacher is None else self.teacher.known(run)
         if teachers is not None:
-            found |= {f"ema/{k}": v for k, v in measured(students, batch["y"], list(teachers.values())).items()}
-        self.sums = {k: v + self.sums[k].to(v.device) if k in self.sums else v for k, v in found.items()}
+            found |= {
+                f"ema/{k}": v
+                for k, v in measured(students, batch["y"], list(teachers.values())).items()
+            }
+        self.sums = {
+            k: v + self.sums[k].to(v.device) if k in self.sums else v for k, v in found.items()
+        }
         self.count += 1
 
     def on_epoch_end(self, run: Any, metrics: dict[str, float]) -> None:
         if not self.count:
             return
-        share = 1 / (self.count * distributed.processes())
-        means = {k: float(distributed.sum_ranks(v.clone()) * share) for k, v in self.sums.items()}
+        share = 1 / (self.count * distributed.world_size())
+        means = {
+            k: float(distributed.all_reduce_sum(v.clone()) * share) for k, v in self.sums.items()
+        }
         run.method.sync()
         nets = list(run.method.networks().values())
         row = _row(means, "", nets)
         if self.teacher is not None:
             self.teacher.sync()
             row |= _row(means, "ema/", nets, list(self.teacher.networks().values()))
-        run.journal.add(event="diversity", epoch=run.clock.epoch, step=run.clock.step, **row)
+        run.metrics_log.add(event="diversity", epoch=run.clock.epoch, step=run.clock.step, **row)
         self.sums, self.count = {}, 0
         self._judge(run, row, means)
 
@@ -129,7 +143,9 @@ class Diversity(Callback):
 
 
 @torch.no_grad()
-def measured(students: Sequence[Tensor], labels: Tensor, teachers: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+def measured(
+    students: Sequence[Tensor], labels: Tensor, teachers: Sequence[Tensor] | None = None
+) -> dict[str, Tensor]:
     """Numbers of one batch, scalar tensors: disagreement and errors in percent, kl and ce. Means over pairs of networks
     (B, C), or with `teachers` over pairs of a network and the teacher of another (of one network its own)."""
     rows, numbers = students if teachers is None else teachers, range(len(students))
@@ -140,13 +156,22 @@ def measured(students: Sequence[Tensor], labels: Tensor, teachers: Sequence[Tens
     soft = [functional.kd(students[i], rows[j], temperature=1.0) for i, j in pairs]
     wrong = [((z.argmax(1) != labels) & known).sum() / count for z in students]
     targets = labels.where(known, -100)
-    hard = [F.cross_entropy(z.float(), targets, ignore_index=-100, reduction="sum") / count for z in students]
-    percent = {"disagreement": 100 * torch.stack(apart).mean(), "errors": 100 * torch.stack(wrong).mean()}
+    hard = [
+        F.cross_entropy(z.float(), targets, ignore_index=-100, reduction="sum") / count
+        for z in students
+    ]
+    percent = {
+        "disagreement": 100 * torch.stack(apart).mean(),
+        "errors": 100 * torch.stack(wrong).mean(),
+    }
     return percent | {"kl": torch.stack(soft).mean(), "ce": torch.stack(hard).mean()}
 
 
 def _row(
-    means: dict[str, float], prefix: str, nets: list[nn.Module], teachers: list[nn.Module] | None = None
+    means: dict[str, float],
+    prefix: str,
+    nets: list[nn.Module],
+    teachers: list[nn.Module] | None = None,
 ) -> dict[str, float]:
     if f"{prefix}kl" not in means:
         return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Callback
+from kdtoolkit.core.callback import Callback
 
 
 class EarlyStop(Callback):
@@ -19,8 +19,10 @@ class EarlyStop(Callback):
         self.best, self.waited = -1.0, 0
 
     def check(self, run: Any) -> None:
-        if run.settings.monitor is None:
-            raise ValueError("EarlyStop watches a validation split and there is none: set validation='auto' or a share")
+        if run.config.monitor is None:
+            raise ValueError(
+                "EarlyStop watches a validation split and there is none: set validation='auto' or a share"
+            )
 
     def on_epoch_end(self, run: Any, metrics: dict[str, float]) -> None:
         top1 = metrics.get("monitored")

@@ -13,29 +13,29 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import distributed, functional
-from ..functional.logits import check_temperature
-from ..functional.peers import from_each_other, peers
-from ..method import Method
-from ..registry import one_of
-from ..restore import random_as_found
-from ..schedules import check_weight, told, value
-from ..tuning import fresh
-from ..types import Batch, Step, Weight
-from .base import Callback
+from kdtoolkit import functional
+from kdtoolkit.core.callback import Callback
+from kdtoolkit.core.method import Method
+from kdtoolkit.functional.peers import mean_over_others, stack_logits
+from kdtoolkit.models.reinit import reinitialised_copy
+from kdtoolkit.schedules import check_loss_weight, describe_weight, weight_at
+from kdtoolkit.types import Batch, LossWeight, Step
+from kdtoolkit.utils import distributed
+from kdtoolkit.utils.validation import check_choice, check_temperature
 
 COUNTS = {"constant": None, "from 0": 0, "from 1": 1}
 LEARN_FROM = ("others", "own", "all")
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": functional.consistency, "kl": partial(functional.consistency, kind="kl"),
 }  # fmt: skip
-APART = 0x5EED  # what the seed of a teacher's dropout and first weights differs in from the students'
+APART = (
+    0x5EED  # what the seed of a teacher's dropout and first weights differs in from the students'
+)
 
 
 class EMATeacher(Callback):
@@ -66,7 +66,7 @@ class EMATeacher(Callback):
 
     def __init__(
         self,
-        weight: Weight = 1.0,
+        weight: LossWeight = 1.0,
         *,
         decay: float | None = None,
         count: str = "constant",
@@ -81,18 +81,23 @@ class EMATeacher(Callback):
         product: bool | str = True,
         term: str = "ema",
     ):
-        one_of("count", count, COUNTS)
-        one_of("loss", loss, ("kd", *LOSSES))
-        one_of("learn_from", learn_from, LEARN_FROM)
-        one_of("mode", mode, ("train", "eval"))
-        one_of("init", init, ("copy", "independent"))
-        check_weight(weight)
+        check_choice("count", count, COUNTS)
+        check_choice("loss", loss, ("kd", *LOSSES))
+        check_choice("learn_from", learn_from, LEARN_FROM)
+        check_choice("mode", mode, ("train", "eval"))
+        check_choice("init", init, ("copy", "independent"))
+        check_loss_weight(weight)
         if decay is not None and not 0 <= decay <= 1:
             raise ValueError(f"decay is {decay}: the teacher's share in an update, from 0 to 1")
         check_temperature(temperature)
         if isinstance(init_steps, bool) or not isinstance(init_steps, int) or init_steps < 0:
             raise ValueError(f"init_steps is {init_steps!r}: a whole number of steps from 0")
-        self.weight, self.decay, self.first, self.learn_from = weight, decay, COUNTS[count], learn_from
+        self.weight, self.decay, self.first, self.learn_from = (
+            weight,
+            decay,
+            COUNTS[count],
+            learn_from,
+        )
         self.loss = LOSSES.get(loss) or partial(functional.kd, temperature=temperature)
         self.view, self.mode, self.product, self.term = view, mode, product, term
         self.init, self.init_steps, self.init_lr = init, init_steps, init_lr
@@ -112,10 +117,14 @@ class EMATeacher(Callback):
                 "learn_from='own', or Peers([...])"
             )
         rows = None if run.data is None else run.data.train.len
-        batches = None if rows is None else rows // run.settings.batch_size
+        batches = None if rows is None else rows // run.config.batch_size
         if batches is not None and self.init_steps > batches:
-            raise ValueError(f"init_steps={self.init_steps}, an epoch has {batches} batches: use less")
-        if self.view is not None and (method.num_views < 2 or not 0 <= self.view < method.num_views):
+            raise ValueError(
+                f"init_steps={self.init_steps}, an epoch has {batches} batches: use less"
+            )
+        if self.view is not None and (
+            method.num_views < 2 or not 0 <= self.view < method.num_views
+        ):
             raise ValueError(
                 f"view is {self.view}: views are counted from 0, the method makes {method.num_views} of an image "
                 "(method.num_views)"
@@ -124,21 +133,23 @@ class EMATeacher(Callback):
     def on_fit_start(self, run: Any) -> None:
         method = run.method
         self._cached, self._asked, self.updates = None, False, 0
-        updates = run.clock.total_steps / run.settings.grad_accum
+        updates = run.clock.total_steps / run.config.grad_accum
         self.share = min(0.999, max(1 - 20 / updates, 0.5)) if self.decay is None else self.decay
-        state, self._state, self.copy = self._state, None, self._copy(method, run.settings.compile)
+        state, self._state, self.copy = self._state, None, self._copy(method, run.config.compile)
         if run.clock.step == 0:
             self._initialise(run)
         elif state is not None:
             self.load_state_dict(state)
         self.copy.requires_grad_(False)
-        trained, own = method.trained(), dict(self.copy.named_parameters())
+        trained, own = method.trainable_parameters(), dict(self.copy.named_parameters())
         self._students: list[Tensor] = list(trained.values())
         self._teachers: list[Tensor] = [own[name] for name in trained]
 
     def _copy(self, method: Method, compiled: bool) -> Method:
         """Without callbacks; frozen teachers are shared, and mixed precision's forward stays with the method."""
-        made = copy.deepcopy(method, {id(method.callbacks): (), id(method.teachers): method.teachers})
+        made = copy.deepcopy(
+            method, {id(method.callbacks): (), id(method.teachers): method.teachers}
+        )
         made.__dict__.pop("forward", None)
         made.__dict__.pop("_original_forward", None)
         if compiled:
@@ -149,22 +160,26 @@ class EMATeacher(Callback):
         assert self.copy is not None
         if self.init == "independent":
             for k, net in enumerate(self.copy.networks().values()):
-                net.load_state_dict(fresh(net, (run.settings.seed ^ APART) + k).state_dict())
+                net.load_state_dict(
+                    reinitialised_copy(net, (run.config.seed ^ APART) + k).state_dict()
+                )
         if not self.init_steps:
             return
-        trained = [p for p in self.copy.trained().values() if p.requires_grad]
-        lr = run.settings.lr / 100 if self.init_lr is None else self.init_lr
-        optimizer = torch.optim.SGD(trained, lr=lr, weight_decay=run.settings.weight_decay)
+        trained = [p for p in self.copy.trainable_parameters().values() if p.requires_grad]
+        lr = run.config.lr / 100 if self.init_lr is None else self.init_lr
+        optimizer = torch.optim.SGD(trained, lr=lr, weight_decay=run.config.weight_decay)
         self.copy.train()
-        with _first_batches(run, self.init_steps) as batches:
+        with run.first_batches(self.init_steps) as batches:
             for number, batch in enumerate(batches):
-                run._seed(0, number)
-                each = self.copy.each(run._finish(batch, train=True)).values()
+                run.seed_step(0, number)
+                each = self.copy.train_logits(run.prepare_batch(batch, train=True)).values()
                 known = batch["y"] >= 0  # those without a label are -1
-                torch.stack([functional.ce(z[known], batch["y"][known]) for z in each]).mean().backward()
-                for p in trained if not self.copy.alone else ():
+                torch.stack(
+                    [functional.ce(z[known], batch["y"][known]) for z in each]
+                ).mean().backward()
+                for p in trained if not self.copy.networks_per_process else ():
                     if p.grad is not None:
-                        distributed.sum_ranks(p.grad).div_(distributed.processes())
+                        distributed.all_reduce_sum(p.grad).div_(distributed.world_size())
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -182,33 +197,50 @@ class EMATeacher(Callback):
             one = views[:, self.view]
             batch = Batch(**{**batch, "x": one, "views": one.unsqueeze(1).expand_as(views)})
         with torch.no_grad(), _own_draws(batch["x"].device), run.accelerator.autocast():
-            found = self.copy.each(batch)
+            found = self.copy.train_logits(batch)
         self._cached, self._asked = (run.clock.step, found), True
         return found
 
     def known(self, run: Any) -> dict[str, Tensor] | None:
         """What `logits` gave in this step, None where nobody asked."""
-        return self._cached[1] if self._cached is not None and self._cached[0] == run.clock.step else None
+        return (
+            self._cached[1]
+            if self._cached is not None and self._cached[0] == run.clock.step
+            else None
+        )
 
-    def plan(self) -> list[dict[str, Any]]:
+    def plan_rows(self) -> list[dict[str, Any]]:
         if self.weight == 0:
             return []
-        whom = {"others": "EMA of the others", "own": "its own EMA", "all": "EMA of all networks"}[self.learn_from]
-        return [{"loss": self.term, "weight": told(self.weight), "student": "every network", "teacher": whom}]
+        whom = {"others": "EMA of the others", "own": "its own EMA", "all": "EMA of all networks"}[
+            self.learn_from
+        ]
+        return [
+            {
+                "loss": self.term,
+                "weight": describe_weight(self.weight),
+                "student": "every network",
+                "teacher": whom,
+            }
+        ]
 
-    def notes(self) -> list[str]:
+    def plan_notes(self) -> list[str]:
         share = "0.999, less in short runs" if self.decay is None else f"{self.decay:g}"
         handed = ", and handed over" if self.product else ""
         return [f"an average of all networks (EMA, decay {share}) is kept, evaluated{handed}"]
 
     def on_losses(self, run: Any, step: Step, batch: Batch) -> dict[str, Tensor] | None:
-        weight = value(self.weight, run.clock)
+        weight = weight_at(self.weight, run.clock)
         if weight == 0:
             return None
         teachers = self.logits(run, batch)
         students = {name: step.logits[name] for name in teachers}
         if self.learn_from == "others":
-            each = from_each_other(self.loss, peers(list(students.values())), peers(list(teachers.values())))
+            each = mean_over_others(
+                self.loss,
+                stack_logits(list(students.values())),
+                stack_logits(list(teachers.values())),
+            )
         else:
             own = self.learn_from == "own"
             each = torch.stack([
@@ -238,12 +270,16 @@ class EMATeacher(Callback):
         return self.name if name == next(iter(self.copy.networks())) else f"{self.name}/{name}"
 
     def networks(self) -> dict[str, nn.Module]:
-        return {} if self.copy is None else {self._named(n): net for n, net in self.copy.networks().items()}
+        return (
+            {}
+            if self.copy is None
+            else {self._named(n): net for n, net in self.copy.networks().items()}
+        )
 
-    def products(self) -> tuple[list[str], str] | None:
+    def export_candidates(self) -> tuple[list[str], str] | None:
         if self.copy is None or not self.product:
             return None
-        names = [self._named(n) for n in self.copy.products()[0]]
+        names = [self._named(n) for n in self.copy.export_candidates()[0]]
         if isinstance(self.product, str):
             return names, f"the EMA teacher is what {self.product} uses for inference"
         return names, "EMATeacher hands its average over, product=False would not"
@@ -263,7 +299,11 @@ class EMATeacher(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self.copy is None:
             return self._state or {}
-        return {"weights": dict(self.copy.state_dict()), "updates": self.updates, "asked": self._asked}
+        return {
+            "weights": dict(self.copy.state_dict()),
+            "updates": self.updates,
+            "asked": self._asked,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """A run that goes on loads this before it starts: the state is kept until the copy is there."""
@@ -280,17 +320,3 @@ def _own_draws(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(torch.initial_seed() ^ APART)
         yield
-
-
-@contextlib.contextmanager
-def _first_batches(run: Any, count: int) -> Iterator[Iterator[Any]]:
-    """Those that the run begins with; it will read them again as if they had not been read."""
-    with random_as_found():
-        run.data.set_epoch(0)
-        run.loader.set_epoch(0)
-        run._seed(0, -1)
-        try:
-            yield islice(run.loader, count)
-        finally:
-            with contextlib.suppress(ValueError):  # it was read to its end
-                run.loader.end()

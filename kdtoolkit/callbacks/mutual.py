@@ -13,16 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional
-from ..functional.logits import check_temperature
-from ..functional.peers import from_each_other, others_mean, peers
-from ..registry import one_of
-from ..schedules import check_weight, told, value
-from ..types import Batch, Step, Weight
-from .base import Callback, several
+from kdtoolkit import functional
+from kdtoolkit.core.callback import Callback, check_several_networks
+from kdtoolkit.functional.peers import mean_over_others, others_mean, stack_logits
+from kdtoolkit.schedules import check_loss_weight, describe_weight, weight_at
+from kdtoolkit.types import Batch, LossWeight, Step
+from kdtoolkit.utils.validation import check_choice, check_temperature
 
 TARGETS = ("pairwise", "ensemble")
-FORMS: dict[str, Callable[..., Tensor]] = {"kl": functional.kd, "eps": functional.kd_eps, "soft-ce": functional.soft_ce}
+FORMS: dict[str, Callable[..., Tensor]] = {
+    "kl": functional.kd,
+    "eps": functional.kd_eps,
+    "soft-ce": functional.soft_ce,
+}
 
 
 class MutualKL(Callback):
@@ -42,44 +45,61 @@ class MutualKL(Callback):
 
     def __init__(
         self,
-        weight: Weight = 1.0,
+        weight: LossWeight = 1.0,
         *,
         temperature: float = 1.0,
         target: str = "pairwise",
         detach: bool = True,
         form: str = "kl",
     ):
-        one_of("target", target, TARGETS)
-        one_of("form", form, (*FORMS, "tf"))
+        check_choice("target", target, TARGETS)
+        check_choice("form", form, (*FORMS, "tf"))
         if form == "tf" and (temperature, target, detach) != (1.0, "pairwise", True):
-            raise ValueError("form='tf' has temperature=1.0, target='pairwise' and detach=True: leave them out")
-        one_of("detach", detach, (True, False))
+            raise ValueError(
+                "form='tf' has temperature=1.0, target='pairwise' and detach=True: leave them out"
+            )
+        check_choice("detach", detach, (True, False))
         check_temperature(temperature)
-        check_weight(weight)
-        self.weight, self.temperature, self.target, self.detach, self.form = weight, temperature, target, detach, form
+        check_loss_weight(weight)
+        self.weight, self.temperature, self.target, self.detach, self.form = (
+            weight,
+            temperature,
+            target,
+            detach,
+            form,
+        )
 
     def check(self, run: Any) -> None:
-        several(self, run.method)
-        if run.method.alone and not self.detach:
+        check_several_networks(self, run.method)
+        if run.method.networks_per_process and not self.detach:
             raise ValueError(
                 "MutualKL(detach=False) sends gradients into the networks that teach, which other processes train: "
                 "pass spread=False"
             )
 
-    def plan(self) -> list[dict[str, Any]]:
+    def plan_rows(self) -> list[dict[str, Any]]:
         whom = "the others' logits" if self.target == "pairwise" else "the others' mean logits"
-        return [{"loss": "mutual", "weight": told(self.weight), "student": "every network", "teacher": whom}]
+        return [
+            {
+                "loss": "mutual",
+                "weight": describe_weight(self.weight),
+                "student": "every network",
+                "teacher": whom,
+            }
+        ]
 
     def on_losses(self, run: Any, step: Step, batch: Batch) -> dict[str, Tensor] | None:
-        weight = value(self.weight, run.clock)
+        weight = weight_at(self.weight, run.clock)
         if weight == 0:
             return None
-        students = peers(list(step.logits.values()))
+        students = stack_logits(list(step.logits.values()))
         if self.form == "tf":
             return {"mutual": weight * functional.mutual_kl_tf(students).sum()}
         teachers = students.detach() if self.detach else students
         loss = partial(FORMS[self.form], temperature=self.temperature)
         if self.target == "pairwise":
-            return {"mutual": weight * from_each_other(loss, students, teachers).sum()}
-        each = [loss(own, others) for own, others in zip(students, others_mean(teachers), strict=True)]
+            return {"mutual": weight * mean_over_others(loss, students, teachers).sum()}
+        each = [
+            loss(own, others) for own, others in zip(students, others_mean(teachers), strict=True)
+        ]
         return {"mutual": weight * torch.stack(each).sum()}

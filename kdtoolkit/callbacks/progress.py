@@ -6,10 +6,17 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
-from ..types import Step
-from .base import Callback
+from kdtoolkit.core.callback import Callback
+from kdtoolkit.types import Step
 
 
 class ProgressLog(Callback):
@@ -33,10 +40,12 @@ class ProgressLog(Callback):
             self.mode = "off"
             return
         self._last = self._began = time.perf_counter()
-        self._first, self._shown = run.clock.step, len(run.journal.rows)
+        self._first, self._shown = run.clock.step, len(run.metrics_log.rows)
         self._print(self._opening(run))
         if run.data.test is None and run.data.val is None:
-            self._print("no evaluation data: the last epoch is taken; pass eval_data=... or validation=... for numbers")
+            self._print(
+                "no evaluation data: the last epoch is taken; pass eval_data=... or validation=... for numbers"
+            )
         for name, row in run.teacher_metrics.items():
             self._print(f"{name} top-1 {row['top1']:.2f} %")
         if self.mode == "bar" or (self.mode == "auto" and self.console.is_terminal):
@@ -46,7 +55,10 @@ class ProgressLog(Callback):
             )  # fmt: skip
             self.bar.start()
             self.task: TaskID = self.bar.add_task(
-                self.label or "steps", total=run.clock.total_steps, completed=run.clock.step, terms=""
+                self.label or "steps",
+                total=run.clock.total_steps,
+                completed=run.clock.step,
+                terms="",
             )
 
     def on_step_end(self, run: Any, step: Step) -> None:
@@ -65,11 +77,15 @@ class ProgressLog(Callback):
     def on_epoch_end(self, run: Any, metrics: dict[str, float]) -> None:
         if self.mode == "off":
             return
-        row = next(r for r in reversed(run.journal.rows) if r["event"] == "epoch")
-        every = {"student", *run.method.networks()} if len(run.method.networks()) < 5 else {"student"}
-        shown = {*every, "ensemble", *run.products()[0]}  # of the networks
+        row = next(r for r in reversed(run.metrics_log.rows) if r["event"] == "epoch")
+        every = (
+            {"student", *run.method.networks()} if len(run.method.networks()) < 5 else {"student"}
+        )
+        shown = {*every, "ensemble", *run.export_candidates()[0]}  # of the networks
         tops = "  ".join(f"{k} {v:.2f}" for k, v in metrics.items() if _told(k, shown))
-        self._print("  ".join(p for p in (self._where(run), _terms(row), tops, self._left(run)) if p))
+        self._print(
+            "  ".join(p for p in (self._where(run), _terms(row), tops, self._left(run)) if p)
+        )
         if self.bar is not None:
             self.bar.update(self.task, completed=run.clock.step, terms=_terms(row))
         self._last = time.perf_counter()
@@ -84,9 +100,7 @@ class ProgressLog(Callback):
         if self.mode == "off" or "top1" not in metrics:
             return
         whose = f"{metrics['product']}, " if "networks" in metrics else ""
-        text = (
-            f"{metrics['split']} top-1 {metrics['top1']:.2f} % ({whose}{metrics['chosen']} epoch, {metrics['epoch']})"
-        )
+        text = f"{metrics['split']} top-1 {metrics['top1']:.2f} % ({whose}{metrics['chosen']} epoch, {metrics['epoch']})"
         if "retention" in metrics:
             text += f"  teacher {metrics['teacher_top1']:.2f} %  retention {100 * metrics['retention']:.1f} %"
         if "params" in metrics:
@@ -104,7 +118,7 @@ class ProgressLog(Callback):
         return f"{self.label} {told}, {clock.total_steps} steps, {clock.steps_per_epoch} an epoch{begun}".strip()
 
     def _new_row(self, run: Any) -> dict[str, Any] | None:
-        rows = run.journal.rows
+        rows = run.metrics_log.rows
         if len(rows) > self._shown and rows[-1]["event"] == "train":
             self._shown = len(rows)
             return rows[-1]
@@ -129,7 +143,9 @@ def _told(key: str, shown: set[str]) -> bool:
 
 
 def _terms(row: dict[str, Any]) -> str:
-    terms = "  ".join(f"{k[5:]} {v:.4f}" for k, v in row.items() if k.startswith("loss/") and isinstance(v, float))
+    terms = "  ".join(
+        f"{k[5:]} {v:.4f}" for k, v in row.items() if k.startswith("loss/") and isinstance(v, float)
+    )
     return f"loss {row['loss']:.4f}  ({terms})" if terms else ""
 
 

@@ -14,7 +14,10 @@ from torch import Tensor
 
 MASK = 0xFFFFFFFF
 BITS = 24  # random bits per draw: what a float32 in [0, 1) holds exactly
-MUL_A, MUL_B = 0x7FEB352D, 0x846CA68B - (1 << 32)  # lowbias32 (Wellons 2018); B less 2**32: int64 cannot overflow
+MUL_A, MUL_B = (
+    0x7FEB352D,
+    0x846CA68B - (1 << 32),
+)  # lowbias32 (Wellons 2018); B less 2**32: int64 cannot overflow
 
 
 def mix(x):
@@ -67,14 +70,18 @@ class BatchAugment:
         if not 0 <= self.flip <= 1:
             raise ValueError(f"BatchAugment(flip={self.flip}): a probability from 0 to 1")
         if isinstance(self.padding, bool) or not isinstance(self.padding, int) or self.padding < 0:
-            raise ValueError(f"BatchAugment(padding={self.padding!r}): pixels, an integer of 0 or more")
+            raise ValueError(
+                f"BatchAugment(padding={self.padding!r}): pixels, an integer of 0 or more"
+            )
 
     def __call__(self, x: Tensor, index: Tensor, *, seed: int, epoch: int, view: int = 0) -> Tensor:
         """(B, C, H, W) of any dtype, (B,) int64 -> the same shape and dtype. `view` draws anew for the same epoch."""
         dy, dx, flip = self.draw(index, seed=seed, epoch=epoch, view=view)
         return crop_flip(x, dy, dx, flip, self.padding, self.mode)
 
-    def draw(self, index: Tensor, *, seed: int, epoch: int, view: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(
+        self, index: Tensor, *, seed: int, epoch: int, view: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(B,) int64 -> row offset, column offset (B,) int64 in 0 .. 2 * padding, and flip (B,) bool."""
         bits = hash_bits(seed, epoch, index, [3 * view, 3 * view + 1, 3 * view + 2])
         offsets = (bits[:2] * (2 * self.padding + 1)) >> BITS
@@ -86,7 +93,9 @@ class BatchAugment:
         return " + ".join(part for part in (crop, flip) if part) or "none"
 
 
-def crop_flip(x: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, padding: int, mode: str = "zeros") -> Tensor:
+def crop_flip(
+    x: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, padding: int, mode: str = "zeros"
+) -> Tensor:
     """Crop (H, W) at (dy, dx) of the padded image, then flip where asked: one gather over (B, C, H * W)."""
     b, c, h, w = x.shape
     rows = dy[:, None] + torch.arange(h, device=x.device)  # (B, H), in the padded image
@@ -94,7 +103,9 @@ def crop_flip(x: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, padding: int, mod
     cols = torch.where(flip[:, None], cols.flip(1), cols)
     if mode == "reflect":
         if padding >= min(h, w):
-            raise ValueError(f"reflect padding of {padding} px needs images larger than {h}x{w}: use mode='zeros'")
+            raise ValueError(
+                f"reflect padding of {padding} px needs images larger than {h}x{w}: use mode='zeros'"
+            )
         rows, cols, width = _mirror(rows - padding, h), _mirror(cols - padding, w), w
         source = x.contiguous()
     else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .tables import SizesDiffer, Table, to_uint8
+from kdtoolkit.data.tables import SizesDiffer, Table, to_uint8
 
 LIMIT = 4 * 2**30  # bytes
 CHUNK = 256  # rows decoded by one call
@@ -20,8 +20,12 @@ CHUNK = 256  # rows decoded by one call
 
 def fits(rows: int, size: tuple[int, int]) -> bool:
     """True when rows * 3 * H * W bytes are at most 4 GiB and at most this rank's part of half the free memory."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun: each rank holds its own copy
-    return rows * 3 * size[0] * size[1] <= min(LIMIT, psutil.virtual_memory().available // 2 // ranks)
+    ranks = int(
+        os.environ.get("LOCAL_WORLD_SIZE", 1)
+    )  # set by torchrun: each rank holds its own copy
+    return rows * 3 * size[0] * size[1] <= min(
+        LIMIT, psutil.virtual_memory().available // 2 // ranks
+    )
 
 
 class Cached(Dataset):

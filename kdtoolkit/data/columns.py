@@ -21,7 +21,9 @@ class Columns:
     note: str
 
 
-def find_columns(features: Mapping[str, Any] | None, columns: tuple[str | None, str | None] | None = None) -> Columns:
+def find_columns(
+    features: Mapping[str, Any] | None, columns: tuple[str | None, str | None] | None = None
+) -> Columns:
     """Features of an HF data set -> Columns. `columns` = (image, label) overrides; None in it means "find it"."""
     if not features:
         raise ValueError(
@@ -31,14 +33,22 @@ def find_columns(features: Mapping[str, Any] | None, columns: tuple[str | None, 
     want_image, want_label = columns or (None, None)
     for want in (want_image, want_label):
         if want is not None and want not in features:
-            raise ValueError(f"no column {want!r}; the columns are {_listed(features)}.{_near(want, features)}")
+            raise ValueError(
+                f"no column {want!r}; the columns are {_listed(features)}.{_near(want, features)}"
+            )
     image, image_note = (want_image, "given") if want_image else _image(features)
     label, label_note = (want_label, "given") if want_label else _label(features)
     feature = features[label]
-    names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) and feature.names else None
+    names = (
+        tuple(feature.names) if isinstance(feature, datasets.ClassLabel) and feature.names else None
+    )
     if not isinstance(feature, datasets.ClassLabel) and not _is_integer(feature):
-        raise ValueError(f"label column {label!r} has type {feature}: expected ClassLabel or integers. {ENCODE}")
-    return Columns(image, label, names, f"image {image!r} ({image_note}), label {label!r} ({label_note})")
+        raise ValueError(
+            f"label column {label!r} has type {feature}: expected ClassLabel or integers. {ENCODE}"
+        )
+    return Columns(
+        image, label, names, f"image {image!r} ({image_note}), label {label!r} ({label_note})"
+    )
 
 
 ENCODE = "For a column of strings call dataset.class_encode_column(name)."
@@ -46,7 +56,9 @@ ENCODE = "For a column of strings call dataset.class_encode_column(name)."
 
 def is_image(feature: Any) -> bool:
     """True for datasets.Image and for its bare storage {"bytes", "path"}, which parquet files without metadata hold."""
-    return isinstance(feature, datasets.Image) or (isinstance(feature, Mapping) and set(feature) == {"bytes", "path"})
+    return isinstance(feature, datasets.Image) or (
+        isinstance(feature, Mapping) and set(feature) == {"bytes", "path"}
+    )
 
 
 def _image(features: Mapping[str, Any]) -> tuple[str, str]:
@@ -58,7 +70,9 @@ def _image(features: Mapping[str, Any]) -> tuple[str, str]:
             f"no column of type datasets.Image; the columns are {_listed(features)}. "
             "Cast one with dataset.cast_column(name, datasets.Image())."
         )
-    raise ValueError(f"{len(found)} Image columns: {', '.join(found)}. Say which with columns=(image, None).")
+    raise ValueError(
+        f"{len(found)} Image columns: {', '.join(found)}. Say which with columns=(image, None)."
+    )
 
 
 def _label(features: Mapping[str, Any]) -> tuple[str, str]:
@@ -66,7 +80,12 @@ def _label(features: Mapping[str, Any]) -> tuple[str, str]:
     if classes:
         best = max(classes, key=lambda name: classes[name] or 0)
         others = ", ".join(name for name in classes if name != best)
-        return best, f"the most classes, {classes[best]}; not {others}" if others else "the only ClassLabel column"
+        return (
+            best,
+            f"the most classes, {classes[best]}; not {others}"
+            if others
+            else "the only ClassLabel column",
+        )
     integers = [name for name, feature in features.items() if _is_integer(feature)]
     if len(integers) == 1:
         return integers[0], "the only integer column"
@@ -75,7 +94,9 @@ def _label(features: Mapping[str, Any]) -> tuple[str, str]:
             f"no ClassLabel column and {len(integers)} integer columns: {', '.join(integers)}. "
             "Say which with columns=(None, label)."
         )
-    raise ValueError(f"no label column: neither ClassLabel nor integers among {_listed(features)}. {ENCODE}")
+    raise ValueError(
+        f"no label column: neither ClassLabel nor integers among {_listed(features)}. {ENCODE}"
+    )
 
 
 def _is_integer(feature: Any) -> bool:
@@ -83,7 +104,9 @@ def _is_integer(feature: Any) -> bool:
 
 
 def _listed(features: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}: {getattr(f, 'dtype', None) or type(f).__name__}" for name, f in features.items())
+    return ", ".join(
+        f"{name}: {getattr(f, 'dtype', None) or type(f).__name__}" for name, f in features.items()
+    )
 
 
 def _near(name: str, names: Iterable[str]) -> str:
@@ -92,7 +115,12 @@ def _near(name: str, names: Iterable[str]) -> str:
 
 
 def check_labels(
-    labels: np.ndarray, num_classes: int, split: str, rows: np.ndarray | None = None, *, unlabelled: bool = False
+    labels: np.ndarray,
+    num_classes: int,
+    split: str,
+    rows: np.ndarray | None = None,
+    *,
+    unlabelled: bool = False,
 ) -> None:
     """Raise ValueError naming the first row whose label is not in 0 .. num_classes - 1, or -1 with `unlabelled`.
 
@@ -109,4 +137,6 @@ def check_labels(
             if label == -1 and not unlabelled
             else "Correct the labels, or pass the right num_classes=."
         )
-        raise ValueError(f"split {split!r}, row {row}: label {label} is outside 0 .. {num_classes - 1}{more}. {advice}")
+        raise ValueError(
+            f"split {split!r}, row {row}: label {label} is outside 0 .. {num_classes - 1}{more}. {advice}"
+        )

@@ -11,15 +11,15 @@ import datasets
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
-from .augment import BatchAugment, key
-from .bundle import Data, Split
-from .cache import Cached
-from .columns import check_labels
-from .plan import Part, build, choose, storage
-from .sources import open_source
-from .splits import TEST_SHARE, check_validation, draw_stratified, validation_rows
-from .tables import HFTable, SizesDiffer, TorchTable, class_names_of, labels_of
-from .workers import Rows, Stream, all_labels, check_loader
+from kdtoolkit.data.augment import BatchAugment, key
+from kdtoolkit.data.batching import RawSplit, build_split, choose_batching, storage
+from kdtoolkit.data.cache import Cached
+from kdtoolkit.data.columns import check_labels
+from kdtoolkit.data.dataset import Data, Split
+from kdtoolkit.data.sources import open_source
+from kdtoolkit.data.splits import TEST_SHARE, check_validation, draw_stratified, validation_rows
+from kdtoolkit.data.tables import HFTable, SizesDiffer, TorchTable, class_names_of, labels_of
+from kdtoolkit.data.workers import Rows, Stream, all_labels, check_loader
 
 Columns = tuple[str | None, str | None]
 
@@ -92,21 +92,25 @@ def load(
     if labelled is not None:
         origin["labels"] = hide_labels(parts["train"], rows, labelled, seed)
     preset = source.preset.augment if source.preset else None
-    plan = choose(parts, rows, spec, preset, size)
+    plan = choose_batching(parts, rows, spec, preset, size)
     try:
-        made = build(parts, rows, origin, plan, count, seed, workers)
+        made = build_split(parts, rows, origin, plan, count, seed, workers)
     except SizesDiffer as e:
-        plan = choose(parts, rows, spec, preset, size, differ=True)
+        plan = choose_batching(parts, rows, spec, preset, size, differ=True)
         plan.text += f" (sizes differ: {e})"
-        made = build(parts, rows, origin, plan, count, seed, workers)
+        made = build_split(parts, rows, origin, plan, count, seed, workers)
     if mode == "test":
         if "test" not in made:
             raise ValueError("validation='test': there is no test split to choose on")
-        made["val"] = dataclasses.replace(made["test"], name="val", origin="the test set, as asked: validation='test'")
+        made["val"] = dataclasses.replace(
+            made["test"], name="val", origin="the test set, as asked: validation='test'"
+        )
     train = parts["train"]
     notes = {
         "seed": seed,
-        "validation": made["val"].origin if "val" in made else "none: " + origin.get("no val", "not asked for"),
+        "validation": made["val"].origin
+        if "val" in made
+        else "none: " + origin.get("no val", "not asked for"),
         "augmentation": plan.text,
         "columns": getattr(train, "note", "batches of the user's DataLoader"),
         "storage": storage(made),
@@ -135,7 +139,11 @@ def load(
 
 def check_transforms(transforms: Any) -> Any:
     """None, "none", "crop-flip", a BatchAugment, or a pair (train callable, eval callable)."""
-    if transforms is None or transforms in ("none", "crop-flip") or isinstance(transforms, BatchAugment):
+    if (
+        transforms is None
+        or transforms in ("none", "crop-flip")
+        or isinstance(transforms, BatchAugment)
+    ):
         return transforms
     if isinstance(transforms, tuple) and len(transforms) == 2 and all(map(callable, transforms)):
         return transforms
@@ -169,7 +177,7 @@ def check_workers(workers: int | str) -> int | None:
 # --- parts and classes
 
 
-def as_part(raw: Any, role: str, columns: Columns | None) -> Part:
+def as_part(raw: Any, role: str, columns: Columns | None) -> RawSplit:
     """One raw split -> a table, a stream or the user's loader."""
     if isinstance(raw, DataLoader):
         check_loader(raw, role)
@@ -180,18 +188,22 @@ def as_part(raw: Any, role: str, columns: Columns | None) -> Part:
         return Stream(raw, role, columns)
     if hasattr(raw, "__getitem__") and hasattr(raw, "__len__"):
         return TorchTable(raw, role)
-    raise ValueError(f"split {role!r} is a {type(raw).__name__}: expected an HF or torch data set, or a DataLoader")
+    raise ValueError(
+        f"split {role!r} is a {type(raw).__name__}: expected an HF or torch data set, or a DataLoader"
+    )
 
 
-def _drop_unlabelled(parts: dict[str, Part], origin: dict[str, str]) -> None:
+def _drop_unlabelled(parts: dict[str, RawSplit], origin: dict[str, str]) -> None:
     test = parts.get("test")
     if isinstance(test, HFTable) and test.labels is not None and bool((test.labels == -1).all()):
         if origin["test"] == "eval_data":
-            raise ValueError("eval_data: every label is -1, so it is not labelled; pass labelled data")
+            raise ValueError(
+                "eval_data: every label is -1, so it is not labelled; pass labelled data"
+            )
         del parts["test"], origin["test"]
 
 
-def classes(parts: Mapping[str, Part], given: int | None) -> tuple[tuple[str, ...] | None, int]:
+def classes(parts: Mapping[str, RawSplit], given: int | None) -> tuple[tuple[str, ...] | None, int]:
     """Class names (None when there are none) and their number; all splits must agree on the names."""
     if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
         raise ValueError(f"num_classes={given!r}: a whole number, 1 or more")
@@ -208,31 +220,43 @@ def classes(parts: Mapping[str, Part], given: int | None) -> tuple[tuple[str, ..
             )
     if names:
         if given not in (None, len(names)):
-            raise ValueError(f"num_classes={given}, but the data has {len(names)} classes: leave num_classes out")
+            raise ValueError(
+                f"num_classes={given}, but the data has {len(names)} classes: leave num_classes out"
+            )
         return names, len(names)
     if given is not None:
         return None, given
     train = parts["train"]
-    labels = labels_of(train.dataset) if isinstance(train, DataLoader) else getattr(train, "labels", None)
+    labels = (
+        labels_of(train.dataset)
+        if isinstance(train, DataLoader)
+        else getattr(train, "labels", None)
+    )
     if labels is None and isinstance(train, TorchTable):
         labels = all_labels(train)
     if labels is None:
-        raise ValueError("the number of classes cannot be seen from the training data: pass num_classes=")
+        raise ValueError(
+            "the number of classes cannot be seen from the training data: pass num_classes="
+        )
     return None, int(labels.max()) + 1
 
 
-def _names(part: Part) -> tuple[str, ...] | None:
+def _names(part: RawSplit) -> tuple[str, ...] | None:
     return class_names_of(part.dataset) if isinstance(part, DataLoader) else part.class_names
 
 
 # --- rows
 
 
-def hide_labels(train: Part, rows: Mapping[str, np.ndarray], labelled: int | float, seed: int) -> str:
+def hide_labels(
+    train: RawSplit, rows: Mapping[str, np.ndarray], labelled: int | float, seed: int
+) -> str:
     """Hide the labels of all training rows but so many; what was done, for people."""
     whole = isinstance(labelled, int) and not isinstance(labelled, bool)
     if not (whole and labelled >= 1) and not (isinstance(labelled, float) and 0 < labelled <= 1):
-        raise ValueError(f"labelled={labelled!r}: a number of rows from 1, or a share of them such as 0.1")
+        raise ValueError(
+            f"labelled={labelled!r}: a number of rows from 1, or a share of them such as 0.1"
+        )
     if not isinstance(train, HFTable | TorchTable):
         raise ValueError(
             f"labelled={labelled}: rows of a stream or a DataLoader cannot be drawn; pass a map-style data set"
@@ -247,22 +271,28 @@ def hide_labels(train: Part, rows: Mapping[str, np.ndarray], labelled: int | flo
         )
     rest, _ = draw_stratified(len(here), int(size), labels, key(seed, 2))
     train.hide(here[rest])
-    return (
-        f"those of {size} are kept, drawn by class from seed {seed}, the others hidden, as asked: labelled={labelled}"
-    )
+    return f"those of {size} are kept, drawn by class from seed {seed}, the others hidden, as asked: labelled={labelled}"
 
 
 def _unlabelled(train: Split) -> int:
     """Rows without a label; where only reading tells, such rows are an error then."""
-    known = isinstance(train.dataset, Cached) or (isinstance(train.dataset, Rows) and train.dataset.unlabelled)
+    known = isinstance(train.dataset, Cached) or (
+        isinstance(train.dataset, Rows) and train.dataset.unlabelled
+    )
     return int((train.dataset.row_labels() < 0).sum()) if known else 0  # type: ignore[attr-defined]
 
 
 def draw_rows(
-    parts: dict[str, Part], origin: dict[str, str], mode: str | int | float, seed: int, limit: int | None
+    parts: dict[str, RawSplit],
+    origin: dict[str, str],
+    mode: str | int | float,
+    seed: int,
+    limit: int | None,
 ) -> dict[str, np.ndarray]:
     """Row numbers of each split that is a table; adds held-out splits to `parts`, and says so in `origin`."""
-    rows = {role: np.arange(len(p)) for role, p in parts.items() if isinstance(p, HFTable | TorchTable)}
+    rows = {
+        role: np.arange(len(p)) for role, p in parts.items() if isinstance(p, HFTable | TorchTable)
+    }
     train = parts["train"]
     if mode in ("none", "test"):
         parts.pop("val", None)
@@ -270,7 +300,9 @@ def draw_rows(
     if not isinstance(train, HFTable | TorchTable):
         if limit is not None or not isinstance(mode, str):
             what = f"train_limit={limit}" if limit is not None else f"validation={mode}"
-            raise ValueError(f"{what}: rows of a stream or a DataLoader cannot be drawn; pass a map-style data set")
+            raise ValueError(
+                f"{what}: rows of a stream or a DataLoader cannot be drawn; pass a map-style data set"
+            )
         if mode == "auto" and "val" not in parts:
             origin["no val"] = "rows of a stream or a DataLoader cannot be held out"
         return rows
@@ -280,7 +312,11 @@ def draw_rows(
         return here if train.labels is None else here[train.labels[here] >= 0]
 
     def draw(size: int, among: np.ndarray, seed: int) -> np.ndarray:
-        return among[draw_stratified(len(among), size, None if train.labels is None else train.labels[among], seed)[1]]
+        return among[
+            draw_stratified(
+                len(among), size, None if train.labels is None else train.labels[among], seed
+            )[1]
+        ]
 
     def hold_out(size: int, seed: int) -> np.ndarray:
         out = draw(size, labelled(), seed)
@@ -288,12 +324,16 @@ def draw_rows(
         return out
 
     if not len(labelled()):
-        raise ValueError(f"none of {len(train)} training rows has a label: there is nothing to learn from")
+        raise ValueError(
+            f"none of {len(train)} training rows has a label: there is nothing to learn from"
+        )
     how = "at random" if train.labels is None else "by class"
     if "test" not in parts:
         size = round(TEST_SHARE * len(labelled()))
         if size < 1:
-            raise ValueError(f"{len(train)} training rows and no test data: too few to hold some out; pass eval_data")
+            raise ValueError(
+                f"{len(train)} training rows and no test data: too few to hold some out; pass eval_data"
+            )
         rows["test"], parts["test"] = hold_out(size, 0), train
         origin["test"] = (
             f"held out of train, as no labelled test split: {size} rows, drawn {how}, the same for all seeds"

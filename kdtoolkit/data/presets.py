@@ -9,8 +9,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from .augment import BatchAugment
-from .splits import draw_stratified
+from kdtoolkit.data.augment import BatchAugment
+from kdtoolkit.data.splits import draw_stratified
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,12 @@ PRESETS = {
     "cifar10": Preset("uoft-cs/cifar10", BatchAugment(padding=4), 10, (32, 32)),
     "cifar100": Preset("uoft-cs/cifar100", BatchAugment(padding=4), 100, (32, 32)),
     "tiny-imagenet": Preset("zh-plus/tiny-imagenet", BatchAugment(padding=8), 200, (64, 64)),
-    "fashion-mnist": Preset("zalando-datasets/fashion_mnist", BatchAugment(padding=4), 10, (28, 28)),
-    "digits": Preset(None, BatchAugment(padding=2, flip=0.0), 10, (16, 16)),  # a mirrored 2 is not a 2
+    "fashion-mnist": Preset(
+        "zalando-datasets/fashion_mnist", BatchAugment(padding=4), 10, (28, 28)
+    ),
+    "digits": Preset(
+        None, BatchAugment(padding=2, flip=0.0), 10, (16, 16)
+    ),  # a mirrored 2 is not a 2
 }
 
 
@@ -46,8 +50,12 @@ def digits() -> datasets.DatasetDict:
     from sklearn.datasets import load_digits
 
     raw = load_digits()
-    grey = np.round(raw.images * (255 / 16)).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)  # (N, 16, 16)
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(d) for d in range(10)]))
+    grey = (
+        np.round(raw.images * (255 / 16)).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)
+    )  # (N, 16, 16)
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=[str(d) for d in range(10)])
+    )
     rows = {"image": [Image.fromarray(g) for g in grey], "label": raw.target.tolist()}
     whole = datasets.Dataset.from_dict(rows, features=features)
     train, test = draw_stratified(len(grey), 500, raw.target, seed=0)

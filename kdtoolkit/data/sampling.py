@@ -19,7 +19,9 @@ MASK = (1 << 64) - 1
 class Batches:
     """`count` batches of positions, drawn anew from (seed, epoch) by `draw(generator)`."""
 
-    def __init__(self, count: int, seed: int, draw: Callable[[np.random.Generator], Iterator[list[int]]]) -> None:
+    def __init__(
+        self, count: int, seed: int, draw: Callable[[np.random.Generator], Iterator[list[int]]]
+    ) -> None:
         self.count, self.seed, self.draw, self.epoch = count, seed, draw, 0
 
     def __len__(self) -> int:
@@ -39,7 +41,11 @@ class Draws:
     drop_last = True
 
     def __init__(self, sampler: Any, rows: int, batch_size: int) -> None:
-        self.sampler, self.rows, self.batch_size = sampler, rows, batch_size  # accelerate calls sampler.set_epoch
+        self.sampler, self.rows, self.batch_size = (
+            sampler,
+            rows,
+            batch_size,
+        )  # accelerate calls sampler.set_epoch
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -48,7 +54,9 @@ class Draws:
         drawn = np.zeros(self.rows, np.int64)
         for batch in self.sampler:
             if len(batch) != self.batch_size:
-                raise ValueError(f"the sampling made a batch of {len(batch)} rows, asked for {self.batch_size}")
+                raise ValueError(
+                    f"the sampling made a batch of {len(batch)} rows, asked for {self.batch_size}"
+                )
             numbered = []
             for i in map(int, batch):
                 numbered.append(i + self.rows * int(drawn[i]))
@@ -78,14 +86,21 @@ class Mixed:
     def __call__(self, labels: np.ndarray, batch_size: int, seed: int) -> Batches:
         known, others = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)
         if not len(known):
-            raise ValueError(f"none of {len(labels)} training rows has a label, Mixed puts some into every batch")
+            raise ValueError(
+                f"none of {len(labels)} training rows has a label, Mixed puts some into every batch"
+            )
         if not len(others):
             return _shuffled(known, batch_size, seed)
         if batch_size < 2:
-            raise ValueError(f"batch_size {batch_size} has no room for rows with and without a label: 2 or more")
+            raise ValueError(
+                f"batch_size {batch_size} has no room for rows with and without a label: 2 or more"
+            )
         share = min(max(round(batch_size * self.labelled), 1), batch_size - 1)
         count = _count(len(others), batch_size - share, "rows without a label")
-        places = np.arange(1, batch_size + 1) * share // batch_size > np.arange(batch_size) * share // batch_size
+        places = (
+            np.arange(1, batch_size + 1) * share // batch_size
+            > np.arange(batch_size) * share // batch_size
+        )
 
         def draw(generator: np.random.Generator) -> Iterator[list[int]]:
             second = generator.permutation(others)
@@ -114,8 +129,14 @@ class SameClass:
     partners: int = 3
 
     def __post_init__(self) -> None:
-        if isinstance(self.partners, bool) or not isinstance(self.partners, int) or self.partners < 0:
-            raise ValueError(f"SameClass(partners={self.partners!r}): rows of the same class, a whole number from 0")
+        if (
+            isinstance(self.partners, bool)
+            or not isinstance(self.partners, int)
+            or self.partners < 0
+        ):
+            raise ValueError(
+                f"SameClass(partners={self.partners!r}): rows of the same class, a whole number from 0"
+            )
 
     def __call__(self, labels: np.ndarray, batch_size: int, seed: int) -> Batches:
         group = 1 + self.partners
@@ -170,5 +191,7 @@ def _shuffled(rows: np.ndarray, batch_size: int, seed: int) -> Batches:
 
 def _count(rows: int, each: int, what: str) -> int:
     if rows < each:
-        raise ValueError(f"{rows} {what} do not fill one batch, which takes {each}: use a smaller batch_size")
+        raise ValueError(
+            f"{rows} {what} do not fill one batch, which takes {each}: use a smaller batch_size"
+        )
     return rows // each

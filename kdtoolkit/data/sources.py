@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from .presets import PRESETS, Preset, digits
-from .splits import TEST, TRAIN, VAL
+from kdtoolkit.data.presets import PRESETS, Preset, digits
+from kdtoolkit.data.splits import TEST, TRAIN, VAL
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 NEAR = 0.8  # likeness to a preset from which a name is a misspelt one; "imagenet-1k" and "mnist" of the Hub are below
@@ -51,7 +51,9 @@ def open_source(source: Any, data_path: str | os.PathLike | None = None) -> Sour
         return Source(_hf_name(source) or name, {"train": source})
     if isinstance(source, DataLoader):
         return Source(type(source.dataset).__name__, {"train": source})
-    if isinstance(source, TorchDataset) or (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+    if isinstance(source, TorchDataset) or (
+        hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    ):
         if not isinstance(source, (list, tuple)):
             return Source(name, {"train": source})
     raise ValueError(f"data of type {name}: expected {ALLOWED}")
@@ -74,14 +76,18 @@ def by_role(raw: dict[str, Any], name: str) -> dict[str, Any]:
     if "train" not in found and len(raw) == 1:
         return {"train": next(iter(raw.values()))}
     if "train" not in found:
-        raise ValueError(f"{name} has the splits {', '.join(map(str, raw)) or '(none)'}, no 'train': pass one of them")
+        raise ValueError(
+            f"{name} has the splits {', '.join(map(str, raw)) or '(none)'}, no 'train': pass one of them"
+        )
     return found
 
 
 def _open_name(name: str, data_path: str | os.PathLike | None) -> Source:
     preset = PRESETS.get(name)
     if data_path is not None:
-        return Source(name, by_role(_open_path(Path(data_path).expanduser()), str(data_path)), preset)
+        return Source(
+            name, by_role(_open_path(Path(data_path).expanduser()), str(data_path)), preset
+        )
     if name == "digits":
         return Source(name, by_role(dict(digits()), name), preset)
     path = Path(name).expanduser()
@@ -89,8 +95,14 @@ def _open_name(name: str, data_path: str | os.PathLike | None) -> Source:
         return Source(path.stem, by_role(_open_path(path), name))
     if preset is None and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
         raise FileNotFoundError(f"no such file or folder: {name}. Expected {ALLOWED}.")
-    if preset is None and "/" not in name and difflib.get_close_matches(name.lower(), PRESETS, 1, NEAR):
-        meant = " or ".join(map(repr, difflib.get_close_matches(name.lower(), PRESETS, 2, NEAR - 0.1)))
+    if (
+        preset is None
+        and "/" not in name
+        and difflib.get_close_matches(name.lower(), PRESETS, 1, NEAR)
+    ):
+        meant = " or ".join(
+            map(repr, difflib.get_close_matches(name.lower(), PRESETS, 2, NEAR - 0.1))
+        )
         raise ValueError(f"unknown data set {name!r}. Did you mean {meant}? Expected {ALLOWED}.")
     hub = preset.hub if preset and preset.hub else name
     try:
@@ -106,10 +118,14 @@ def _open_name(name: str, data_path: str | os.PathLike | None) -> Source:
 def _open_path(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
-    if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
+    if path.is_dir() and (
+        (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    ):
         saved = datasets.load_from_disk(str(path))
         return dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-    files = [path] if path.is_file() and path.suffix == ".parquet" else sorted(path.rglob("*.parquet"))
+    files = (
+        [path] if path.is_file() and path.suffix == ".parquet" else sorted(path.rglob("*.parquet"))
+    )
     if files:
         return _open_parquet(path, files)
     if path.is_dir() and any(file.suffix.lower() in IMAGES for file in path.rglob("*")):
@@ -123,7 +139,9 @@ def _open_path(path: Path) -> dict[str, Any]:
 def _open_images(path: Path) -> dict[str, Any]:
     """train/CLASS/x.png, or CLASS/x.png as one split. Splits are folders, never guessed from the files' names."""
     folders = {folder.name: folder for folder in sorted(path.iterdir()) if folder.is_dir()}
-    splits = {name: folder for name, folder in folders.items() if name.lower() in TRAIN + VAL + TEST}
+    splits = {
+        name: folder for name, folder in folders.items() if name.lower() in TRAIN + VAL + TEST
+    }
     chosen = splits if splits else {"train": path}
     patterns = {name.lower(): str(folder / "**") for name, folder in chosen.items()}
     return dict(datasets.load_dataset("imagefolder", data_files=patterns, drop_labels=False))
@@ -157,4 +175,11 @@ def _split_of(file: Path, root: Path) -> str:
     word = file.stem.lower().replace("_", "-").split("-")[0]
     if word in known:
         return word
-    return next((p.name.lower() for p in file.parents if p.is_relative_to(root) and p != root and p.name in known), "")
+    return next(
+        (
+            p.name.lower()
+            for p in file.parents
+            if p.is_relative_to(root) and p != root and p.name in known
+        ),
+        "",
+    )

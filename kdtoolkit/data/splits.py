@@ -7,10 +7,16 @@ import numpy as np
 TRAIN = ("train", "training")
 VAL = ("validation", "valid", "val", "dev")
 TEST = ("test", "testing", "eval")
-AUTO_SHARE, AUTO_ROWS, TEST_SHARE = 0.1, 5000, 0.2  # validation: 10 % of train, at most 5,000 rows; test: 20 %
+AUTO_SHARE, AUTO_ROWS, TEST_SHARE = (
+    0.1,
+    5000,
+    0.2,
+)  # validation: 10 % of train, at most 5,000 rows; test: 20 %
 
 
-def draw_stratified(n: int, size: int, labels: np.ndarray | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_stratified(
+    n: int, size: int, labels: np.ndarray | None, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Split the positions 0 .. n - 1 into (rest, drawn), both sorted; `drawn` has `size`, each class in proportion.
 
     Shares are rounded by largest remainder. Without labels the draw is plain random.
@@ -34,7 +40,11 @@ def draw_stratified(n: int, size: int, labels: np.ndarray | None, seed: int) -> 
 
 def check_validation(validation: object) -> str | int | float:
     """ "auto", "none", "test", a share in (0, 1) or a number of rows; 0 and None mean "none"."""
-    if validation is None or (validation == 0 and not isinstance(validation, bool)) or validation == "none":
+    if (
+        validation is None
+        or (validation == 0 and not isinstance(validation, bool))
+        or validation == "none"
+    ):
         return "none"
     if validation in ("auto", "test") and isinstance(validation, str):
         return validation
@@ -53,5 +63,7 @@ def validation_rows(validation: str | int | float, n: int) -> int:
     size = min(max(round(AUTO_SHARE * n), 1), AUTO_ROWS) if validation == "auto" else validation
     size = max(round(size * n), 1) if isinstance(size, float) else int(size)
     if size >= n:
-        raise ValueError(f"validation={validation!r} holds out {size} of {n} training rows: leave some to train on")
+        raise ValueError(
+            f"validation={validation!r} holds out {size} of {n} training rows: leave some to train on"
+        )
     return size

@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from torchvision.datasets import VisionDataset
 from torchvision.transforms import v2
 
-from .columns import find_columns
+from kdtoolkit.data.columns import find_columns
 
 IMAGE_KEYS = ("x", "image", "images", "img", "pixel_values", "inputs", "input")
 LABEL_KEYS = ("y", "label", "labels", "target", "targets", "fine_label")
@@ -26,7 +26,9 @@ class SizesDiffer(Exception):
     """An image's size is not that of the others: the split cannot be one tensor."""
 
     def __init__(self, row: int, size: tuple[int, ...], expected: tuple[int, int]) -> None:
-        super().__init__(f"row {row} is {size[0]}x{size[1]}, others are {expected[0]}x{expected[1]}")
+        super().__init__(
+            f"row {row} is {size[0]}x{size[1]}, others are {expected[0]}x{expected[1]}"
+        )
 
 
 class HFTable:
@@ -41,7 +43,9 @@ class HFTable:
     cacheable = threads = True
     in_memory = False
 
-    def __init__(self, dataset: datasets.Dataset, split: str, columns: tuple[str | None, str | None] | None) -> None:
+    def __init__(
+        self, dataset: datasets.Dataset, split: str, columns: tuple[str | None, str | None] | None
+    ) -> None:
         self.split = split
         if len(dataset) == 0:
             raise ValueError(f"split {split!r} holds no rows")
@@ -121,7 +125,8 @@ def parts(item: Any, where: str) -> tuple[Any, Any, Any]:
     message of an error."""
     if isinstance(item, Mapping):
         image, label, index = (
-            next((item[k] for k in keys if k in item), None) for keys in (IMAGE_KEYS, LABEL_KEYS, INDEX_KEYS)
+            next((item[k] for k in keys if k in item), None)
+            for keys in (IMAGE_KEYS, LABEL_KEYS, INDEX_KEYS)
         )
         if image is None or not any(k in item for k in LABEL_KEYS):
             wanted = "an image" if image is None else "a label"
@@ -132,8 +137,14 @@ def parts(item: Any, where: str) -> tuple[Any, Any, Any]:
         return image, label, index
     if isinstance(item, (tuple, list)) and len(item) in (2, 3):
         return item[0], item[1], item[2] if len(item) == 3 else None
-    got = f"{type(item).__name__} of {len(item)}" if isinstance(item, (tuple, list)) else type(item).__name__
-    raise ValueError(f"{where}: got {got} where (x, y), (x, y, index) or a dict is expected; labels are needed")
+    got = (
+        f"{type(item).__name__} of {len(item)}"
+        if isinstance(item, (tuple, list))
+        else type(item).__name__
+    )
+    raise ValueError(
+        f"{where}: got {got} where (x, y), (x, y, index) or a dict is expected; labels are needed"
+    )
 
 
 def leaves(dataset: Any) -> list[Any]:
@@ -162,7 +173,11 @@ def labels_of(dataset: Any) -> np.ndarray | None:
         return None if whole is None else whole[np.asarray(dataset.indices)]
     if isinstance(dataset, ConcatDataset):
         each = [labels_of(part) for part in dataset.datasets]
-        return None if any(part is None for part in each) else np.concatenate([p for p in each if p is not None])
+        return (
+            None
+            if any(part is None for part in each)
+            else np.concatenate([p for p in each if p is not None])
+        )
     if isinstance(dataset, datasets.Dataset):
         table = dataset.with_format("arrow")
         try:
@@ -180,7 +195,11 @@ def labels_of(dataset: Any) -> np.ndarray | None:
     if found is None or callable(found):
         return None
     try:
-        found = [-1 if value is None else value for value in found] if isinstance(found, (list, tuple)) else found
+        found = (
+            [-1 if value is None else value for value in found]
+            if isinstance(found, (list, tuple))
+            else found
+        )
         array = np.asarray(found)
     except (TypeError, ValueError):
         return None
@@ -197,7 +216,11 @@ def class_names_of(dataset: Any) -> tuple[str, ...] | None:
         except ValueError:
             return None
     names = getattr(leaf, "classes", None)
-    return tuple(names) if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names) else None
+    return (
+        tuple(names)
+        if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)
+        else None
+    )
 
 
 _IMAGE = datasets.Image()
@@ -241,7 +264,9 @@ def to_tensor(image: Any, where: str) -> Tensor:
     if isinstance(image, (Image.Image, np.ndarray)):
         return torch.from_numpy(np.ascontiguousarray(to_uint8(image)))
     if not isinstance(image, Tensor):
-        raise ValueError(f"{where}: the image is {type(image).__name__}, expected a (3, H, W) tensor or a PIL image")
+        raise ValueError(
+            f"{where}: the image is {type(image).__name__}, expected a (3, H, W) tensor or a PIL image"
+        )
     image = image.as_subclass(Tensor)  # type: ignore[arg-type]
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"{where}: the image has shape {tuple(image.shape)}, expected (3, H, W)")

@@ -14,10 +14,18 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
-from .augment import key
-from .cache import apart
-from .columns import check_labels, find_columns
-from .tables import Table, TorchTable, check_range, decode_image, parts, to_pil, to_tensor
+from kdtoolkit.data.augment import key
+from kdtoolkit.data.cache import apart
+from kdtoolkit.data.columns import check_labels, find_columns
+from kdtoolkit.data.tables import (
+    Table,
+    TorchTable,
+    check_range,
+    decode_image,
+    parts,
+    to_pil,
+    to_tensor,
+)
 
 Transform = Callable[[Any], Any]
 SHUFFLE_BUFFER = 1000  # rows of a stream held to shuffle among
@@ -25,12 +33,16 @@ SHUFFLE_BUFFER = 1000  # rows of a stream held to shuffle among
 
 def train_transform(size: tuple[int, int]) -> Transform:
     """Random resized crop to (H, W) and horizontal flip; uint8."""
-    return v2.Compose([to_pil, v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    return v2.Compose(
+        [to_pil, v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    )
 
 
 def eval_transform(size: tuple[int, int]) -> Transform:
     """Shorter side to 256 / 224 of the longer of (H, W), then the centre; uint8."""
-    return v2.Compose([to_pil, v2.Resize(round(max(size) * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
+    return v2.Compose(
+        [to_pil, v2.Resize(round(max(size) * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()]
+    )
 
 
 def resize_transform(size: tuple[int, int]) -> Transform:
@@ -74,9 +86,20 @@ class Rows(Dataset):
     """
 
     def __init__(
-        self, table: Table, rows: np.ndarray, transform: Transform | None, num_classes: int, seed: int, train: bool
+        self,
+        table: Table,
+        rows: np.ndarray,
+        transform: Transform | None,
+        num_classes: int,
+        seed: int,
+        train: bool,
     ) -> None:
-        self.table, self.rows, self.transform, self.num_classes = table, rows, transform, num_classes
+        self.table, self.rows, self.transform, self.num_classes = (
+            table,
+            rows,
+            transform,
+            num_classes,
+        )
         self.seed, self.train, self.epoch = seed, train, 0
         self.unlabelled = train and table.labels is not None
 
@@ -86,7 +109,9 @@ class Rows(Dataset):
     def row_labels(self) -> np.ndarray:
         """(N,) int64, -1 for a row without one."""
         labels = all_labels(self.table)[self.rows]
-        check_labels(labels, self.num_classes, self.table.split, self.rows, unlabelled=self.unlabelled)
+        check_labels(
+            labels, self.num_classes, self.table.split, self.rows, unlabelled=self.unlabelled
+        )
         return labels
 
     def set_epoch(self, epoch: int) -> None:
@@ -122,12 +147,19 @@ class Rows(Dataset):
 class Stream(IterableDataset):
     """An HF or torch iterable data set, row by row; `index` counts the rows as they come, and is not stable."""
 
-    def __init__(self, source: Any, split: str, columns: tuple[str | None, str | None] | None = None) -> None:
+    def __init__(
+        self, source: Any, split: str, columns: tuple[str | None, str | None] | None = None
+    ) -> None:
         self.split, self.epoch, self.train = split, 0, split == "train"
         self.transform: Transform | None = None
         self.num_classes, self.seed = 0, 0
         self.class_names: tuple[str, ...] | None = None
-        self.source, self.image, self.label, self.note = source, "", "", f"items of {type(source).__name__}"
+        self.source, self.image, self.label, self.note = (
+            source,
+            "",
+            "",
+            f"items of {type(source).__name__}",
+        )
         if isinstance(source, datasets.IterableDataset):
             found = find_columns(source.features, columns)
             self.image, self.label, self.class_names, self.note = (
@@ -143,7 +175,9 @@ class Stream(IterableDataset):
     def shuffle(self, on: bool) -> None:
         """Read through a shuffle buffer, anew each epoch, or in order (torch streams must shuffle themselves)."""
         if self.image:
-            self.source = self.plain.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER) if on else self.plain
+            self.source = (
+                self.plain.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER) if on else self.plain
+            )
 
     def raw(self) -> Iterator[tuple[int, Any, int]]:
         """(count, image, label) without transform."""
@@ -202,7 +236,12 @@ class ToBatch:
     """The user's collate function, followed by the turn into dict(x, y, index)."""
 
     def __init__(self, collate: Callable, split: str, num_classes: int, paired: bool) -> None:
-        self.collate, self.split, self.num_classes, self.paired = collate, split, num_classes, paired
+        self.collate, self.split, self.num_classes, self.paired = (
+            collate,
+            split,
+            num_classes,
+            paired,
+        )
 
     def __call__(self, fetched: Any) -> dict[str, Tensor]:
         if self.paired:  # from Counted: a list of (count, item)
@@ -212,14 +251,18 @@ class ToBatch:
         where = f"DataLoader of split {self.split!r}"
         x, y, index = parts(self.collate(items), where)
         if y is None:
-            raise ValueError(f"{where}: the batch has no label; labels are needed, -1 is none in a map-style data set")
+            raise ValueError(
+                f"{where}: the batch has no label; labels are needed, -1 is none in a map-style data set"
+            )
         index = torch.tensor(ids) if index is None else torch.as_tensor(index)
         y = torch.as_tensor(y)
         if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] not in (1, 3):
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{where}: images are {got}, expected a (B, 3, H, W) tensor")
         if y.shape != x.shape[:1] or y.is_floating_point():
-            raise ValueError(f"{where}: labels are {tuple(y.shape)} {y.dtype}, expected ({len(x)},) integers")
+            raise ValueError(
+                f"{where}: labels are {tuple(y.shape)} {y.dtype}, expected ({len(x)},) integers"
+            )
         x = x.as_subclass(Tensor)
         check_range(x, where)
         check_labels(y.numpy(), self.num_classes, self.split, index.numpy())
@@ -246,9 +289,13 @@ def rebuild(loader: DataLoader, split: str, num_classes: int) -> DataLoader:
     }  # fmt: skip
     options["collate_fn"] = ToBatch(loader.collate_fn, split, num_classes, stream)
     if stream:
-        return DataLoader(Counted(loader.dataset), loader.batch_size, drop_last=loader.drop_last, **options)
+        return DataLoader(
+            Counted(loader.dataset), loader.batch_size, drop_last=loader.drop_last, **options
+        )
     data = Numbered(loader.dataset)
     if type(loader.batch_sampler) is BatchSampler:
         sampler, size = loader.batch_sampler.sampler, loader.batch_sampler.batch_size
-        return DataLoader(data, size, sampler=sampler, drop_last=loader.batch_sampler.drop_last, **options)
+        return DataLoader(
+            data, size, sampler=sampler, drop_last=loader.batch_sampler.drop_last, **options
+        )
     return DataLoader(data, batch_sampler=loader.batch_sampler, **options)

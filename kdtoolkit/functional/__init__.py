@@ -14,7 +14,7 @@ selves, teachers   BYOT, BAKE; SOKD, Mean Teacher
 updates            EMA and the exchange of DCL, without gradients
 """
 
-from .branches import (
+from kdtoolkit.functional.branches import (
     kd_ensemble_eps,
     okddip,
     okddip_attention,
@@ -24,11 +24,46 @@ from .branches import (
     one,
     one_ensemble,
 )
-from .collaborative import dkel, dkel_each, kd_ensemble, kd_mean_of_other_teachers, kd_other_teachers, pcl, pcl_each
-from .features import at, attention, fitnet, similarities, smaller_grid, sp, srkd
-from .logits import ce, full, kd, kd_eps, logits_mse, soft_ce
-from .peers import (
-    Logits,
+from kdtoolkit.functional.consistency import consistency, mean_teacher
+from kdtoolkit.functional.ensemble_classifier import (
+    dkel,
+    dkel_each,
+    kd_ensemble,
+    kd_mean_of_other_teachers,
+    kd_other_teachers,
+    pcl,
+    pcl_each,
+)
+from kdtoolkit.functional.features import (
+    at,
+    attention,
+    fitnet,
+    similarities,
+    smaller_grid,
+    sp,
+    srkd,
+)
+from kdtoolkit.functional.kdcl_targets import (
+    KDCL_RULES,
+    kdcl,
+    kdcl_covariance,
+    kdcl_general_probabilities,
+    kdcl_general_weights,
+    kdcl_kd,
+    kdcl_linear_weights,
+    kdcl_targets,
+)
+from kdtoolkit.functional.logits import at_least_float32, ce, kd, kd_eps, logits_mse, soft_ce
+from kdtoolkit.functional.parameter_updates import (
+    DCL_RULES,
+    dcl_alphas,
+    dcl_average,
+    dcl_merge,
+    ema_alpha,
+    ema_update,
+)
+from kdtoolkit.functional.peers import (
+    PeerLogits,
     ce_each,
     cl_okddip,
     cl_paper,
@@ -43,7 +78,7 @@ from .peers import (
     others_soft_ce,
     scale_gradient,
 )
-from .selves import (
+from kdtoolkit.functional.self_distillation import (
     bake,
     bake_kd,
     bake_targets,
@@ -53,24 +88,13 @@ from .selves import (
     byot_logits,
     byot_unofficial,
 )
-from .targets import (
-    KDCL_RULES,
-    kdcl,
-    kdcl_covariance,
-    kdcl_general_probabilities,
-    kdcl_general_weights,
-    kdcl_kd,
-    kdcl_linear_weights,
-    kdcl_targets,
-)
-from .teachers import consistency, mean_teacher, sokd, sokd_auxiliary, sokd_student
-from .updates import DCL_RULES, dcl_alphas, dcl_average, dcl_merge, ema_alpha, ema_update
+from kdtoolkit.functional.semi_online import sokd, sokd_auxiliary, sokd_student
 
 __all__ = [
-    "DCL_RULES", "KDCL_RULES", "Logits", "at", "attention", "bake", "bake_kd", "bake_targets", "byot",
+    "DCL_RULES", "KDCL_RULES", "PeerLogits", "at", "attention", "bake", "bake_kd", "bake_targets", "byot",
     "byot_features", "byot_features_unofficial", "byot_logits", "byot_unofficial", "ce", "ce_each", "cl_okddip",
     "cl_paper", "consistency", "dcl_alphas", "dcl_average", "dcl_merge", "dkel", "dkel_each", "dml", "dml_okddip",
-    "dml_tf", "ema_alpha", "ema_update", "fitnet", "full", "kd", "kd_ensemble", "kd_ensemble_eps", "kd_eps",
+    "dml_tf", "ema_alpha", "ema_update", "fitnet", "at_least_float32", "kd", "kd_ensemble", "kd_ensemble_eps", "kd_eps",
     "kd_mean_of_other_teachers", "kd_other_teachers", "kdcl", "kdcl_covariance", "kdcl_general_probabilities",
     "kdcl_general_weights", "kdcl_kd", "kdcl_linear_weights", "kdcl_targets", "logits_mse", "mean_teacher",
     "mutual_kl", "mutual_kl_eps", "mutual_kl_tf", "okddip", "okddip_attention", "okddip_leader", "okddip_peers",

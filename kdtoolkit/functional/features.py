@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .logits import full
+from kdtoolkit.functional.logits import at_least_float32
 
 
 def fitnet(student_features: Tensor, teacher_features: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def fitnet(student_features: Tensor, teacher_features: Tensor) -> Tensor:
             f"hint losses compare equal shapes, got {tuple(student_features.shape)} and "
             f"{tuple(teacher_features.shape)}: put an Adapter on the student's feature"
         )
-    return F.mse_loss(full(student_features), full(teacher_features))
+    return F.mse_loss(at_least_float32(student_features), at_least_float32(teacher_features))
 
 
 def smaller_grid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,19 +36,23 @@ def attention(feature: Tensor, *, p: float = 2.0) -> Tensor:
 
     For whole p it is the power itself, with its sign where p is odd, as published code has it; else of |f|.
     """
-    feature = full(feature) if float(p).is_integer() else full(feature).abs()
+    feature = (
+        at_least_float32(feature) if float(p).is_integer() else at_least_float32(feature).abs()
+    )
     return F.normalize(feature.pow(p).mean(1).flatten(1), dim=1)
 
 
-def at(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], *, p: float = 2.0) -> Tensor:
+def at(
+    student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], *, p: float = 2.0
+) -> Tensor:
     """Sum over taps of the mean squared difference of attention maps; each map (B, C, H, W), channels may differ.
 
     Zagoruyko & Komodakis 2017, "Paying More Attention to Attention"; sizes are matched by average pooling.
     """
     _same_number(student_features, teacher_features)
-    loss = full(student_features[0]).new_zeros(())
+    loss = at_least_float32(student_features[0]).new_zeros(())
     for s, t in zip(student_features, teacher_features, strict=True):
-        s, t = smaller_grid(full(s), full(t))
+        s, t = smaller_grid(at_least_float32(s), at_least_float32(t))
         loss = loss + F.mse_loss(attention(s, p=p), attention(t, p=p))
     return loss
 
@@ -59,7 +63,7 @@ def sp(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -
     Tung & Mori 2019, "Similarity-Preserving Knowledge Distillation". Features (B, ...), any shapes.
     """
     _same_number(student_features, teacher_features)
-    loss = full(student_features[0]).new_zeros(())
+    loss = at_least_float32(student_features[0]).new_zeros(())
     for s, t in zip(student_features, teacher_features, strict=True):
         loss = loss + (similarities(t) - similarities(s)).square().sum() / len(s) ** 2
     return loss
@@ -68,7 +72,7 @@ def sp(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -
 def similarities(feature: Tensor) -> Tensor:
     """Row-normalised Gram matrix (B, B) of features (B, ...), never in half precision, not under autocast either."""
     with torch.autocast(feature.device.type, enabled=False):
-        rows = full(feature).flatten(1)
+        rows = at_least_float32(feature).flatten(1)
         return F.normalize(rows @ rows.T, dim=1)
 
 
@@ -79,7 +83,7 @@ def srkd(student_features: Sequence[Tensor], reset_features: Sequence[Tensor]) -
     Chen & Sun 2024, "Design and Simulation of Stage Reset Knowledge Distillation Method".
     """
     _same_number(student_features, reset_features)
-    loss = full(student_features[0]).new_zeros(())
+    loss = at_least_float32(student_features[0]).new_zeros(())
     for s, t in zip(student_features, reset_features, strict=True):
         loss = loss + fitnet(s, t)
     return loss

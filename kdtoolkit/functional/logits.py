@@ -6,15 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdtoolkit.utils.validation import check_temperature
 
-def full(x: Tensor) -> Tensor:
+
+def at_least_float32(x: Tensor) -> Tensor:
     """At least float32: bfloat16 and float16 are taken up, float32 and float64 stay."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def ce(student_logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy, mean over the batch. Logits (B, C, ...), labels (B, ...) int64."""
-    return F.cross_entropy(full(student_logits), labels, label_smoothing=label_smoothing)
+    return F.cross_entropy(
+        at_least_float32(student_logits), labels, label_smoothing=label_smoothing
+    )
 
 
 def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
@@ -22,14 +26,14 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4
 
     Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network".
     """
-    log_s = F.log_softmax(full(student_logits) / temperature, dim=1)
-    log_t = F.log_softmax(full(teacher_logits) / temperature, dim=1)
+    log_s = F.log_softmax(at_least_float32(student_logits) / temperature, dim=1)
+    log_t = F.log_softmax(at_least_float32(teacher_logits) / temperature, dim=1)
     return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1).mean() * temperature**2
 
 
 def logits_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Mean squared difference of logits, (B, C, ...). Ba & Caruana 2014, "Do Deep Nets Really Need to be Deep?"."""
-    return F.mse_loss(full(student_logits), full(teacher_logits))
+    return F.mse_loss(at_least_float32(student_logits), at_least_float32(teacher_logits))
 
 
 def soft_ce(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -40,11 +44,13 @@ def soft_ce(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
     """
     check_temperature(temperature)
     check_shapes(student_logits=student_logits, teacher_logits=teacher_logits)
-    log_s = F.log_softmax(full(student_logits) / temperature, dim=1)
-    return -(F.softmax(full(teacher_logits) / temperature, dim=1) * log_s).sum(1).mean()
+    log_s = F.log_softmax(at_least_float32(student_logits) / temperature, dim=1)
+    return -(F.softmax(at_least_float32(teacher_logits) / temperature, dim=1) * log_s).sum(1).mean()
 
 
-def kd_eps(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 3.0, eps: float = 1e-7) -> Tensor:
+def kd_eps(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 3.0, eps: float = 1e-7
+) -> Tensor:
     """T^2 sum_c (q + eps) (log(q + eps) - log p), mean over the batch; p, q softmax at T. Logits (B, C, ...).
 
     `kd` as ONE (Lan, Zhu, Gong 2018) and OKDDip (Chen et al. 2020) publish it: `eps` (a probability) is added to every
@@ -52,15 +58,9 @@ def kd_eps(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float
     """
     check_temperature(temperature)
     check_shapes(student_logits=student_logits, teacher_logits=teacher_logits)
-    log_s = F.log_softmax(full(student_logits) / temperature, dim=1)
-    target = F.softmax(full(teacher_logits) / temperature, dim=1) + eps
+    log_s = F.log_softmax(at_least_float32(student_logits) / temperature, dim=1)
+    target = F.softmax(at_least_float32(teacher_logits) / temperature, dim=1) + eps
     return F.kl_div(log_s, target, reduction="none").sum(1).mean() * temperature**2
-
-
-def check_temperature(temperature: float) -> None:
-    """ValueError unless a temperature (no unit) is above 0."""
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, it must be positive")
 
 
 def check_shapes(**tensors: Tensor) -> None:

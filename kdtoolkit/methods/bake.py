@@ -13,17 +13,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import functional
-from ..data.sampling import SameClass
-from ..method import Given, Method, strategy
-from ..offline import count
-from ..preprocess import Preprocess
-from ..schedules import told, value
-from ..tails import Embedding
-from ..taps import Taps
-from ..types import Batch, Clock, Step, Weight
+from kdtoolkit import functional
+from kdtoolkit.core.method import Method, num_parameters
+from kdtoolkit.core.registries import register_strategy
+from kdtoolkit.core.strategy import StrategyInputs
+from kdtoolkit.data.sampling import SameClass
+from kdtoolkit.features.extractor import Taps
+from kdtoolkit.features.preprocess import Preprocess
+from kdtoolkit.models.subnetwork import Embedding
+from kdtoolkit.schedules import describe_weight, weight_at
+from kdtoolkit.types import Batch, Clock, LossWeight, Step
+from kdtoolkit.utils.validation import check_temperature
 
-TERMS: dict[str, Weight] = {"ce": 1.0, "bake": 1.0}
+TERMS: dict[str, LossWeight] = {"ce": 1.0, "bake": 1.0}
 
 
 class BAKE(Method):
@@ -37,12 +39,12 @@ class BAKE(Method):
                  divide the batch size
     """
 
-    no_compile = "BAKE reads the classifier's input, which a compiled network does not give away"
+    no_compile_reason = "BAKE reads the classifier's input, which a compiled network does not give away"
 
     def __init__(
         self,
         student: Taps,
-        weights: Mapping[str, Weight] | None = None,
+        weights: Mapping[str, LossWeight] | None = None,
         *,
         temperature: float = 4.0,
         omega: float = 0.5,
@@ -51,13 +53,15 @@ class BAKE(Method):
         image: tuple[int, int] | None = None,
     ):
         super().__init__()
-        functional.logits.check_temperature(temperature)
+        check_temperature(temperature)
         if not 0 <= omega < 1:
-            raise ValueError(f"omega={omega!r}: the neighbours' share in a target, from 0 to below 1")
+            raise ValueError(
+                f"omega={omega!r}: the neighbours' share in a target, from 0 to below 1"
+            )
         unknown = [term for term in weights or {} if term not in TERMS]
         if unknown:
             raise ValueError(f"BAKE has no loss {unknown[0]!r}; it has {', '.join(TERMS)}")
-        self.sampling = SameClass(partners) if partners != 0 else None
+        self.batch_sampler = SameClass(partners) if partners != 0 else None
         self.weights = {**TERMS, **(weights or {})}
         self.temperature, self.omega, self.partners = temperature, omega, partners
         self.preprocess = preprocess or Preprocess.of(student.model, image)
@@ -67,7 +71,7 @@ class BAKE(Method):
 
     def forward(self, batch: Batch, clock: Clock) -> Step:
         out, vectors = self.embedding.of(self.taps, self.preprocess(batch["x"]))
-        weights = {term: value(weight, clock) for term, weight in self.weights.items()}
+        weights = {term: weight_at(weight, clock) for term, weight in self.weights.items()}
         losses = {term: out.logits.float().sum() * 0.0 for term in weights}
         if weights["ce"]:
             losses["ce"] = weights["ce"] * functional.ce(out.logits, batch["y"])
@@ -90,15 +94,28 @@ class BAKE(Method):
 
     def plan(self) -> dict[str, Any]:
         whom = {"ce": "labels", "bake": "logits of the batch, mixed by similarity"}
-        weights = {t: told(w) for t, w in self.weights.items()}
-        rows = [{"loss": t, "weight": w, "student": "logits", "teacher": whom[t]} for t, w in weights.items()]
+        weights = {t: describe_weight(w) for t, w in self.weights.items()}
+        rows = [
+            {"loss": t, "weight": w, "student": "logits", "teacher": whom[t]}
+            for t, w in weights.items()
+        ]
         group = 1 + self.partners
-        notes = [f"batches of groups of {group}: an epoch has {group} times the steps"] if self.partners else []
-        return {"losses": rows, "parameters": {"student": count(self.student)}, "notes": notes}
+        notes = (
+            [f"batches of groups of {group}: an epoch has {group} times the steps"]
+            if self.partners
+            else []
+        )
+        return {
+            "losses": rows,
+            "parameters": {"student": num_parameters(self.student)},
+            "notes": notes,
+        }
 
 
-@strategy("bake", losses=TERMS, title="Batch knowledge ensembling, BAKE (Ge et al. 2021)")
-def bake(given: Given, *, temperature: float = 4.0, omega: float = 0.5, partners: int = 3) -> Method:
+@register_strategy("bake", losses=TERMS, title="Batch knowledge ensembling, BAKE (Ge et al. 2021)")
+def bake(
+    given: StrategyInputs, *, temperature: float = 4.0, omega: float = 0.5, partners: int = 3
+) -> Method:
     """temperature: no unit; omega: share of the neighbours in a target; partners: of the same class for each image."""
     options: dict[str, Any] = {"temperature": temperature, "omega": omega, "partners": partners}
     return BAKE(given.student, given.weights, preprocess=given.preprocess, **options)

@@ -8,21 +8,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from ..method import Given, Method
-from ..offline import count, touch
-from ..preprocess import Preprocess
-from ..registry import nearest
-from ..schedules import told, value
-from ..tails import Cut, Embedding, Tail, behind, boundary, cut_at, cut_of, graft
-from ..taps import Taps
-from ..tuning import fresh
-from ..types import Batch, Clock, Stage, Step, Weight
+from kdtoolkit import functional
+from kdtoolkit.core.loss import zero_loss
+from kdtoolkit.core.method import Method, num_parameters
+from kdtoolkit.core.strategy import StrategyInputs
+from kdtoolkit.features.extractor import Taps
+from kdtoolkit.features.preprocess import Preprocess
+from kdtoolkit.models.reinit import reinitialised_copy
+from kdtoolkit.models.subnetwork import (
+    Cut,
+    Embedding,
+    Tail,
+    behind,
+    boundary,
+    cut_at,
+    cut_of,
+    graft,
+)
+from kdtoolkit.schedules import describe_weight, weight_at
+from kdtoolkit.types import Batch, Clock, LossWeight, Step, TapKey
+from kdtoolkit.utils.registry import suggestion
 
 FIRST = "student"
 
 
-class Team(NamedTuple):
+class BranchJoin(NamedTuple):
     """What a join reads.
 
     logits      of every branch, in order, (B, C) each
@@ -58,16 +68,16 @@ class Branches(Method):
     loss and the gradients that it would have alone on this trunk, which gets the sum.
     """
 
-    no_compile = "branches are run from the feature of a shared trunk, which takes its place anew in every step"
+    no_compile_reason = "branches are run from the feature of a shared trunk, which takes its place anew in every step"
 
     def __init__(
         self,
         networks: nn.Module | Sequence[nn.Module],
         *,
         branches: int = 3,
-        cut: Stage = "auto",
+        cut: TapKey = "auto",
         join: nn.Module | None = None,
-        weights: Mapping[str, Weight] | None = None,
+        weights: Mapping[str, LossWeight] | None = None,
         views: bool = False,
         share_gradient: bool = False,
         label_smoothing: float = 0.0,
@@ -78,7 +88,7 @@ class Branches(Method):
         super().__init__()
         if isinstance(networks, nn.Module):
             _check_count(branches)
-            networks = [networks, *(fresh(networks, k) for k in range(1, branches))]
+            networks = [networks, *(reinitialised_copy(networks, k) for k in range(1, branches))]
         networks = list(networks)
         _check(networks, label_smoothing)
         if views and getattr(join, "reads_shared", False):
@@ -100,49 +110,67 @@ class Branches(Method):
         self._boundary = boundary(self.taps, self.cut)
         tails = [Tail(net, self.cut, size, read=self._boundary) for net in networks[1:]]
         self.tails = nn.ModuleDict({name_of(k): tail for k, tail in enumerate(tails, 1)})
-        self.join, self.share_gradient, self.label_smoothing, self.best = join, share_gradient, label_smoothing, best
+        self.join, self.share_gradient, self.label_smoothing, self.best = (
+            join,
+            share_gradient,
+            label_smoothing,
+            best,
+        )
         self.num_views = len(networks) if views else 1
         self.taps.select(list(dict.fromkeys([self.cut, *self._boundary])))
         self.taps.rehearse()
-        self._embeddings = [Embedding.at(t) for t in self._taps()] if getattr(join, "reads_embeddings", False) else []
+        self._embeddings = (
+            [Embedding.at(t) for t in self._taps()]
+            if getattr(join, "reads_embeddings", False)
+            else []
+        )
         self._released = False
         self._behind = sum(p.numel() for p in behind(networks[0], parts).values())
 
     # ------------------------------------------------------------------------------------------------------ training
     def forward(self, batch: Batch, clock: Clock) -> Step:
         team, labels = self._team(batch), batch["y"]
-        weights = {term: value(weight, clock) for term, weight in self.weights.items()}
+        weights = {term: weight_at(weight, clock) for term, weight in self.weights.items()}
         logits = dict(zip(self.networks(), team.logits, strict=True))
         smoothing = {"label_smoothing": self.label_smoothing}
-        losses = {loss_of(name): weights["ce"] * functional.ce(z, labels, **smoothing) for name, z in logits.items()}
+        losses = {
+            loss_of(name): weights["ce"] * functional.ce(z, labels, **smoothing)
+            for name, z in logits.items()
+        }
         return Step(losses | self._joined(team, labels, weights), logits)
 
-    def _joined(self, team: Team, labels: Tensor, weights: Mapping[str, float]) -> dict[str, Tensor]:
+    def _joined(
+        self, team: BranchJoin, labels: Tensor, weights: Mapping[str, float]
+    ) -> dict[str, Tensor]:
         """The join's weighted losses; one that is switched off still touches its parameters, for DDP."""
         if self.join is None:
             return {}
         found = self.join(team, labels) if any(weights[term] for term in self.terms) else {}
-        off = touch(self.join, team.logits[0])
+        off = zero_loss(self.join, team.logits[0])
         return {term: weights[term] * found[term] if weights[term] else off for term in self.terms}
 
-    def each(self, batch: Batch) -> dict[str, Tensor]:
+    def train_logits(self, batch: Batch) -> dict[str, Tensor]:
         return dict(zip(self.networks(), self._team(batch).logits, strict=True))
 
-    def _team(self, batch: Batch) -> Team:
+    def _team(self, batch: Batch) -> BranchJoin:
         if self.num_views == 1:
             return self._on_one_trunk(self.preprocess(batch["x"]))
-        return self._on_own_views([self.preprocess(batch["views"][:, k]) for k in range(self.num_views)])
+        return self._on_own_views(
+            [self.preprocess(batch["views"][:, k]) for k in range(self.num_views)]
+        )
 
-    def _on_one_trunk(self, x: Tensor) -> Team:
+    def _on_one_trunk(self, x: Tensor) -> BranchJoin:
         """The trunk runs once, as a part of the student; the other tails go on from its feature."""
         out, vector = self._run(0, self.taps, x)
         feature = [out.feats[key] for key in self._boundary]
         self._shrink(feature)
         others = [self._run(k, tail, x, feature) for k, tail in enumerate(self.tails.values(), 1)]
         logits, embeddings = zip((out.logits, vector), *others, strict=True)
-        return Team(list(logits), [v for v in embeddings if v is not None], out.feats[self.cut])
+        return BranchJoin(
+            list(logits), [v for v in embeddings if v is not None], out.feats[self.cut]
+        )
 
-    def _on_own_views(self, views: list[Tensor]) -> Team:
+    def _on_own_views(self, views: list[Tensor]) -> BranchJoin:
         """Every branch is run as the complete network that it is."""
         logits, embeddings = [], []
         whole: list[Any] = [self.taps, *(tail.whole for tail in self.tails.values())]
@@ -151,7 +179,7 @@ class Branches(Method):
             self._shrink([out.feats[key] for key in self._boundary])
             logits.append(out.logits)
             embeddings.append(vector)
-        return Team(logits, [v for v in embeddings if v is not None], None)
+        return BranchJoin(logits, [v for v in embeddings if v is not None], None)
 
     def _run(self, k: int, call: Callable[..., Any], *args: Any) -> tuple[Any, Tensor | None]:
         return self._embeddings[k].of(call, *args) if self._embeddings else (call(*args), None)
@@ -170,10 +198,10 @@ class Branches(Method):
     def networks(self) -> dict[str, nn.Module]:
         return {name_of(k): taps.model for k, taps in enumerate(self._taps())}
 
-    def products(self) -> tuple[list[str], str]:
+    def export_candidates(self) -> tuple[list[str], str]:
         if self.best:
             return list(self.networks()), "its branches have the same architecture"
-        return super().products()
+        return super().export_candidates()
 
     def logits(self, name: str, x: Tensor) -> Tensor:
         return self.networks()[name](self.preprocess(x))
@@ -183,10 +211,12 @@ class Branches(Method):
         logits = dict(zip(self.networks(), team.logits, strict=True))
         return logits if self.join is None else logits | {"ensemble": self.join.ensemble(team)}  # type: ignore[operator]
 
-    def place(self, *args: Any, **kwargs: Any) -> None:
+    def place_teachers(self, *args: Any, **kwargs: Any) -> None:
         if self._released:
-            raise ValueError("these Branches were trained by an earlier run, which took its hooks off: build new ones")
-        super().place(*args, **kwargs)
+            raise ValueError(
+                "these Branches were trained by an earlier run, which took its hooks off: build new ones"
+            )
+        super().place_teachers(*args, **kwargs)
 
     def release(self) -> None:
         self._released = True
@@ -197,25 +227,33 @@ class Branches(Method):
         super().release()
 
     def plan(self) -> dict[str, Any]:
-        weights = {term: told(w) for term, w in self.weights.items()}
+        weights = {term: describe_weight(w) for term, w in self.weights.items()}
         rows: list[dict[str, Any]] = [
-            {"loss": loss_of(name), "weight": weights["ce"], "student": f"{name} logits", "teacher": "labels"}
+            {
+                "loss": loss_of(name),
+                "weight": weights["ce"],
+                "student": f"{name} logits",
+                "teacher": "labels",
+            }
             for name in self.networks()
         ]
         kind = type(self.join).__name__
-        rows += [{"loss": t, "weight": weights[t], "student": "all branches", "teacher": kind} for t in self.terms]
+        rows += [
+            {"loss": t, "weight": weights[t], "student": "all branches", "teacher": kind}
+            for t in self.terms
+        ]
         end = self.taps.end(self.cut)
-        counts = {"trunk": count(self.student) - self._behind}
+        counts = {"trunk": num_parameters(self.student) - self._behind}
         counts |= {f"tail of {name}": self._behind for name in self.networks()}
-        counts |= {} if self.join is None else {kind: count(self.join)}
+        counts |= {} if self.join is None else {kind: num_parameters(self.join)}
         note = f"the branches leave the trunk behind {end.name}, {'x'.join(map(str, end.shape))} {end.shape.layout}"
         return {"losses": rows, "parameters": counts, "notes": [note]}
 
 
 # ------------------------------------------------------------------------------------------------------- building one
-def build(
-    given: Given, join: Callable[[Taps, Stage], nn.Module], *, branches: int, cut: Stage = "auto",
-    weights: Mapping[str, Weight], views: bool = False, share_gradient: bool = False, best: bool = True,
+def build_branches(
+    given: StrategyInputs, join: Callable[[Taps, TapKey], nn.Module], *, branches: int, cut: TapKey = "auto",
+    weights: Mapping[str, LossWeight], views: bool = False, share_gradient: bool = False, best: bool = True,
 ) -> Branches:  # fmt: skip
     """Branches of a strategy; `join(taps of the student, cut)` makes the join from what these measure."""
     _check_count(branches)
@@ -223,8 +261,10 @@ def build(
     parts, nets = cut_at(given.student, cut), [given.student.model]
     for k in range(1, branches):
         net = given.another(k)
-        twin = any(_equal(other, net, parts) for other in nets)  # loaded weights: those behind the cut are drawn anew
-        nets.append(fresh(net, k) if twin else net)
+        twin = any(
+            _equal(other, net, parts) for other in nets
+        )  # loaded weights: those behind the cut are drawn anew
+        nets.append(reinitialised_copy(net, k) if twin else net)
     return Branches(
         nets,
         cut=cut, join=join(given.student, cut), weights=weights, views=views, share_gradient=share_gradient,
@@ -240,12 +280,14 @@ def loss_of(name: str) -> str:
     return "ce" if name == FIRST else f"ce/{name}"
 
 
-def _weights(terms: Sequence[str], given: Mapping[str, Weight] | None) -> dict[str, Weight]:
-    weights: dict[str, Weight] = {"ce": 1.0, **{term: 1.0 for term in terms}}
+def _weights(terms: Sequence[str], given: Mapping[str, LossWeight] | None) -> dict[str, LossWeight]:
+    weights: dict[str, LossWeight] = {"ce": 1.0, **{term: 1.0 for term in terms}}
     for name in given or {}:
         if name not in weights:
-            hint = nearest(name, weights) or "."
-            raise ValueError(f"weights of Branches: unknown loss {name!r}{hint} Known: {', '.join(weights)}")
+            hint = suggestion(name, weights) or "."
+            raise ValueError(
+                f"weights of Branches: unknown loss {name!r}{hint} Known: {', '.join(weights)}"
+            )
     return weights | dict(given or {})
 
 
@@ -256,7 +298,9 @@ def _check_count(branches: Any) -> None:
 
 def _check(networks: Sequence[nn.Module], label_smoothing: float) -> None:
     if len(networks) < 2:
-        raise ValueError(f"Branches of {len(networks)} networks: give two or more of one architecture")
+        raise ValueError(
+            f"Branches of {len(networks)} networks: give two or more of one architecture"
+        )
     kinds = [{name: tuple(p.shape) for name, p in net.named_parameters()} for net in networks]
     for number, kind in enumerate(kinds):
         if type(networks[number]) is not type(networks[0]) or kind != kinds[0]:
@@ -270,16 +314,20 @@ def _check(networks: Sequence[nn.Module], label_smoothing: float) -> None:
 
 def _equal(one: nn.Module, other: nn.Module, parts: Cut) -> bool:
     tails = [list(behind(net, parts).values()) for net in (one, other)]
-    return bool(tails[0]) and all(not p.is_meta and torch.equal(p, q) for p, q in zip(*tails, strict=True))
+    return bool(tails[0]) and all(
+        not p.is_meta and torch.equal(p, q) for p, q in zip(*tails, strict=True)
+    )
 
 
 def _check_twins(networks: Sequence[nn.Module], parts: Cut) -> None:
     if not behind(networks[0], parts):
-        raise ValueError("nothing that is trained lies behind the cut: choose a stage in front of the classifier")
+        raise ValueError(
+            "nothing that is trained lies behind the cut: choose a stage in front of the classifier"
+        )
     for number, net in enumerate(networks):
         for other in range(number):
             if _equal(networks[other], net, parts):
                 raise ValueError(
                     f"networks {other} and {number} of Branches have equal weights behind the cut: branches copied "
-                    "without re-initialising stay twins; build each anew, or use kdtoolkit.tuning.fresh(net, seed)"
+                    "without re-initialising stay twins; build each anew, or use kdtoolkit.models.reinit.reinitialised_copy(net, seed)"
                 )

@@ -16,17 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from ..method import Given, Method, strategy
-from ..modules import Adapter, as_map
-from ..offline import count, touch
-from ..preprocess import Preprocess
-from ..schedules import told, value
-from ..taps import Taps
-from ..tuning import outputs
-from ..types import Batch, Clock, Out, Shape, Step, Weight
+from kdtoolkit import functional
+from kdtoolkit.core.loss import zero_loss
+from kdtoolkit.core.method import Method, num_parameters
+from kdtoolkit.core.registries import register_strategy
+from kdtoolkit.core.strategy import StrategyInputs
+from kdtoolkit.features.adapters import Adapter, as_map
+from kdtoolkit.features.extractor import Taps
+from kdtoolkit.features.preprocess import Preprocess
+from kdtoolkit.models.head import num_outputs
+from kdtoolkit.schedules import describe_weight, weight_at
+from kdtoolkit.types import Batch, Clock, LossWeight, Out, Shape, Step
+from kdtoolkit.utils.validation import check_temperature
 
-TERMS: dict[str, Weight] = {"ce": 1.0, "ce/exits": 0.7, "soft": 0.3, "feature": 0.03}
+TERMS: dict[str, LossWeight] = {"ce": 1.0, "ce/exits": 0.7, "soft": 0.3, "feature": 0.03}
 
 
 class Exit(nn.Module):
@@ -70,7 +73,7 @@ class BYOT(Method):
     def __init__(
         self,
         student: Taps,
-        weights: Mapping[str, Weight] | None = None,
+        weights: Mapping[str, LossWeight] | None = None,
         *,
         temperature: float = 3.0,
         exempt: int | None = 1,
@@ -79,7 +82,7 @@ class BYOT(Method):
         image: tuple[int, int] | None = None,
     ):
         super().__init__()
-        functional.logits.check_temperature(temperature)
+        check_temperature(temperature)
         unknown = [term for term in weights or {} if term not in TERMS]
         if unknown:
             raise ValueError(f"BYOT has no loss {unknown[0]!r}; it has {', '.join(TERMS)}")
@@ -92,10 +95,13 @@ class BYOT(Method):
                 f"exempt={exempt!r}: number of an exit, 1 is the deepest of {len(self.places)}, or None to compare all"
             )
         self.student, self.taps, self.last = student.model, student, len(student.stages)
-        self.deepest, classes = student.end(-1).shape, outputs(student)
+        self.deepest, classes = student.end(-1).shape, num_outputs(student)
         spared = None if exempt is None else self.places[-exempt]
         self.exits = nn.ModuleDict(
-            {f"exit{s}": Exit(student.end(s).shape, self.deepest, classes, s != spared) for s in self.places}
+            {
+                f"exit{s}": Exit(student.end(s).shape, self.deepest, classes, s != spared)
+                for s in self.places
+            }
         )
         student.select([*self.places, self.last])
         student.rehearse()
@@ -103,18 +109,23 @@ class BYOT(Method):
     def forward(self, batch: Batch, clock: Clock) -> Step:
         out, y = self.taps(self.preprocess(batch["x"])), batch["y"]
         vectors, logits = self._exits(out)
-        weights = {term: value(weight, clock) for term, weight in self.weights.items()}
+        weights = {term: weight_at(weight, clock) for term, weight in self.weights.items()}
         losses: dict[str, Tensor] = {}
         if weights["ce"]:
             losses["ce"] = functional.ce(out.logits, y)
         if weights["ce/exits"]:
             losses["ce/exits"] = torch.stack([functional.ce(z, y) for z in logits]).sum()
         if weights["soft"]:
-            losses["soft"] = functional.byot_logits([out.logits, *logits], temperature=self.temperature).sum()
+            losses["soft"] = functional.byot_logits(
+                [out.logits, *logits], temperature=self.temperature
+            ).sum()
         if weights["feature"] and len(vectors) > (self.exempt is not None):
             deepest = as_map(out.feats[self.last], self.deepest).mean((2, 3))
             losses["feature"] = functional.byot_features([deepest, *vectors], exempt=self.exempt)
-        weighted = {t: w * losses[t] if t in losses else touch(self.exits, out.logits) for t, w in weights.items()}
+        weighted = {
+            t: w * losses[t] if t in losses else zero_loss(self.exits, out.logits)
+            for t, w in weights.items()
+        }
         return Step(weighted, {"student": out.logits})
 
     def _exits(self, out: Out) -> tuple[list[Tensor], list[Tensor]]:
@@ -131,7 +142,10 @@ class BYOT(Method):
     def predict(self, x: Tensor) -> dict[str, Tensor]:
         """Of the network, every exit and their ensemble."""
         out = self.taps(self.preprocess(x))
-        answers = {"student": out.logits, **dict(zip(self.exits, reversed(self._exits(out)[1]), strict=True))}
+        answers = {
+            "student": out.logits,
+            **dict(zip(self.exits, reversed(self._exits(out)[1]), strict=True)),
+        }
         return answers | {"ensemble": torch.stack(list(answers.values())).mean(0)}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -141,31 +155,65 @@ class BYOT(Method):
         self.taps.remove()
 
     def plan(self) -> dict[str, Any]:
-        weights = {t: told(w) for t, w in self.weights.items()}
-        rows: list[dict[str, Any]] = [{"loss": "ce", "weight": weights["ce"], "student": "logits", "teacher": "labels"}]
+        weights = {t: describe_weight(w) for t, w in self.weights.items()}
+        rows: list[dict[str, Any]] = [
+            {"loss": "ce", "weight": weights["ce"], "student": "logits", "teacher": "labels"}
+        ]
         for number, s in enumerate(reversed(self.places), 1):
             exit, place = f"exit{s} logits", self.taps.end(s)
-            rows.append({"loss": "ce/exits", "weight": weights["ce/exits"], "student": exit, "teacher": "labels"})
-            rows.append({"loss": "soft", "weight": weights["soft"], "student": exit, "teacher": "its own logits"})
+            rows.append(
+                {
+                    "loss": "ce/exits",
+                    "weight": weights["ce/exits"],
+                    "student": exit,
+                    "teacher": "labels",
+                }
+            )
+            rows.append(
+                {
+                    "loss": "soft",
+                    "weight": weights["soft"],
+                    "student": exit,
+                    "teacher": "its own logits",
+                }
+            )
             if number != self.exempt:
                 its_own: dict[str, Any] = {
                     "student": place.name,
                     "student_shape": list(place.shape),
                     "student_layout": place.shape.layout,
                 }
-                its: dict[str, Any] = {"teacher": self.taps.end(-1).name, "teacher_shape": list(self.deepest)}
+                its: dict[str, Any] = {
+                    "teacher": self.taps.end(-1).name,
+                    "teacher_shape": list(self.deepest),
+                }
                 its["teacher_layout"] = self.deepest.layout
-                parts: dict[str, Any] = {"adapter": "Exit", "adapter_parameters": count(self.exits[f"exit{s}"])}
-                rows.append({"loss": "feature", "weight": weights["feature"], **its_own, **its, **parts})
-        return {"losses": rows, "parameters": {"student": count(self.student), "exits": count(self.exits)}}
+                parts: dict[str, Any] = {
+                    "adapter": "Exit",
+                    "adapter_parameters": num_parameters(self.exits[f"exit{s}"]),
+                }
+                rows.append(
+                    {"loss": "feature", "weight": weights["feature"], **its_own, **its, **parts}
+                )
+        return {
+            "losses": rows,
+            "parameters": {
+                "student": num_parameters(self.student),
+                "exits": num_parameters(self.exits),
+            },
+        }
 
 
 def _numbers(stages: str | Sequence[int], count: int, model: str) -> list[int]:
     if count < 2:
-        raise ValueError(f"{model} has {count} stages, and an exit stands behind one in front of the last: 2 or more")
+        raise ValueError(
+            f"{model} has {count} stages, and an exit stands behind one in front of the last: 2 or more"
+        )
     if stages == "all":
         return list(range(1, count))
-    whole = isinstance(stages, (list, tuple)) and all(isinstance(s, int) and 1 <= s < count for s in stages)
+    whole = isinstance(stages, (list, tuple)) and all(
+        isinstance(s, int) and 1 <= s < count for s in stages
+    )
     if not whole or not stages or len(set(stages)) < len(stages):
         raise ValueError(
             f"stages={stages!r}: 'all', or different numbers from 1 to {count - 1}; behind the last of {count} stages "
@@ -174,9 +222,13 @@ def _numbers(stages: str | Sequence[int], count: int, model: str) -> list[int]:
     return sorted(stages)  # type: ignore[arg-type]
 
 
-@strategy("byot", losses=TERMS, title="Be your own teacher, BYOT (Zhang et al. 2019)")
+@register_strategy("byot", losses=TERMS, title="Be your own teacher, BYOT (Zhang et al. 2019)")
 def byot(
-    given: Given, *, temperature: float = 3.0, exempt: int | None = 1, stages: str | Sequence[int] = "all"
+    given: StrategyInputs,
+    *,
+    temperature: float = 3.0,
+    exempt: int | None = 1,
+    stages: str | Sequence[int] = "all",
 ) -> Method:
     """temperature: no unit; exempt: exit whose feature is not compared, 1 the deepest, or None; stages: with exits."""
     options: dict[str, Any] = {"temperature": temperature, "exempt": exempt, "stages": stages}

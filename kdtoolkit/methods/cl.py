@@ -11,12 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from ..functional.logits import check_temperature
-from ..method import Given, Method, strategy
-from ..taps import Taps
-from ..types import Stage
-from .branches import Team, build
+from kdtoolkit import functional
+from kdtoolkit.core.method import Method
+from kdtoolkit.core.registries import register_strategy
+from kdtoolkit.core.strategy import StrategyInputs
+from kdtoolkit.features.extractor import Taps
+from kdtoolkit.methods.branches import BranchJoin, build_branches
+from kdtoolkit.types import TapKey
+from kdtoolkit.utils.validation import check_temperature
 
 
 class Others(nn.Module):
@@ -29,25 +31,34 @@ class Others(nn.Module):
         check_temperature(temperature)
         self.temperature = temperature
 
-    def ensemble(self, team: Team) -> Tensor:
+    def ensemble(self, team: BranchJoin) -> Tensor:
         return torch.stack(team.logits).mean(0)
 
-    def forward(self, team: Team, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, team: BranchJoin, labels: Tensor) -> dict[str, Tensor]:
         return {"cl": functional.others_soft_ce(team.logits, temperature=self.temperature).sum()}
 
 
-@strategy("cl", losses={"ce": 0.5, "cl": 0.5}, title="Collaborative learning, CL (Song & Chai 2018)")
+@register_strategy(
+    "cl", losses={"ce": 0.5, "cl": 0.5}, title="Collaborative learning, CL (Song & Chai 2018)"
+)
 def cl(
-    given: Given,
+    given: StrategyInputs,
     *,
     branches: int = 4,
     temperature: float = 2.0,
-    cut: Stage = "auto",
+    cut: TapKey = "auto",
     share_gradient: bool = True,
 ) -> Method:
     """branches: heads behind the cut; cut: a stage or a module's name; share_gradient: the division by their number."""
 
-    def join(taps: Taps, stage: Stage) -> Others:
+    def join(taps: Taps, stage: TapKey) -> Others:
         return Others(temperature=temperature)
 
-    return build(given, join, branches=branches, cut=cut, weights=given.weights, share_gradient=share_gradient)
+    return build_branches(
+        given,
+        join,
+        branches=branches,
+        cut=cut,
+        weights=given.weights,
+        share_gradient=share_gradient,
+    )

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..callbacks import DCLMerger, Diversity
-from ..method import Given, Method, strategy
-from .peers import team
+from kdtoolkit.callbacks.dcl import DCLMerger
+from kdtoolkit.callbacks.diversity import Diversity
+from kdtoolkit.core.method import Method
+from kdtoolkit.core.registries import register_strategy
+from kdtoolkit.core.strategy import StrategyInputs
+from kdtoolkit.methods.peers import build_peers
 
 
-@strategy("dcl", losses={"ce": 1.0}, title="Deep communication learning, DCL (Zhang et al. 2022)")
+@register_strategy(
+    "dcl", losses={"ce": 1.0}, title="Deep communication learning, DCL (Zhang et al. 2022)"
+)
 def dcl(
-    given: Given,
+    given: StrategyInputs,
     *,
     peers: Any = 2,
     every: int = 10,
@@ -39,6 +44,6 @@ def dcl(
         every, unit=unit, beta=beta, rule=rule, eps=eps, statistics=statistics, momentum=moments, start=start,
         until=until,
     )  # fmt: skip
-    method = team(given, peers, views=views, label_smoothing=label_smoothing, spread=spread)
+    method = build_peers(given, peers, views=views, label_smoothing=label_smoothing, spread=spread)
     method.callbacks = (merger, Diversity())
     return method

@@ -11,28 +11,37 @@ Differs  the paper, and not the release: whose ramp-up divides by 0.1 (rampup="r
 
 from __future__ import annotations
 
-from ..callbacks import DecayingEnsemble, Diversity, EMATeacher
-from ..method import Given, Method, strategy
-from ..registry import one_of
-from ..schedules import RampUpAsCoded, SigmoidRampUp, ramped
-from ..types import Stage, Weight
-from .pcl import pcl_branches
+from kdtoolkit.callbacks.decaying import DecayingEnsemble
+from kdtoolkit.callbacks.diversity import Diversity
+from kdtoolkit.callbacks.ema import EMATeacher
+from kdtoolkit.core.method import Method
+from kdtoolkit.core.registries import register_strategy
+from kdtoolkit.core.strategy import StrategyInputs
+from kdtoolkit.methods.pcl import pcl_branches
+from kdtoolkit.schedules import RampUpAsCoded, SigmoidRampUp, with_rampup
+from kdtoolkit.types import LossWeight, TapKey
+from kdtoolkit.utils.validation import check_choice
 
 RAMPED = ("ensemble", "decaying")
 RAMPUPS = ("intended", "released")
 
 
-@strategy(
+@register_strategy(
     "dkel",
-    losses={"ce": 1.0, "ce/ensemble": 1.0, "ensemble": SigmoidRampUp(0.1), "decaying": SigmoidRampUp(0.1)},
+    losses={
+        "ce": 1.0,
+        "ce/ensemble": 1.0,
+        "ensemble": SigmoidRampUp(0.1),
+        "decaying": SigmoidRampUp(0.1),
+    },
     title="Decoupled knowledge with ensemble learning, DKEL (Shao & Chen 2023)",
 )
 def dkel(
-    given: Given,
+    given: StrategyInputs,
     *,
     branches: int = 3,
     temperature: float = 3.0,
-    cut: Stage = "auto",
+    cut: TapKey = "auto",
     rate: float = 0.5,
     decay: str = "exponential",
     init_steps: int = 1,
@@ -44,15 +53,17 @@ def dkel(
     """branches: copies of what lies behind the cut; cut: a stage or a module's name; rate, decay: of the ensemble's
     share g, see DecayingEnsemble; init_steps, count, ema_decay: see EMATeacher; rampup: "intended" or "released", of
     weights that are not numbers; rampup_epochs: its length."""
-    one_of("rampup", rampup, RAMPUPS)
-    weights: dict[str, Weight] = dict(given.weights)
+    check_choice("rampup", rampup, RAMPUPS)
+    weights: dict[str, LossWeight] = dict(given.weights)
     if rampup == "released":
         until = 80 if rampup_epochs is None else rampup_epochs
         for term in RAMPED:
             weight = weights[term]
-            weights[term] = RampUpAsCoded(weight.weight, until) if isinstance(weight, SigmoidRampUp) else weight
+            weights[term] = (
+                RampUpAsCoded(weight.weight, until) if isinstance(weight, SigmoidRampUp) else weight
+            )
     else:
-        weights = ramped(weights, RAMPED, rampup_epochs)
+        weights = with_rampup(weights, RAMPED, rampup_epochs)
     method = pcl_branches(given, weights, branches=branches, temperature=temperature, cut=cut)
     method.callbacks = (
         EMATeacher(0.0, decay=ema_decay, count=count, init_steps=init_steps, product="DKEL"),

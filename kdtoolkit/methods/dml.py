@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..callbacks import MutualKL
-from ..method import Given, Method, strategy
-from .peers import team
+from kdtoolkit.callbacks.mutual import MutualKL
+from kdtoolkit.core.method import Method
+from kdtoolkit.core.registries import register_strategy
+from kdtoolkit.core.strategy import StrategyInputs
+from kdtoolkit.methods.peers import build_peers
 
 
-@strategy("dml", losses={"ce": 1.0, "mutual": 1.0}, title="Deep mutual learning, DML (Zhang et al. 2018)")
+@register_strategy(
+    "dml", losses={"ce": 1.0, "mutual": 1.0}, title="Deep mutual learning, DML (Zhang et al. 2018)"
+)
 def dml(
-    given: Given,
+    given: StrategyInputs,
     *,
     peers: Any = 2,
     temperature: float = 1.0,
@@ -30,7 +34,9 @@ def dml(
 ) -> Method:
     """peers: networks, the student among them, or a list of further ones (names or modules); temperature, target,
     detach, form: see MutualKL; views, label_smoothing, spread: see Peers."""
-    mutual = MutualKL(given.weights["mutual"], temperature=temperature, target=target, detach=detach, form=form)
-    method = team(given, peers, views=views, label_smoothing=label_smoothing, spread=spread)
+    mutual = MutualKL(
+        given.weights["mutual"], temperature=temperature, target=target, detach=detach, form=form
+    )
+    method = build_peers(given, peers, views=views, label_smoothing=label_smoothing, spread=spread)
     method.callbacks = (mutual,)
     return method

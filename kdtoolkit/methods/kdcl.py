@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..callbacks import KDCL
-from ..method import Given, Method, strategy
-from .peers import team
+from kdtoolkit.callbacks.kdcl import KDCL
+from kdtoolkit.core.method import Method
+from kdtoolkit.core.registries import register_strategy
+from kdtoolkit.core.strategy import StrategyInputs
+from kdtoolkit.methods.peers import build_peers
 
 
-@strategy("kdcl", losses={"ce": 1.0, "kdcl": 1.0}, title="Collaborative learning, KDCL (Guo et al. 2020)")
+@register_strategy(
+    "kdcl", losses={"ce": 1.0, "kdcl": 1.0}, title="Collaborative learning, KDCL (Guo et al. 2020)"
+)
 def kdcl(
-    given: Given,
+    given: StrategyInputs,
     *,
     peers: Any = 2,
     rule: str = "minlogit",
@@ -28,6 +32,6 @@ def kdcl(
     """peers: networks, the student among them, or a list of further ones (names or modules); rule, temperature: see
     the callback KDCL; views, label_smoothing, spread: see Peers."""
     target = KDCL(given.weights["kdcl"], rule=rule, temperature=temperature)
-    method = team(given, peers, views=views, label_smoothing=label_smoothing, spread=spread)
+    method = build_peers(given, peers, views=views, label_smoothing=label_smoothing, spread=spread)
     method.callbacks = (target,)
     return method

@@ -7,20 +7,22 @@ Differs  no second head (the authors' symmetric distance of logits). Images with
 
 from __future__ import annotations
 
-from ..callbacks import EMATeacher
-from ..data import Mixed
-from ..method import Given, Method, strategy
-from ..schedules import SigmoidRampUp, ramped
-from .peers import Peers
+from kdtoolkit.callbacks.ema import EMATeacher
+from kdtoolkit.core.method import Method
+from kdtoolkit.core.registries import register_strategy
+from kdtoolkit.core.strategy import StrategyInputs
+from kdtoolkit.data.sampling import Mixed
+from kdtoolkit.methods.peers import Peers
+from kdtoolkit.schedules import SigmoidRampUp, with_rampup
 
 
-@strategy(
+@register_strategy(
     "mean_teacher",
     losses={"ce": 1.0, "consistency": SigmoidRampUp(100.0, 5)},
     title="Mean teacher (Tarvainen and Valpola 2017)",
 )
 def mean_teacher(
-    given: Given,
+    given: StrategyInputs,
     *,
     loss: str = "mse",
     temperature: float = 1.0,
@@ -32,7 +34,7 @@ def mean_teacher(
 ) -> Method:
     """loss: "mse" or "kl" of probabilities, or "kd" at `temperature`; ema_decay, count: see EMATeacher; mixed: share of
     labelled rows in every batch (data.Mixed), None draws all rows evenly; rampup_epochs: 5 where none is given."""
-    weights = ramped(given.weights, ("consistency",), rampup_epochs)
+    weights = with_rampup(given.weights, ("consistency",), rampup_epochs)
     teacher = EMATeacher(
         weights["consistency"], decay=ema_decay, count=count, loss=loss, temperature=temperature,
         learn_from="own", view=1, product="mean teacher", term="consistency",
@@ -42,6 +44,6 @@ def mean_teacher(
         spread=False, unlabelled=True,
     )  # fmt: skip
     method.num_views = 2
-    method.sampling = None if mixed is None else Mixed(mixed)
+    method.batch_sampler = None if mixed is None else Mixed(mixed)
     method.callbacks = (teacher,)
     return method

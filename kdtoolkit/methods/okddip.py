@@ -12,14 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from ..functional.logits import check_temperature
-from ..method import Given, Method, strategy
-from ..schedules import SigmoidRampUp, ramped
-from ..tails import embedding_size
-from ..taps import Taps
-from ..types import Stage
-from .branches import Team, build
+from kdtoolkit import functional
+from kdtoolkit.core.method import Method
+from kdtoolkit.core.registries import register_strategy
+from kdtoolkit.core.strategy import StrategyInputs
+from kdtoolkit.features.extractor import Taps
+from kdtoolkit.methods.branches import BranchJoin, build_branches
+from kdtoolkit.models.subnetwork import embedding_size
+from kdtoolkit.schedules import SigmoidRampUp, with_rampup
+from kdtoolkit.types import TapKey
+from kdtoolkit.utils.validation import check_temperature
 
 REDUCTION = 8  # D over the width of queries and keys
 
@@ -37,44 +39,52 @@ class Attention(nn.Module):
         super().__init__()
         check_temperature(temperature)
         width = max(1, size // REDUCTION)
-        self.query, self.key = nn.Linear(size, width, bias=False), nn.Linear(size, width, bias=False)
+        self.query, self.key = (
+            nn.Linear(size, width, bias=False),
+            nn.Linear(size, width, bias=False),
+        )
         self.temperature = temperature
 
     def attention(self, embeddings: list[Tensor]) -> Tensor:
         """(B, K, K) of K peers."""
-        return functional.okddip_attention([self.query(h) for h in embeddings], [self.key(h) for h in embeddings])
+        return functional.okddip_attention(
+            [self.query(h) for h in embeddings], [self.key(h) for h in embeddings]
+        )
 
-    def ensemble(self, team: Team) -> Tensor:
+    def ensemble(self, team: BranchJoin) -> Tensor:
         """What the leader learns from: the mean of the peers."""
         return torch.stack(team.logits[1:]).mean(0)
 
-    def forward(self, team: Team, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, team: BranchJoin, labels: Tensor) -> dict[str, Tensor]:
         leader, *peers = team.logits
         attention = self.attention(team.embeddings[1:])
         options = {"temperature": self.temperature}
         each = functional.okddip_peers(peers, attention, **options)
-        return {"peers": each.sum(), "leader": functional.okddip_leader([*peers, leader], **options)}
+        return {
+            "peers": each.sum(),
+            "leader": functional.okddip_leader([*peers, leader], **options),
+        }
 
 
-@strategy(
+@register_strategy(
     "okddip",
     losses={"ce": 1.0, "peers": SigmoidRampUp(1.0), "leader": SigmoidRampUp(1.0)},
     title="Online distillation with diverse peers, OKDDip (Chen et al. 2020)",
 )
 def okddip(
-    given: Given,
+    given: StrategyInputs,
     *,
     branches: int = 4,
     temperature: float = 3.0,
-    cut: Stage = "auto",
+    cut: TapKey = "auto",
     rampup_epochs: float | None = None,
 ) -> Method:
     """branches: the leader and its peers, from 3; cut: a stage or a module's name; rampup_epochs: length of w."""
     if branches == 2:
         raise ValueError("branches is 2: OKDDip needs a leader and two peers or more, 3 in all")
-    weights = ramped(given.weights, ["peers", "leader"], rampup_epochs)
+    weights = with_rampup(given.weights, ["peers", "leader"], rampup_epochs)
 
-    def join(taps: Taps, stage: Stage) -> Attention:
+    def join(taps: Taps, stage: TapKey) -> Attention:
         return Attention(embedding_size(taps), temperature=temperature)
 
-    return build(given, join, branches=branches, cut=cut, weights=weights, best=False)
+    return build_branches(given, join, branches=branches, cut=cut, weights=weights, best=False)

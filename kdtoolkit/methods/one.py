@@ -11,14 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from ..functional.logits import check_temperature
-from ..method import Given, Method, strategy
-from ..modules import as_map
-from ..schedules import SigmoidRampUp, ramped
-from ..taps import Taps
-from ..types import Shape, Stage
-from .branches import Team, build
+from kdtoolkit import functional
+from kdtoolkit.core.method import Method
+from kdtoolkit.core.registries import register_strategy
+from kdtoolkit.core.strategy import StrategyInputs
+from kdtoolkit.features.adapters import as_map
+from kdtoolkit.features.extractor import Taps
+from kdtoolkit.methods.branches import BranchJoin, build_branches
+from kdtoolkit.schedules import SigmoidRampUp, with_rampup
+from kdtoolkit.types import Shape, TapKey
+from kdtoolkit.utils.validation import check_temperature
 
 
 class Gate(nn.Module):
@@ -35,39 +37,41 @@ class Gate(nn.Module):
         super().__init__()
         self.shape, self.temperature = shape, temperature
         check_temperature(temperature)
-        self.score = nn.Sequential(nn.Linear(shape.channels, branches), nn.BatchNorm1d(branches), nn.ReLU())
+        self.score = nn.Sequential(
+            nn.Linear(shape.channels, branches), nn.BatchNorm1d(branches), nn.ReLU()
+        )
 
     def gates(self, shared: Tensor) -> Tensor:
         pooled = as_map(shared, self.shape).mean((2, 3))
         return torch.softmax(self.score(pooled), dim=1)
 
-    def ensemble(self, team: Team) -> Tensor:
+    def ensemble(self, team: BranchJoin) -> Tensor:
         assert team.shared is not None  # Branches refuses views
         return functional.one_ensemble(team.logits, self.gates(team.shared))
 
-    def forward(self, team: Team, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, team: BranchJoin, labels: Tensor) -> dict[str, Tensor]:
         ensemble = self.ensemble(team)
         soft = functional.kd_ensemble_eps(team.logits, ensemble, temperature=self.temperature)
         return {"ce/ensemble": functional.ce(ensemble, labels), "ensemble": soft.sum()}
 
 
-@strategy(
+@register_strategy(
     "one",
     losses={"ce": 1.0, "ce/ensemble": 1.0, "ensemble": SigmoidRampUp(1.0)},
     title="On-the-fly native ensemble, ONE (Lan et al. 2018)",
 )
 def one(
-    given: Given,
+    given: StrategyInputs,
     *,
     branches: int = 3,
     temperature: float = 3.0,
-    cut: Stage = "auto",
+    cut: TapKey = "auto",
     rampup_epochs: float | None = None,
 ) -> Method:
     """branches: copies of what lies behind the cut; cut: a stage or a module's name; rampup_epochs: length of w."""
-    weights = ramped(given.weights, ["ensemble"], rampup_epochs)
+    weights = with_rampup(given.weights, ["ensemble"], rampup_epochs)
 
-    def join(taps: Taps, stage: Stage) -> Gate:
+    def join(taps: Taps, stage: TapKey) -> Gate:
         return Gate(taps.end(stage).shape, branches, temperature=temperature)
 
-    return build(given, join, branches=branches, cut=cut, weights=weights)
+    return build_branches(given, join, branches=branches, cut=cut, weights=weights)

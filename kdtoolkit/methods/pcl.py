@@ -13,16 +13,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from ..callbacks.ema import EMATeacher
-from ..functional.logits import check_temperature
-from ..method import Given, Method, strategy
-from ..schedules import SigmoidRampUp, ramped
-from ..tails import embedding_size
-from ..taps import Taps
-from ..tuning import outputs
-from ..types import Stage, Weight
-from .branches import Branches, Team, build
+from kdtoolkit import functional
+from kdtoolkit.callbacks.ema import EMATeacher
+from kdtoolkit.core.method import Method
+from kdtoolkit.core.registries import register_strategy
+from kdtoolkit.core.strategy import StrategyInputs
+from kdtoolkit.features.extractor import Taps
+from kdtoolkit.methods.branches import Branches, BranchJoin, build_branches
+from kdtoolkit.models.head import num_outputs
+from kdtoolkit.models.subnetwork import embedding_size
+from kdtoolkit.schedules import SigmoidRampUp, with_rampup
+from kdtoolkit.types import LossWeight, TapKey
+from kdtoolkit.utils.validation import check_temperature
 
 
 class EnsembleClassifier(nn.Module):
@@ -39,46 +41,60 @@ class EnsembleClassifier(nn.Module):
         check_temperature(temperature)
         self.classifier, self.temperature = nn.Linear(size * branches, classes), temperature
 
-    def ensemble(self, team: Team) -> Tensor:
+    def ensemble(self, team: BranchJoin) -> Tensor:
         return self.classifier(torch.cat(team.embeddings, dim=1))
 
-    def forward(self, team: Team, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, team: BranchJoin, labels: Tensor) -> dict[str, Tensor]:
         ensemble = self.ensemble(team)
         soft = functional.kd_ensemble(team.logits, ensemble, temperature=self.temperature)
         return {"ce/ensemble": functional.ce(ensemble, labels), "ensemble": soft.sum()}
 
 
 def pcl_branches(
-    given: Given, weights: Mapping[str, Weight], *, branches: int = 3, temperature: float = 3.0, cut: Stage = "auto"
+    given: StrategyInputs,
+    weights: Mapping[str, LossWeight],
+    *,
+    branches: int = 3,
+    temperature: float = 3.0,
+    cut: TapKey = "auto",
 ) -> Branches:
     """Branches that see views of their own, joined by an ensemble classifier; `weights` of "ce", "ce/ensemble" and
     "ensemble" are read."""
 
-    def join(taps: Taps, stage: Stage) -> EnsembleClassifier:
-        return EnsembleClassifier(embedding_size(taps), branches, outputs(taps), temperature=temperature)
+    def join(taps: Taps, stage: TapKey) -> EnsembleClassifier:
+        return EnsembleClassifier(
+            embedding_size(taps), branches, num_outputs(taps), temperature=temperature
+        )
 
     own = {term: weights[term] for term in ("ce", *EnsembleClassifier.terms)}
-    return build(given, join, branches=branches, cut=cut, weights=own, views=True)
+    return build_branches(given, join, branches=branches, cut=cut, weights=own, views=True)
 
 
-@strategy(
+@register_strategy(
     "pcl",
-    losses={"ce": 1.0, "ce/ensemble": 1.0, "ensemble": SigmoidRampUp(1.0), "ema": SigmoidRampUp(1.0)},
+    losses={
+        "ce": 1.0,
+        "ce/ensemble": 1.0,
+        "ensemble": SigmoidRampUp(1.0),
+        "ema": SigmoidRampUp(1.0),
+    },
     title="Peer collaborative learning, PCL (Wu & Gong 2021)",
 )
 def pcl(
-    given: Given,
+    given: StrategyInputs,
     *,
     branches: int = 3,
     temperature: float = 3.0,
-    cut: Stage = "auto",
+    cut: TapKey = "auto",
     ema_decay: float | None = None,
     rampup_epochs: float | None = None,
 ) -> Method:
     """branches: copies of what lies behind the cut; cut: a stage or a module's name; ema_decay: share of the average in
     each of its updates; rampup_epochs: length of w."""
-    weights = ramped(given.weights, ["ensemble", "ema"], rampup_epochs)
+    weights = with_rampup(given.weights, ["ensemble", "ema"], rampup_epochs)
     method = pcl_branches(given, weights, branches=branches, temperature=temperature, cut=cut)
     if weights["ema"] != 0:
-        method.callbacks = (EMATeacher(weights["ema"], decay=ema_decay, temperature=temperature, product="PCL"),)
+        method.callbacks = (
+            EMATeacher(weights["ema"], decay=ema_decay, temperature=temperature, product="PCL"),
+        )
     return method

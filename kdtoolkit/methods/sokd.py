@@ -18,18 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from ..functional.logits import check_temperature, full
-from ..method import Given, Method, strategy
-from ..modules import Adapter
-from ..offline import count
-from ..preprocess import Preprocess
-from ..registry import one_of
-from ..schedules import told, value
-from ..tails import Tail, boundary, cut_at, cut_of, graft
-from ..taps import Frozen, Taps
-from ..tuning import fresh, outputs
-from ..types import Batch, Clock, Out, Stage, Step, Weight
+from kdtoolkit import functional
+from kdtoolkit.core.method import Method, num_parameters
+from kdtoolkit.core.registries import register_strategy
+from kdtoolkit.core.strategy import StrategyInputs
+from kdtoolkit.features.adapters import Adapter
+from kdtoolkit.features.extractor import Taps
+from kdtoolkit.features.frozen import Frozen
+from kdtoolkit.features.preprocess import Preprocess
+from kdtoolkit.functional.logits import at_least_float32
+from kdtoolkit.models.head import num_outputs
+from kdtoolkit.models.reinit import reinitialised_copy
+from kdtoolkit.models.subnetwork import Tail, boundary, cut_at, cut_of, graft
+from kdtoolkit.schedules import describe_weight, weight_at
+from kdtoolkit.types import Batch, Clock, LossWeight, Out, Step, TapKey
+from kdtoolkit.utils.validation import check_choice, check_temperature
 
 STARTS = ("teacher", "random")
 MODES = ("eval", "train")
@@ -60,9 +63,9 @@ class SOKD(Method):
         student: Taps,
         teacher: Frozen,
         *,
-        weights: Mapping[str, Weight] | None = None,
+        weights: Mapping[str, LossWeight] | None = None,
         temperature: float = 4.0,
-        cut: Stage = "auto",
+        cut: TapKey = "auto",
         start: str = "teacher",
         teacher_mode: str = "eval",
         preprocess: Preprocess | None = None,
@@ -70,16 +73,22 @@ class SOKD(Method):
     ):
         super().__init__()
         check_temperature(temperature)
-        one_of("start", start, STARTS)
-        one_of("teacher_mode", teacher_mode, MODES)
-        if outputs(student) != outputs(teacher):
+        check_choice("start", start, STARTS)
+        check_choice("teacher_mode", teacher_mode, MODES)
+        if num_outputs(student) != num_outputs(teacher):
             raise ValueError(
-                f"the teacher has {outputs(teacher)} classes, the student {outputs(student)}: SOKD compares logits"
+                f"the teacher has {num_outputs(teacher)} classes, the student {num_outputs(student)}: SOKD compares logits"
             )
-        self.weights: dict[str, Weight] = {**dict.fromkeys(TERMS, 1.0), "feature": 0.0, **(weights or {})}
+        self.weights: dict[str, LossWeight] = {
+            **dict.fromkeys(TERMS, 1.0),
+            "feature": 0.0,
+            **(weights or {}),
+        }
         unknown = [name for name in self.weights if name not in (*TERMS, "feature")]
         if unknown:
-            raise ValueError(f"weights of SOKD: unknown loss {unknown[0]!r}. Known: {', '.join((*TERMS, 'feature'))}")
+            raise ValueError(
+                f"weights of SOKD: unknown loss {unknown[0]!r}. Known: {', '.join((*TERMS, 'feature'))}"
+            )
         self.temperature, self.teachers = temperature, (teacher,)
         self.preprocess = preprocess or Preprocess.of(student.model, image)
         self.student, self.taps = student.model, student
@@ -89,7 +98,7 @@ class SOKD(Method):
         self.drift = Drift(trunk, self._boundary, teacher.size) if teacher_mode == "train" else None
         whole = _copied(teacher)
         if start == "random":
-            whole = fresh(whole.requires_grad_(True), torch.initial_seed() % 2**32 + 1)
+            whole = reinitialised_copy(whole.requires_grad_(True), torch.initial_seed() % 2**32 + 1)
         graft(whole.requires_grad_(True), trunk, cut_at(teacher, cut))
         compares = self.weights["feature"] != 0
         if compares and teacher.end(-1).left <= teacher.end(cut).left:
@@ -103,7 +112,7 @@ class SOKD(Method):
         student.rehearse()
 
     def forward(self, batch: Batch, clock: Clock) -> Step:
-        weights = {name: value(weight, clock) for name, weight in self.weights.items()}
+        weights = {name: weight_at(weight, clock) for name, weight in self.weights.items()}
         labels, t = batch["y"], self.temperature
         x = self._of_teacher(batch["x"])
         teacher = self._teacher(batch["x"], x)
@@ -120,7 +129,10 @@ class SOKD(Method):
         if self.adapter is not None:
             (mine,), last = student.feats.values(), self.branch.taps.keys[-1]
             losses["feature"] = functional.fitnet(self.adapter(mine), branch.feats[last].detach())
-        return Step({name: weights[name] * loss for name, loss in losses.items()}, {"student": s, "branch": a})
+        return Step(
+            {name: weights[name] * loss for name, loss in losses.items()},
+            {"student": s, "branch": a},
+        )
 
     def _of_teacher(self, x: Tensor) -> Tensor:
         """The image as the teacher takes it, in the precision of the branch."""
@@ -130,7 +142,7 @@ class SOKD(Method):
         return self.teachers[0](x) if self.drift is None else self.drift(prepared)
 
     def _feature(self, teacher: Out) -> list[Tensor]:
-        return [full(teacher.feats[key]).detach() for key in self._boundary]
+        return [at_least_float32(teacher.feats[key]).detach() for key in self._boundary]
 
     # ---------------------------------------------------------------------------------------------------- evaluation
     def networks(self) -> dict[str, nn.Module]:
@@ -142,9 +154,9 @@ class SOKD(Method):
         prepared = self._of_teacher(x)
         return self.branch(prepared, self._feature(self._teacher(x, prepared)))
 
-    def place(self, device: torch.device, memory_format: torch.memory_format = torch.preserve_format,
+    def place_teachers(self, device: torch.device, memory_format: torch.memory_format = torch.preserve_format,
               autocast: torch.dtype | None = None) -> None:  # fmt: skip
-        super().place(device, memory_format, autocast)
+        super().place_teachers(device, memory_format, autocast)
         for net in (self.branch.network, *(() if self.drift is None else (self.drift.taps.model,))):
             net.to(device=device).to(memory_format=memory_format)
 
@@ -164,7 +176,7 @@ class SOKD(Method):
             teacher.release()
 
     def plan(self) -> dict[str, Any]:
-        weights = {name: told(w) for name, w in self.weights.items()}
+        weights = {name: describe_weight(w) for name, w in self.weights.items()}
         rows: list[dict[str, Any]] = [
             {"loss": name, "weight": weights[name], "student": of, "teacher": what}
             for name, (of, what) in TERMS.items()
@@ -174,21 +186,29 @@ class SOKD(Method):
             row: dict[str, Any] = {"loss": "feature", "weight": weights["feature"]}
             for side, taps in (("student", self.taps), ("teacher", teacher)):
                 end = taps.end(-1)
-                row |= {side: end.name, f"{side}_shape": list(end.shape), f"{side}_layout": end.shape.layout}
+                row |= {
+                    side: end.name,
+                    f"{side}_shape": list(end.shape),
+                    f"{side}_layout": end.shape.layout,
+                }
             row["teacher"] = f"branch {row['teacher']}"
             name = "identity" if self.adapter.is_identity else "Adapter"
-            rows.append(row | {"adapter": name, "adapter_parameters": count(self.adapter)})
+            rows.append(row | {"adapter": name, "adapter_parameters": num_parameters(self.adapter)})
         end = teacher.end(self.branch.stage)
         note = f"the branch leaves the teacher behind {end.name}, {'x'.join(map(str, end.shape))} {end.shape.layout}"
         nets = {"student": self.student, "branch": self.branch, "teacher": teacher.model}
-        return {"losses": rows, "parameters": {name: count(net) for name, net in nets.items()}, "notes": [note]}
+        return {
+            "losses": rows,
+            "parameters": {name: num_parameters(net) for name, net in nets.items()},
+            "notes": [note],
+        }
 
 
 class Drift(nn.Module):
     """A teacher's copy in train mode while the method is: batch statistics, running ones that move. Only these buffers
     are in the module tree, as a part of the checkpoint."""
 
-    def __init__(self, net: nn.Module, at: list[Stage], size: Any):
+    def __init__(self, net: nn.Module, at: list[TapKey], size: Any):
         super().__init__()
         self.taps = Taps(net.requires_grad_(False), at, size)
         for number, (module, name, persistent) in enumerate(self._held()):
@@ -210,17 +230,17 @@ class Drift(nn.Module):
         return self
 
 
-@strategy(
+@register_strategy(
     "sokd",
     losses={**dict.fromkeys(TERMS, 1.0), "feature": 0.0},
     title="Semi-online knowledge distillation, SOKD (Liu et al. 2021)",
     needs_teacher=True,
 )
 def sokd(
-    given: Given,
+    given: StrategyInputs,
     *,
     temperature: float = 4.0,
-    cut: Stage = "auto",
+    cut: TapKey = "auto",
     start: str = "teacher",
     teacher_mode: str = "eval",
 ) -> Method:

@@ -76,11 +76,15 @@ class ECE(Counting):
         confidence, best = logits.softmax(1).max(1)  # (N,)
         place = (confidence * self.bins).ceil().clamp(1, self.bins) - 1
         member = place[:, None] == torch.arange(self.bins, device=logits.device)  # (N, bins)
-        facts = torch.stack([torch.ones_like(confidence), (best == ids).to(confidence.dtype), confidence]).double()
+        facts = torch.stack(
+            [torch.ones_like(confidence), (best == ids).to(confidence.dtype), confidence]
+        ).double()
         return torch.cat([_number(ids)[None], (facts @ member.double()).flatten()])
 
     def result(self, counts: list[float]) -> dict[str, Any]:
-        samples, right, confidence = (torch.tensor(counts[1:], dtype=torch.float64)).view(3, self.bins)
+        samples, right, confidence = (torch.tensor(counts[1:], dtype=torch.float64)).view(
+            3, self.bins
+        )
         if samples.sum() < counts[0]:  # confidences that are not a number fall in no bin
             return {self.key: float("nan")}
         return {self.key: 100 * (right - confidence).abs().sum().item() / counts[0]}

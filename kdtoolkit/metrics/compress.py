@@ -31,7 +31,11 @@ from kdtoolkit.metrics.cost import Cost, costs
 
 
 def compression(
-    teacher_top1: float, student_top1: float, num_classes: int, teacher_cost: Cost, student_cost: Cost
+    teacher_top1: float,
+    student_top1: float,
+    num_classes: int,
+    teacher_cost: Cost,
+    student_cost: Cost,
 ) -> dict[str, float | None]:
     """The score and its parts, as the head of this file defines them. Accuracies in percent.
 
@@ -39,7 +43,9 @@ def compression(
     compression, saved and compression_score.
     """
     if num_classes < 2:
-        raise ValueError(f"num_classes {num_classes}: expected at least 2, or there is nothing to guess")
+        raise ValueError(
+            f"num_classes {num_classes}: expected at least 2, or there is nothing to guess"
+        )
     chance = 100 / num_classes
     if not teacher_top1 > chance:
         raise ValueError(
@@ -84,7 +90,9 @@ def summary(
     row: dict[str, Any] = dict(found["student"]._asdict())
     row |= {f"teacher_{key}": value for key, value in found["teacher"]._asdict().items()}
     if teacher_top1 > 100 / num_classes:
-        row["compression"] = compression(teacher_top1, student_top1, num_classes, found["teacher"], found["student"])
+        row["compression"] = compression(
+            teacher_top1, student_top1, num_classes, found["teacher"], found["student"]
+        )
     return row
 
 
@@ -94,9 +102,16 @@ class CompressionScore(Top1):
     key = "compression_score"
 
     def __init__(
-        self, teacher_top1: float, num_classes: int, teacher_cost: Cost, student_cost: Cost, sync: bool = True
+        self,
+        teacher_top1: float,
+        num_classes: int,
+        teacher_cost: Cost,
+        student_cost: Cost,
+        sync: bool = True,
     ):
-        compression(teacher_top1, 0.0, num_classes, teacher_cost, student_cost)  # wrong numbers fail here
+        compression(
+            teacher_top1, 0.0, num_classes, teacher_cost, student_cost
+        )  # wrong numbers fail here
         super().__init__(sync)
         self.given = (num_classes, teacher_cost, student_cost)
         self.teacher_top1 = teacher_top1
@@ -109,7 +124,9 @@ def _ratio(field: str, teacher: Cost, student: Cost) -> float | None:
     ours, theirs = getattr(student, field), getattr(teacher, field)
     if ours is None or theirs is None:
         if field != "latency_ms":
-            raise ValueError(f"{field} is missing (teacher {theirs}, student {ours}); only latency_ms may be None")
+            raise ValueError(
+                f"{field} is missing (teacher {theirs}, student {ours}); only latency_ms may be None"
+            )
         return None
     if not (ours > 0 and theirs > 0):
         raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdtoolkit.trace import quiet
+from kdtoolkit.features.tracing import quiet
 
 WARMUP, REPEATS = 5, 21  # forward passes of each network
 
@@ -58,7 +58,9 @@ def costs(
         raise ValueError(f"batch {batch}: expected at least 1 image")
     times = _latencies(models, sizes, torch.device(device), batch) if latency else {}
     return {
-        name: Cost(sum(p.numel() for p in model.parameters()), _macs(model, sizes[name]), times.get(name))
+        name: Cost(
+            sum(p.numel() for p in model.parameters()), _macs(model, sizes[name]), times.get(name)
+        )
         for name, model in models.items()
     }
 
@@ -70,38 +72,59 @@ def _sizes(
         input_size = dict.fromkeys(models, input_size)
     missing = [name for name in models if name not in input_size]
     if missing:
-        raise ValueError(f"input_size has no size for {missing}, only for {list(input_size)}; give (C, H, W) of each")
+        raise ValueError(
+            f"input_size has no size for {missing}, only for {list(input_size)}; give (C, H, W) of each"
+        )
     sizes = {name: tuple(input_size[name]) for name in models}
     for size in sizes.values():
         if len(size) != 3 or min(size) < 1:
-            raise ValueError(f"input_size {size}: expected three sizes (C, H, W) of one image, such as (3, 32, 32)")
+            raise ValueError(
+                f"input_size {size}: expected three sizes (C, H, W) of one image, such as (3, 32, 32)"
+            )
     return sizes
 
 
 def _macs(model: nn.Module, size: tuple[int, ...]) -> int:
     try:
         return _count(_copy(model, "meta"), size)
-    except (RuntimeError, NotImplementedError, TypeError):  # no meta kernel, .item() on meta, or no deepcopy
+    except (
+        RuntimeError,
+        NotImplementedError,
+        TypeError,
+    ):  # no meta kernel, .item() on meta, or no deepcopy
         with _working_copy(model, None) as net:
             return _count(net, size)
 
 
 def _count(net: nn.Module, size: tuple[int, ...]) -> int:
-    with quiet(net), FlopCounterMode(display=False) as counter, torch.no_grad():  # it trips over parameters that learn
+    with (
+        quiet(net),
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+    ):  # it trips over parameters that learn
         net(_image(net, size, 1))
     return counter.get_total_flops() // 2
 
 
 def _latencies(
-    models: Mapping[str, nn.Module], sizes: Mapping[str, tuple[int, ...]], device: torch.device, batch: int
+    models: Mapping[str, nn.Module],
+    sizes: Mapping[str, tuple[int, ...]],
+    device: torch.device,
+    batch: int,
 ) -> dict[str, float]:
     with ExitStack() as copies:
-        nets = {name: copies.enter_context(_working_copy(model, device)) for name, model in models.items()}
+        nets = {
+            name: copies.enter_context(_working_copy(model, device))
+            for name, model in models.items()
+        }
         return _take_turns(nets, sizes, device, batch)
 
 
 def _take_turns(
-    nets: Mapping[str, nn.Module], sizes: Mapping[str, tuple[int, ...]], device: torch.device, batch: int
+    nets: Mapping[str, nn.Module],
+    sizes: Mapping[str, tuple[int, ...]],
+    device: torch.device,
+    batch: int,
 ) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in nets}
     inputs = {name: _image(net, sizes[name], batch) for name, net in nets.items()}
@@ -135,7 +158,11 @@ def _copy(model: nn.Module, device: str | torch.device | None) -> nn.Module:
     if device == "meta":  # no data is copied
         for tensor in [*model.parameters(), *model.buffers()]:
             meta = torch.empty_like(tensor, device="meta")
-            memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+            memo[id(tensor)] = (
+                nn.Parameter(meta, tensor.requires_grad)
+                if isinstance(tensor, nn.Parameter)
+                else meta
+            )
     net = copy.deepcopy(model, memo)
     for module in net.modules():
         module._forward_hooks.clear()

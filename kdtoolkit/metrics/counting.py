@@ -52,7 +52,9 @@ class Counting(evaluate.Metric):
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """Add a batch."""
         if kwargs:
-            raise ValueError(f"{self.key}: unknown inputs {sorted(kwargs)}; allowed: predictions, references")
+            raise ValueError(
+                f"{self.key}: unknown inputs {sorted(kwargs)}; allowed: predictions, references"
+            )
         if predictions is None or references is None:
             raise ValueError(
                 f"{self.key} needs both predictions and references; pass logits (B, C) and what to compare with"
@@ -60,16 +62,24 @@ class Counting(evaluate.Metric):
         logits, references = _rows(self.key, predictions, references)
         with torch.no_grad():
             counts = self.counts(logits, references)
-            self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
+            self._counts = (
+                counts if self._counts is None else self._counts.to(counts.device) + counts
+            )
         self._samples += len(logits)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Add one sample: logits (C,) and what they are compared with."""
         if prediction is None or reference is None:
-            raise ValueError(f"{self.key} needs both prediction and reference, got {prediction!r} and {reference!r}")
-        self.add_batch(predictions=_tensor(prediction)[None], references=_tensor(reference)[None], **kwargs)
+            raise ValueError(
+                f"{self.key} needs both prediction and reference, got {prediction!r} and {reference!r}"
+            )
+        self.add_batch(
+            predictions=_tensor(prediction)[None], references=_tensor(reference)[None], **kwargs
+        )
 
-    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def compute(
+        self, *, predictions: Any = None, references: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Add the batch, if one is given, then return the named numbers over all batches and ranks, and start anew."""
         if predictions is not None or references is not None or kwargs:
             self.add_batch(predictions=predictions, references=references, **kwargs)
@@ -92,7 +102,9 @@ class Counting(evaluate.Metric):
             description=type(self).__doc__ or "",
             citation="",
             inputs_description=INPUTS,
-            features=datasets.Features({"predictions": [kind], "references": datasets.Value("int64")}),
+            features=datasets.Features(
+                {"predictions": [kind], "references": datasets.Value("int64")}
+            ),
         )
 
 
@@ -104,7 +116,9 @@ class Meter:
         if not self.metrics:
             raise ValueError("Meter got no metrics; pass at least one, such as [Top1()]")
         if len({m.sync for m in self.metrics}) > 1:
-            raise ValueError("Meter got metrics with sync=True and with sync=False; make them all alike")
+            raise ValueError(
+                "Meter got metrics with sync=True and with sync=False; make them all alike"
+            )
 
     def add(self, predictions: Any, references: Any, teacher: Any = None) -> None:
         """Logits (B, C), labels (B,) and the teacher's logits or class ids. Without it, `Agreement` is left out."""
@@ -154,7 +168,10 @@ def _tensor(values: Any) -> Tensor:
 def _rows(key: str, predictions: Any, references: Any) -> tuple[Tensor, Tensor]:
     """Any input -> logits (N, C) and references (N,) or (N, C) on the logits' device, classes last."""
     logits, references = _tensor(predictions), _tensor(references)
-    fits = logits.ndim >= 2 and references.shape in (logits.shape, logits.shape[:1] + logits.shape[2:])
+    fits = logits.ndim >= 2 and references.shape in (
+        logits.shape,
+        logits.shape[:1] + logits.shape[2:],
+    )
     if not fits:
         raise ValueError(
             f"{key} got predictions of shape {tuple(logits.shape)} and references of shape {tuple(references.shape)}; "

@@ -14,7 +14,10 @@ from timm.layers import create_classifier
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
-MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100 training set, pixels in [0, 1]
+MEAN, STD = (
+    (0.5071, 0.4867, 0.4408),
+    (0.2675, 0.2565, 0.2761),
+)  # CIFAR-100 training set, pixels in [0, 1]
 
 
 class CifarNet(nn.Module):
@@ -44,7 +47,8 @@ class CifarNet(nn.Module):
             self.add_module(name, module)
         self.body = (*stem, *stages, *tail)
         self.feature_info = [
-            {"num_chs": c, "reduction": r, "module": name} for c, r, name in zip(channels, strides, stages, strict=True)
+            {"num_chs": c, "reduction": r, "module": name}
+            for c, r, name in zip(channels, strides, stages, strict=True)
         ]
         self.in_chans, self.drop_rate = in_chans, drop_rate
         self.num_features = num_features or channels[-1]
@@ -88,10 +92,14 @@ def conv1x1(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.C
     return nn.Conv2d(inputs, outputs, 1, stride, groups=groups, bias=False)
 
 
-def chain(inputs: int, widths: list[int], strides: list[int], block: Any, **options: Any) -> nn.Sequential:
+def chain(
+    inputs: int, widths: list[int], strides: list[int], block: Any, **options: Any
+) -> nn.Sequential:
     """One stage: a block for each width and stride, `block(inputs, width, stride, **options)`."""
     sources = [inputs, *widths[:-1]]
-    return nn.Sequential(*(block(i, w, s, **options) for i, w, s in zip(sources, widths, strides, strict=True)))
+    return nn.Sequential(
+        *(block(i, w, s, **options) for i, w, s in zip(sources, widths, strides, strict=True))
+    )
 
 
 def blocks_per_stage(depth: int, extra: int, per_block: int, what: str) -> int:
@@ -106,10 +114,21 @@ def blocks_per_stage(depth: int, extra: int, per_block: int, what: str) -> int:
 
 def cifar_cfgs(*names: str, first_conv: str = "conv1") -> Any:
     """timm's `default_cfgs`: 32 x 32 input, CIFAR-100 statistics, no published weights."""
-    cfg = dict(num_classes=100, input_size=(3, 32, 32), mean=MEAN, std=STD, crop_pct=1.0, interpolation="bicubic")
-    return generate_default_cfgs({name: {**cfg, "first_conv": first_conv, "classifier": "fc"} for name in names})
+    cfg = dict(
+        num_classes=100,
+        input_size=(3, 32, 32),
+        mean=MEAN,
+        std=STD,
+        crop_pct=1.0,
+        interpolation="bicubic",
+    )
+    return generate_default_cfgs(
+        {name: {**cfg, "first_conv": first_conv, "classifier": "fc"} for name in names}
+    )
 
 
-def create(net: type[CifarNet], variant: str, pretrained: bool, stages: int = 3, **kwargs: Any) -> Any:
+def create(
+    net: type[CifarNet], variant: str, pretrained: bool, stages: int = 3, **kwargs: Any
+) -> Any:
     features = {"out_indices": tuple(range(stages))}
     return build_model_with_cfg(net, variant, pretrained, feature_cfg=features, **kwargs)

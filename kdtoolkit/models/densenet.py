@@ -39,7 +39,9 @@ class DenseNet(CifarNet):
             stages[f"block{i + 1}"] = nn.Sequential(*(transition(start) if i else []), *layers)
         tail = {"bn1": nn.BatchNorm2d(channels[-1]), "act1": nn.ReLU()}
         stem = {"conv1": conv3x3(in_chans, 16)}
-        super().__init__(stem, stages, tail, channels=channels, strides=[1, 2, 4], in_chans=in_chans, **head)
+        super().__init__(
+            stem, stages, tail, channels=channels, strides=[1, 2, 4], in_chans=in_chans, **head
+        )
 
 
 default_cfgs = cifar_cfgs("cifar_densenet40_12", "cifar_densenet100_12")

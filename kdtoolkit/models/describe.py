@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from kdtoolkit.preprocess import config_of, normalisation
+from kdtoolkit.features.preprocess import config_of, normalisation
 
 __all__ = ["class_name", "config_of", "fixed_input_size", "input_size", "normalisation", "spec_of"]
 
@@ -26,7 +26,9 @@ def fixed_input_size(model: nn.Module) -> bool:
     patches = getattr(model, "patch_embed", None)
     if getattr(model, "dynamic_img_size", False):
         return False
-    declared = config_of(model).get("fixed_input_size", getattr(patches, "img_size", None) is not None)
+    declared = config_of(model).get(
+        "fixed_input_size", getattr(patches, "img_size", None) is not None
+    )
     return bool(getattr(patches, "strict_img_size", declared))
 
 

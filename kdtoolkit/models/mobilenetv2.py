@@ -24,7 +24,11 @@ class InvertedResidual(nn.Module):
         self.residual = inputs == width and stride == 1
         self.conv = nn.Sequential(
             *(conv1x1(inputs, middle), nn.BatchNorm2d(middle), nn.ReLU()),
-            *(nn.Conv2d(middle, middle, 3, stride, 1, groups=middle, bias=False), nn.BatchNorm2d(middle), nn.ReLU()),
+            *(
+                nn.Conv2d(middle, middle, 3, stride, 1, groups=middle, bias=False),
+                nn.BatchNorm2d(middle),
+                nn.ReLU(),
+            ),
             *(conv1x1(middle, width), nn.BatchNorm2d(width)),
         )
 
@@ -36,15 +40,22 @@ class MobileNetV2(CifarNet):
     def __init__(self, in_chans: int = 3, **head: Any) -> None:
         stages = {
             "layer1": nn.Sequential(
-                InvertedResidual(16, 8, 1, expand=1), *chain(8, [12] * 2, [1, 1], InvertedResidual, expand=6)
+                InvertedResidual(16, 8, 1, expand=1),
+                *chain(8, [12] * 2, [1, 1], InvertedResidual, expand=6),
             ),
             "layer2": chain(12, [16] * 3, [2, 1, 1], InvertedResidual, expand=6),
             "layer3": chain(16, [32] * 4 + [48] * 3, [2] + [1] * 6, InvertedResidual, expand=6),
             "layer4": chain(48, [80] * 3 + [160], [2] + [1] * 3, InvertedResidual, expand=6),
         }
-        stem = {"conv1": conv3x3(in_chans, 16, stride=2), "bn1": nn.BatchNorm2d(16), "act1": nn.ReLU()}
+        stem = {
+            "conv1": conv3x3(in_chans, 16, stride=2),
+            "bn1": nn.BatchNorm2d(16),
+            "act1": nn.ReLU(),
+        }
         tail = {"conv2": conv1x1(160, 1280), "bn2": nn.BatchNorm2d(1280), "act2": nn.ReLU()}
-        shape: dict[str, Any] = dict(channels=[12, 16, 48, 160], strides=[2, 4, 8, 16], num_features=1280)
+        shape: dict[str, Any] = dict(
+            channels=[12, 16, 48, 160], strides=[2, 4, 8, 16], num_features=1280
+        )
         super().__init__(stem, stages, tail, in_chans=in_chans, **shape, **head)
 
 

@@ -18,7 +18,15 @@ import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor, nn
 
-from kdtoolkit.models.cifar import CifarNet, blocks_per_stage, chain, cifar_cfgs, conv1x1, conv3x3, create
+from kdtoolkit.models.cifar import (
+    CifarNet,
+    blocks_per_stage,
+    chain,
+    cifar_cfgs,
+    conv1x1,
+    conv3x3,
+    create,
+)
 
 
 class PadShortcut(nn.Module):
@@ -35,7 +43,9 @@ class PadShortcut(nn.Module):
 
 def make_shortcut(inputs: int, width: int, stride: int, kind: str) -> nn.Module:
     if kind not in ("A", "B"):
-        raise ValueError(f'shortcut={kind!r}: expected "A" (zero padding) or "B" (1x1 convolution and BatchNorm)')
+        raise ValueError(
+            f'shortcut={kind!r}: expected "A" (zero padding) or "B" (1x1 convolution and BatchNorm)'
+        )
     if inputs == width and stride == 1:
         return nn.Identity()
     if kind == "A":
@@ -92,16 +102,21 @@ class ResNet(CifarNet):
         stem, *channels = widths
         strides = [1, 2, 2]  # of each stage's first block
         stages = {
-            f"layer{i + 1}": chain(widths[i], [width] * n, [strides[i]] + [1] * (n - 1), block, shortcut=shortcut)
+            f"layer{i + 1}": chain(
+                widths[i], [width] * n, [strides[i]] + [1] * (n - 1), block, shortcut=shortcut
+            )
             for i, width in enumerate(channels)
         }
         first = {"conv1": conv3x3(in_chans, stem), "bn1": nn.BatchNorm2d(stem), "act1": nn.ReLU()}
-        super().__init__(first, stages, {}, channels=channels, strides=[1, 2, 4], in_chans=in_chans, **head)
+        super().__init__(
+            first, stages, {}, channels=channels, strides=[1, 2, 4], in_chans=in_chans, **head
+        )
         self.kd_model_args = {"shortcut": shortcut}
 
 
 default_cfgs = cifar_cfgs(
-    *(f"cifar_resnet{n}" for n in ("8", "14", "20", "32", "44", "56", "110", "8x4", "32x4")), "cifar_wrn20_8"
+    *(f"cifar_resnet{n}" for n in ("8", "14", "20", "32", "44", "56", "110", "8x4", "32x4")),
+    "cifar_wrn20_8",
 )
 WIDE4 = (32, 64, 128, 256)
 

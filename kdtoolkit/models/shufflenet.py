@@ -34,7 +34,10 @@ class UnitV1(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
-        self.stride, self.groups = stride, 1 if inputs == 24 else 3  # the first unit's input is too thin to group
+        self.stride, self.groups = (
+            stride,
+            1 if inputs == 24 else 3,
+        )  # the first unit's input is too thin to group
         outputs = width - inputs if stride == 2 else width
         middle = outputs // 4
         self.conv1, self.bn1 = conv1x1(inputs, middle, groups=self.groups), nn.BatchNorm2d(middle)
@@ -62,12 +65,17 @@ class UnitV2(nn.Module):
         source = inputs if stride == 2 else half
         self.split = stride == 1
         self.right = nn.Sequential(
-            *pointwise(source, half), depthwise(half, stride), nn.BatchNorm2d(half), *pointwise(half, half)
+            *pointwise(source, half),
+            depthwise(half, stride),
+            nn.BatchNorm2d(half),
+            *pointwise(half, half),
         )
         self.left = (
             nn.Identity()
             if self.split
-            else nn.Sequential(depthwise(inputs, stride), nn.BatchNorm2d(inputs), *pointwise(inputs, half))
+            else nn.Sequential(
+                depthwise(inputs, stride), nn.BatchNorm2d(inputs), *pointwise(inputs, half)
+            )
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,9 +97,15 @@ class ShuffleNet(CifarNet):
         stem = {"conv1": conv1x1(in_chans, 24), "bn1": nn.BatchNorm2d(24), "act1": nn.ReLU()}
         stages = {
             f"layer{i + 1}": chain(source, [width] * n, [2] + [1] * (n - 1), unit)
-            for i, (source, width, n) in enumerate(zip((24, *channels[:2]), channels, UNITS, strict=True))
+            for i, (source, width, n) in enumerate(
+                zip((24, *channels[:2]), channels, UNITS, strict=True)
+            )
         }
-        tail = {} if last is None else dict(zip(("conv2", "bn2", "act2"), pointwise(channels[-1], last), strict=True))
+        tail = (
+            {}
+            if last is None
+            else dict(zip(("conv2", "bn2", "act2"), pointwise(channels[-1], last), strict=True))
+        )
         shape: dict[str, Any] = dict(channels=list(channels), strides=[2, 4, 8], num_features=last)
         super().__init__(stem, stages, tail, in_chans=in_chans, **shape, **head)
 
@@ -101,7 +115,14 @@ default_cfgs = cifar_cfgs("cifar_shufflenetv1", "cifar_shufflenetv2")
 
 @register_model
 def cifar_shufflenetv1(pretrained: bool = False, **kwargs: Any) -> ShuffleNet:
-    return create(ShuffleNet, "cifar_shufflenetv1", pretrained, unit=UnitV1, channels=(240, 480, 960), **kwargs)
+    return create(
+        ShuffleNet,
+        "cifar_shufflenetv1",
+        pretrained,
+        unit=UnitV1,
+        channels=(240, 480, 960),
+        **kwargs,
+    )
 
 
 @register_model

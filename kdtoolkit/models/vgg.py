@@ -20,7 +20,11 @@ WIDTHS = [64, 128, 256, 512, 512]
 def block(inputs: int, width: int, convs: int, pool: bool) -> nn.Sequential:
     layers: list[nn.Module] = [] if not pool else [nn.MaxPool2d(2)]
     for i in range(convs):
-        layers += [nn.Conv2d(inputs if i == 0 else width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [
+            nn.Conv2d(inputs if i == 0 else width, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
     return nn.Sequential(*layers)
 
 
@@ -33,7 +37,9 @@ class VGG(CifarNet):
             f"block{i}": block(source, width, n, pool=i in (1, 2, 3))
             for i, (source, width, n) in enumerate(zip(sources, WIDTHS, convs, strict=True))
         }
-        super().__init__({}, stages, {}, channels=WIDTHS, strides=[1, 2, 4, 8, 8], in_chans=in_chans, **head)
+        super().__init__(
+            {}, stages, {}, channels=WIDTHS, strides=[1, 2, 4, 8, 8], in_chans=in_chans, **head
+        )
 
 
 default_cfgs = cifar_cfgs(*(f"cifar_vgg{n}" for n in (8, 11, 13, 16, 19)), first_conv="block0.0")

@@ -19,9 +19,11 @@ from timm.models import load_state_dict, load_state_dict_from_hf, model_entrypoi
 from timm.models._hub import load_state_dict_from_path
 from torch import Tensor, nn
 
-from kdtoolkit.preprocess import config_of
+from kdtoolkit.features.preprocess import config_of
 
-CONTAINERS = "state_dict_ema model_ema state_dict model student teacher network net module weights".split()
+CONTAINERS = (
+    "state_dict_ema model_ema state_dict model student teacher network net module weights".split()
+)
 LEAST = 0.5  # share of the network's parameters that must be found
 
 
@@ -37,13 +39,19 @@ class Fit:
 
     def __str__(self) -> str:
         total = len(self.state) + len(self.missing) + len(self.shaped)
-        told = {"missing": self.missing, "unexpected": self.unexpected, "of other shape": list(self.shaped.values())}
+        told = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "of other shape": list(self.shaped.values()),
+        }
         return f"{len(self.state)} of {total} tensors matched; " + "; ".join(
-            f"{what}: {some(names)}" for what, names in told.items()
+            f"{what}: {shorten_list(names)}" for what, names in told.items()
         )
 
 
-def put(model: nn.Module, source: Any, *, role: str, keep_head: bool = False, load: bool = True) -> str:
+def load_weights(
+    model: nn.Module, source: Any, *, role: str, keep_head: bool = False, load: bool = True
+) -> str:
     """Load `source` into `model`; returns a line that says what matched. A network on the meta device is only compared.
 
     source     PATH.safetensors, .pth or .pt, a folder, "hf-hub:ID", or a state dict
@@ -66,7 +74,7 @@ def put(model: nn.Module, source: Any, *, role: str, keep_head: bool = False, lo
     if not fit.state or share < LEAST:
         raise ValueError(
             f"{name}: {shown} fits {share:.0%} of the parameters of {type(model).__name__}; {fit}. The weights hold "
-            f"{some(list(raw))}; the network {some(list(model.state_dict()))}. Give weights of this architecture, or "
+            f"{shorten_list(list(raw))}; the network {shorten_list(list(model.state_dict()))}. Give weights of this architecture, or "
             f"build it as they need it with {role}_args"
         )
     if load and not any(p.is_meta for p in model.parameters()):
@@ -84,7 +92,7 @@ def _take_statistics(model: nn.Module, path: str, role: str) -> None:
         model.pretrained_cfg = model.default_cfg = {**config_of(model), **cfg}  # type: ignore[assignment]
 
 
-def some(names: list[str], most: int = 4) -> str:
+def shorten_list(names: list[str], most: int = 4) -> str:
     """The first few of a list, for messages."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + rest
@@ -146,8 +154,13 @@ def _file(path: Path) -> Any:
 def metadata_cfg(meta: dict[str, str], path: Path, role: str) -> dict[str, Any]:
     """num_classes, mean and std of a safetensors file, as far as it has them."""
     try:
-        cfg: dict[str, Any] = {k: tuple(map(float, meta[k].split(","))) for k in ("mean", "std") if k in meta}
-        return {**cfg, **({"num_classes": int(meta["num_classes"])} if "num_classes" in meta else {})}
+        cfg: dict[str, Any] = {
+            k: tuple(map(float, meta[k].split(","))) for k in ("mean", "std") if k in meta
+        }
+        return {
+            **cfg,
+            **({"num_classes": int(meta["num_classes"])} if "num_classes" in meta else {}),
+        }
     except ValueError as error:
         raise ValueError(
             f"{role}: the metadata of {path} is damaged ({error}); expected num_classes as an integer, mean and std as "
@@ -158,24 +171,46 @@ def metadata_cfg(meta: dict[str, str], path: Path, role: str) -> dict[str, Any]:
 def _unwrapped(raw: Any, name: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint, out of its containers."""
     while isinstance(raw, Mapping):
-        inner = next((raw[key] for key in CONTAINERS if isinstance(raw.get(key), Mapping) and raw[key]), None)
+        inner = next(
+            (raw[key] for key in CONTAINERS if isinstance(raw.get(key), Mapping) and raw[key]), None
+        )
         if inner is None:
             break
         raw = inner
-    tensors = {str(k): v for k, v in raw.items() if isinstance(v, Tensor)} if isinstance(raw, Mapping) else {}
+    tensors = (
+        {str(k): v for k, v in raw.items() if isinstance(v, Tensor)}
+        if isinstance(raw, Mapping)
+        else {}
+    )
     if not tensors:
-        keys = some([str(k) for k in raw]) if isinstance(raw, Mapping) else type(raw).__name__
-        raise ValueError(f"{name}: no tensors are in it, but {keys}; allowed: a state dict, or one under 'state_dict'")
+        keys = (
+            shorten_list([str(k) for k in raw]) if isinstance(raw, Mapping) else type(raw).__name__
+        )
+        raise ValueError(
+            f"{name}: no tensors are in it, but {keys}; allowed: a state dict, or one under 'state_dict'"
+        )
     return tensors
 
 
 def _without_prefix(state: Mapping[str, Tensor], own: set[str]) -> dict[str, Tensor]:
     """The part of `state` behind the prefix ("module.", "student.") that makes most names those of the network."""
-    prefixes = dict.fromkeys(["", *(k[: i + 1] for k in state for i, c in enumerate(k) if c == ".")])
-    best = max(prefixes, key=lambda p: (sum(k.startswith(p) and k[len(p) :] in own for k in state), -len(p)))
-    if not any(k.startswith(best) and k[len(best) :] in own for k in state):  # foreign names: left to timm's filter
+    prefixes = dict.fromkeys(
+        ["", *(k[: i + 1] for k in state for i, c in enumerate(k) if c == ".")]
+    )
+    best = max(
+        prefixes,
+        key=lambda p: (sum(k.startswith(p) and k[len(p) :] in own for k in state), -len(p)),
+    )
+    if not any(
+        k.startswith(best) and k[len(best) :] in own for k in state
+    ):  # foreign names: left to timm's filter
         best = next(
-            (p for p in ("_orig_mod.module.", "module.", "_orig_mod.") if all(k.startswith(p) for k in state)), ""
+            (
+                p
+                for p in ("_orig_mod.module.", "module.", "_orig_mod.")
+                if all(k.startswith(p) for k in state)
+            ),
+            "",
         )
     return {k[len(best) :]: v for k, v in state.items() if k.startswith(best)}
 
@@ -187,8 +222,14 @@ def _filter_of(model: nn.Module) -> Any:
         files = [model_entrypoint(name).__module__] if name else []
     except RuntimeError:
         files = []
-    rooms = (importlib.import_module(file) for file in (*files, type(model).__module__) if file.startswith("timm."))
-    return next((change for room in rooms if (change := getattr(room, "checkpoint_filter_fn", None))), None)
+    rooms = (
+        importlib.import_module(file)
+        for file in (*files, type(model).__module__)
+        if file.startswith("timm.")
+    )
+    return next(
+        (change for room in rooms if (change := getattr(room, "checkpoint_filter_fn", None))), None
+    )
 
 
 def _heads(model: nn.Module) -> list[str]:
@@ -199,7 +240,9 @@ def _heads(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
 
 
-def _take_classes(model: Any, state: Mapping[str, Tensor], heads: list[str], name: str, shown: str) -> None:
+def _take_classes(
+    model: Any, state: Mapping[str, Tensor], heads: list[str], name: str, shown: str
+) -> None:
     held = next((len(state[key]) for key in heads if key in state), 0)
     own = model.state_dict()
     has = next((len(own[key]) for key in heads if key in own), 0)

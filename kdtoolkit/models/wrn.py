@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor, nn
 
-from kdtoolkit.models.cifar import CifarNet, blocks_per_stage, chain, cifar_cfgs, conv1x1, conv3x3, create
+from kdtoolkit.models.cifar import (
+    CifarNet,
+    blocks_per_stage,
+    chain,
+    cifar_cfgs,
+    conv1x1,
+    conv3x3,
+    create,
+)
 
 
 class WideBlock(nn.Module):
@@ -37,15 +45,21 @@ class WideResNet(CifarNet):
         widths = [16, 16 * width, 32 * width, 64 * width]
         strides = [1, 2, 2]  # of each stage's first block
         stages = {
-            f"block{i + 1}": chain(widths[i], [widths[i + 1]] * n, [strides[i]] + [1] * (n - 1), WideBlock)
+            f"block{i + 1}": chain(
+                widths[i], [widths[i + 1]] * n, [strides[i]] + [1] * (n - 1), WideBlock
+            )
             for i in range(3)
         }
         tail = {"bn1": nn.BatchNorm2d(widths[-1]), "act1": nn.ReLU()}
         stem = {"conv1": conv3x3(in_chans, 16)}
-        super().__init__(stem, stages, tail, channels=widths[1:], strides=[1, 2, 4], in_chans=in_chans, **head)
+        super().__init__(
+            stem, stages, tail, channels=widths[1:], strides=[1, 2, 4], in_chans=in_chans, **head
+        )
 
 
-default_cfgs = cifar_cfgs(*(f"cifar_wrn{n}" for n in ("16_1", "16_2", "16_4", "28_10", "40_1", "40_2")))
+default_cfgs = cifar_cfgs(
+    *(f"cifar_wrn{n}" for n in ("16_1", "16_2", "16_4", "28_10", "40_1", "40_2"))
+)
 
 
 @register_model

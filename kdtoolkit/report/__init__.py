@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from kdtoolkit.report.comparison import compare
 from kdtoolkit.report.gradcam import gradcam
-from kdtoolkit.report.page import write
-from kdtoolkit.report.pictures import gradcam_rows
+from kdtoolkit.report.gradcam_figure import gradcam_rows
+from kdtoolkit.report.report_page import write
 
 __all__ = ["compare", "gradcam", "gradcam_rows", "write"]

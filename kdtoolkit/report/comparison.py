@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kdtoolkit.report import plots, tables
-from kdtoolkit.report.folder import Run, put_text, read
+from kdtoolkit.report.run_folder import RunFolder, put_text, read
 
 Folder = str | os.PathLike[str]
 
@@ -25,17 +25,27 @@ def compare(runs: Mapping[str, Folder | Sequence[Folder]], out_dir: Folder) -> P
         raise ValueError(
             "compare got no runs; pass names and run folders, such as {'alone': 'runs/alone', 'kd': 'runs/kd'}"
         )
-    groups = {name: [read(f) for f in ([given] if _is_folder(given) else given)] for name, given in runs.items()}  # type: ignore[union-attr, arg-type]
+    groups = {
+        name: [read(f) for f in ([given] if _is_folder(given) else given)]
+        for name, given in runs.items()
+    }  # type: ignore[union-attr, arg-type]
     empty = [name for name, group in groups.items() if not group]
     if empty:
-        raise ValueError(f"compare got no folder for {empty}; pass one run folder or a list of them for each name")
+        raise ValueError(
+            f"compare got no folder for {empty}; pass one run folder or a list of them for each name"
+        )
     out, notes = Path(out_dir), list[str]()
     text = [f"# Comparison: {', '.join(groups)}", _table(groups), _fine_print(groups)]
     try:
         text += _figures(groups, out / "figures")
     except ImportError:
         notes.append(plots.HOW_TO)
-    notes += [f"{name}, {run.path.name}: {p}" for name, group in groups.items() for run in group for p in run.problems]
+    notes += [
+        f"{name}, {run.path.name}: {p}"
+        for name, group in groups.items()
+        for run in group
+        for p in run.problems
+    ]
     if notes:
         text += ["## Notes", "\n".join(f"* {note}" for note in notes)]
     put_text(out / "report.md", "\n\n".join(text) + "\n")
@@ -64,9 +74,13 @@ def _cell(key: str, rows: Sequence[Mapping[str, float]]) -> str:
     return text if len(values) == len(rows) else f"{text} (n = {len(values)})"
 
 
-def _table(groups: Mapping[str, list[Run]]) -> str:
+def _table(groups: Mapping[str, list[RunFolder]]) -> str:
     rows = {name: [tables.student_numbers(run) for run in group] for name, group in groups.items()}
-    keys = [k for k in tables.COLUMNS if any(r.get(k) is not None for group in rows.values() for r in group)]
+    keys = [
+        k
+        for k in tables.COLUMNS
+        if any(r.get(k) is not None for group in rows.values() for r in group)
+    ]
     first = next(iter(rows))
     base = [r["top1"] for r in rows[first] if r.get("top1") is not None]
     lines = []
@@ -82,7 +96,7 @@ def _table(groups: Mapping[str, list[Run]]) -> str:
     return tables.table(heads, lines)
 
 
-def _fine_print(groups: Mapping[str, list[Run]]) -> str:
+def _fine_print(groups: Mapping[str, list[RunFolder]]) -> str:
     chosen: dict[str, list[str]] = {}
     for name, group in groups.items():
         kinds = {
@@ -104,12 +118,12 @@ def _fine_print(groups: Mapping[str, list[Run]]) -> str:
     return "\n".join(lines) + care
 
 
-def _teachers(groups: Mapping[str, list[Run]]) -> list[float]:
+def _teachers(groups: Mapping[str, list[RunFolder]]) -> list[float]:
     found = [tables.teacher_numbers(run).get("top1") for group in groups.values() for run in group]
     return sorted({round(t, 2) for t in found if t is not None})
 
 
-def _figures(groups: Mapping[str, list[Run]], folder: Path) -> list[str]:
+def _figures(groups: Mapping[str, list[RunFolder]], folder: Path) -> list[str]:
     teachers = _teachers(groups)
     level = {f"teacher ({teachers[0]:.2f} %)": teachers[0]} if len(teachers) == 1 else None
     splits = sorted({plots.split_of(run) or "eval" for group in groups.values() for run in group})
@@ -126,7 +140,7 @@ def _figures(groups: Mapping[str, list[Run]], folder: Path) -> list[str]:
     return text
 
 
-def _curve(group: Sequence[Run], key: str, place: int) -> plots.Curve:
+def _curve(group: Sequence[RunFolder], key: str, place: int) -> plots.Curve:
     """Mean over the runs that have the epoch, with the standard deviation as a band."""
     by_epoch: dict[float, list[float]] = {}
     for run in group:

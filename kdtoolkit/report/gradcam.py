@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdtoolkit.preprocess import Preprocess, normalisation
+from kdtoolkit.features.preprocess import Preprocess, normalisation
 from kdtoolkit.types import Shape
 
 
@@ -50,10 +50,14 @@ def gradcam(
     cam = (grad.mean((2, 3), keepdim=True) * feature).sum(1, keepdim=True).relu()  # (B, 1, h, w)
     cam = F.interpolate(cam, x.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
     peak = cam.amax((1, 2), keepdim=True)
-    return torch.where(peak > 0, cam / peak.clamp_min(torch.finfo(cam.dtype).tiny), torch.zeros_like(cam))
+    return torch.where(
+        peak > 0, cam / peak.clamp_min(torch.finfo(cam.dtype).tiny), torch.zeros_like(cam)
+    )
 
 
-def prepare(model: nn.Module, x: Tensor, mean_std: tuple[Sequence[float], Sequence[float]] | None = None) -> Tensor:
+def prepare(
+    model: nn.Module, x: Tensor, mean_std: tuple[Sequence[float], Sequence[float]] | None = None
+) -> Tensor:
     """What the model is trained on: its own size where that is fixed; (x - mean) / std with the given numbers or those
     of its pretrained_cfg, without either as it is."""
     x = Preprocess(size=Preprocess.of(model, (x.shape[2], x.shape[3])).size)(x)
@@ -75,10 +79,16 @@ def _feature_and_grad(
     """Activation and gradient as float maps (B, C, h, w) of the chosen layer, or of the best default."""
     modules = dict(model.named_modules())
     if layer is not None:
-        name = layer if isinstance(layer, str) else next((n for n, m in modules.items() if m is layer), "?")
+        name = (
+            layer
+            if isinstance(layer, str)
+            else next((n for n, m in modules.items() if m is layer), "?")
+        )
         if name not in modules:
             names = ", ".join(n for n, _ in model.named_children())
-            raise ValueError(f"layer {layer!r} is not a module of {type(model).__name__}; its children: {names}")
+            raise ValueError(
+                f"layer {layer!r} is not a module of {type(model).__name__}; its children: {names}"
+            )
         return _capture(model, modules[name], name, image, target, _channels(model).get(name))
     stages, backup = {n: c for n, c in _channels(model).items() if modules.get(n) is not None}, None
     for name in [*reversed(stages), *_last_maps(model, image)]:
@@ -90,7 +100,9 @@ def _feature_and_grad(
             return feature, grad
         backup = backup or (feature, grad)
     if backup is None:
-        raise ValueError(f"no layer of {type(model).__name__} gives a map or tokens; pass layer= the name of one")
+        raise ValueError(
+            f"no layer of {type(model).__name__} gives a map or tokens; pass layer= the name of one"
+        )
     return backup
 
 
@@ -105,11 +117,15 @@ def _capture(
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         kept.append(output)
-        return output.clone() if isinstance(output, Tensor) else None  # what comes next may write in place
+        return (
+            output.clone() if isinstance(output, Tensor) else None
+        )  # what comes next may write in place
 
     handle = module.register_forward_hook(keep)
     try:
-        logits = model(image.detach().requires_grad_())  # so that frozen parameters do not stop the gradient
+        logits = model(
+            image.detach().requires_grad_()
+        )  # so that frozen parameters do not stop the gradient
     finally:
         handle.remove()
     if not kept:
@@ -119,7 +135,9 @@ def _capture(
     feature = kept[-1]
     if not isinstance(feature, Tensor) or feature.ndim not in (3, 4) or not feature.requires_grad:
         shown = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
-        raise _Unusable(f"layer {name!r} gives {shown}; expected a map (B, C, H, W), (B, H, W, C) or tokens (B, L, C)")
+        raise _Unusable(
+            f"layer {name!r} gives {shown}; expected a map (B, C, H, W), (B, H, W, C) or tokens (B, L, C)"
+        )
     score = logits.gather(1, _targets(target, logits)).sum()
     (grad,) = torch.autograd.grad(score, feature, allow_unused=True)
     grad = torch.zeros_like(feature) if grad is None else grad
@@ -147,7 +165,9 @@ def _as_map(t: Tensor, channels: int | None, model: nn.Module, ratio: float) -> 
     """Any layout -> (B, C, h, w); `channels`: how many the layer has, where known; ratio: image height / width."""
     if t.ndim == 4:
         last = t.shape[-1] == channels != t.shape[1] or (
-            channels not in (t.shape[1], t.shape[-1]) and t.shape[-1] > t.shape[1] and t.shape[1] / t.shape[2] == ratio
+            channels not in (t.shape[1], t.shape[-1])
+            and t.shape[-1] > t.shape[1]
+            and t.shape[1] / t.shape[2] == ratio
         )
         return t.permute(0, 3, 1, 2) if last else t
     prefix, (rows, columns) = _grid(t.shape[1], model, ratio)
@@ -157,7 +177,9 @@ def _as_map(t: Tensor, channels: int | None, model: nn.Module, ratio: float) -> 
 def _grid(tokens: int, model: nn.Module, ratio: float) -> tuple[int, tuple[int, int]]:
     """Prefix tokens (class, register, distillation) and the grid of the rest: as the image's sides, where that fits."""
     hint = getattr(model, "num_prefix_tokens", 0)
-    for prefix in dict.fromkeys([hint, *range(min(tokens, 11))]):  # num_prefix_tokens is only a hint
+    for prefix in dict.fromkeys(
+        [hint, *range(min(tokens, 11))]
+    ):  # num_prefix_tokens is only a hint
         rows = round(((tokens - prefix) * ratio) ** 0.5)
         if rows and rows * round(rows / ratio) == tokens - prefix:
             return prefix, (rows, round(rows / ratio))
@@ -178,7 +200,11 @@ def _last_maps(model: nn.Module, image: Tensor) -> list[str]:
 
     def hook(name: str) -> Any:
         def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
+            if (
+                isinstance(output, Tensor)
+                and output.ndim == 4
+                and output.shape[2] * output.shape[3] > 1
+            ):
                 seen.append(name)
 
         return note

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdtoolkit.report.folder import Row, Run, put
+from kdtoolkit.report.run_folder import Row, RunFolder, put
 
 HOW_TO = (
     'matplotlib is not installed, so there are no figures. To get them: `pip install "kdtoolkit[plot]"`, then write '
@@ -16,7 +16,12 @@ HOW_TO = (
 )
 TEACHER, ALONE, DISTILLED = "#333333", "#D55E00", "#0072B2"
 PALETTE = [ALONE, DISTILLED, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6A00", "#7A52A8"]
-TERMS = {"total": "#222222", "ce": "#D55E00", "kd": "#0072B2", "srkd": "#009E73"}  # others take what is left
+TERMS = {
+    "total": "#222222",
+    "ce": "#D55E00",
+    "kd": "#0072B2",
+    "srkd": "#009E73",
+}  # others take what is left
 
 
 class Curve(NamedTuple):
@@ -40,12 +45,19 @@ def new_figure(width: float, height: float) -> Any:
 def save(figure: Any, file: Path) -> None:
     """Write the PNG in one move."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # class names in a script that the font lacks
+        warnings.filterwarnings(
+            "ignore", message="Glyph"
+        )  # class names in a script that the font lacks
         put(file, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def curves(
-    file: Path, title: str, x_label: str, y_label: str, lines: Mapping[str, Curve], level: Row | None = None
+    file: Path,
+    title: str,
+    x_label: str,
+    y_label: str,
+    lines: Mapping[str, Curve],
+    level: Row | None = None,
 ) -> bool:
     """Draw named lines and horizontal `level`s {name: y}; False, and no file, when there is no finite point."""
     lines = {name: line for name, line in lines.items() if any(map(math.isfinite, line.y))}
@@ -83,12 +95,21 @@ def _draw(axes: Any, name: str, line: Curve) -> None:
     style = {"linestyle": "--"} if line.dashed else {}
     marker = "o" if sum(map(math.isfinite, line.y)) <= 12 else None
     axes.plot(
-        line.x, _finite(line.y), color=line.color, linewidth=1.7, marker=marker, markersize=4, label=name, **style
+        line.x,
+        _finite(line.y),
+        color=line.color,
+        linewidth=1.7,
+        marker=marker,
+        markersize=4,
+        label=name,
+        **style,
     )
     if line.band is not None:
         low = [y - b for y, b in zip(line.y, line.band, strict=True)]
         high = [y + b for y, b in zip(line.y, line.band, strict=True)]
-        axes.fill_between(line.x, _finite(low), _finite(high), color=line.color, alpha=0.15, linewidth=0)
+        axes.fill_between(
+            line.x, _finite(low), _finite(high), color=line.color, alpha=0.15, linewidth=0
+        )
 
 
 def _finite(values: Sequence[float]) -> list[float]:
@@ -113,9 +134,15 @@ def smooth(values: Sequence[float]) -> list[float]:
     return found
 
 
-def points(rows: Sequence[Row], x: str, y: str, per: float = 1.0) -> tuple[list[float], list[float]]:
+def points(
+    rows: Sequence[Row], x: str, y: str, per: float = 1.0
+) -> tuple[list[float], list[float]]:
     """Values of `y` over `x` / per where both are numbers; the newest of each x."""
-    found = {float(r[x]) / per: float(r[y]) for r in rows if _is_number(r.get(x)) and _is_number(r.get(y))}
+    found = {
+        float(r[x]) / per: float(r[y])
+        for r in rows
+        if _is_number(r.get(x)) and _is_number(r.get(y))
+    }
     return sorted(found), [found[key] for key in sorted(found)]
 
 
@@ -123,7 +150,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def loss_curves(run: Run, file: Path) -> bool:
+def loss_curves(run: RunFolder, file: Path) -> bool:
     """figures/loss.png: every weighted loss term and the total, smoothed over raw."""
     rows = [r for r in run.rows if r.get("event") == "train"]
     keys = dict.fromkeys(k for r in rows for k in r if k.startswith("loss/"))
@@ -137,10 +164,16 @@ def loss_curves(run: Run, file: Path) -> bool:
         color = TERMS.get(name.split(" ")[0]) or (spare.pop(0) if spare else "#999999")
         lines[name] = Curve(x, smooth(y), color, raw=y) if len(y) >= 10 else Curve(x, y, color)
     title = "Training loss: total and its weighted terms" if len(keys) > 1 else "Training loss"
-    return curves(file, title, "epoch" if per else "step (batches)", "loss, weighted (nats for CE and KD)", lines)
+    return curves(
+        file,
+        title,
+        "epoch" if per else "step (batches)",
+        "loss, weighted (nats for CE and KD)",
+        lines,
+    )
 
 
-def eval_curves(run: Run, baseline: Run | None, key: str) -> dict[str, Curve]:
+def eval_curves(run: RunFolder, baseline: RunFolder | None, key: str) -> dict[str, Curve]:
     """Evaluations by epoch of the product, of the student trained alone, and of other networks of the run."""
     lines = {}
     if baseline is not None:
@@ -156,12 +189,14 @@ def eval_curves(run: Run, baseline: Run | None, key: str) -> dict[str, Curve]:
     return lines
 
 
-def split_of(run: Run) -> str | None:
+def split_of(run: RunFolder) -> str | None:
     """The split of the student's curve."""
     rows = run.evals()
     return rows[0].get("split") if rows else None
 
 
-def distilled(run: Run) -> bool:
+def distilled(run: RunFolder) -> bool:
     """Whether a teacher took part, as far as the folder tells."""
-    return bool(run.config.get("teacher") or run.last("teacher") or "teacher_top1" in run.last("final"))
+    return bool(
+        run.config.get("teacher") or run.last("teacher") or "teacher_top1" in run.last("final")
+    )

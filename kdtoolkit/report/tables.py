@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kdtoolkit.report.folder import Row, Run
+from kdtoolkit.report.run_folder import Row, RunFolder
 
 MISSING = "–"
 COLUMNS = {  # key in a row -> heading
@@ -31,7 +31,7 @@ PARTS = {
 }
 
 
-def student_numbers(run: Run) -> Row:
+def student_numbers(run: RunFolder) -> Row:
     """The student's final row, filled up from its evaluation of that epoch; its last evaluation if not finished."""
     final = run.last("final")
     rows = run.evals(split=final.get("split"))
@@ -39,11 +39,13 @@ def student_numbers(run: Run) -> Row:
         rows = run.evals()
     if "top1" not in final:
         return {**(rows[-1] if rows else {}), **{k: v for k, v in final.items() if k != "event"}}
-    same = next((r for r in reversed(rows) if r.get("epoch") == final.get("epoch", r.get("epoch"))), {})
+    same = next(
+        (r for r in reversed(rows) if r.get("epoch") == final.get("epoch", r.get("epoch"))), {}
+    )
     return {**same, **final}
 
 
-def teacher_numbers(run: Run, split: str | None = None) -> Row:
+def teacher_numbers(run: RunFolder, split: str | None = None) -> Row:
     """The first teacher's own evaluation on a split, by default that of the student's final numbers.
 
     What the final row says under teacher_* goes first, where it is of the same split.
@@ -57,7 +59,7 @@ def teacher_numbers(run: Run, split: str | None = None) -> Row:
     return {**row, **{k[8:]: v for k, v in final.items() if k.startswith("teacher_")}}
 
 
-def compression_parts(run: Run) -> Row:
+def compression_parts(run: RunFolder) -> Row:
     """The final row's dict `compression`, or what of it stands in the row itself, or empty.
 
     With the row's own `retention`, top1 / teacher_top1, which is no part of the score: that one is above chance.
@@ -69,22 +71,26 @@ def compression_parts(run: Run) -> Row:
     return {key: final[key] for key in PARTS if key in final}
 
 
-def where_from(run: Run) -> str:
+def where_from(run: RunFolder) -> str:
     """One sentence: of which epoch and split the student's numbers are."""
     final, row = run.last("final"), student_numbers(run)
     if not row:
         return "No evaluation of the student was found."
     epoch, split = row.get("epoch"), row.get("split")
-    at = (f" (epoch {epoch})" if epoch is not None else "") + (f", on the {split} split" if split else "")
+    at = (f" (epoch {epoch})" if epoch is not None else "") + (
+        f", on the {split} split" if split else ""
+    )
     if not final:
         return f"The run has no final row, so it has not finished: the numbers are of the last evaluation{at}."
     chosen = final.get("chosen")
     if chosen in ("last", "best"):
-        handed = f" Handed over is `{final['product']}`: {final['product_because']}." if "networks" in final else ""
+        handed = (
+            f" Handed over is `{final['product']}`: {final['exported_reason']}."
+            if "networks" in final
+            else ""
+        )
         return f"The student's numbers are of the **{chosen}** epoch{at}.{handed}"
-    return (
-        f"The student's numbers are of its final evaluation{at}; the run does not say if that is the last or the best."
-    )
+    return f"The student's numbers are of its final evaluation{at}; the run does not say if that is the last or the best."
 
 
 def number(key: str, value: Any) -> str:
@@ -105,7 +111,9 @@ def count(value: float) -> str:
     """278324 -> 278.3 K, 41 -> 41."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
         if value >= size:
-            return f"{value / size:.2f} {unit}" if value < 100 * size else f"{value / size:.1f} {unit}"
+            return (
+                f"{value / size:.2f} {unit}" if value < 100 * size else f"{value / size:.1f} {unit}"
+            )
     return f"{value:.0f}"
 
 
@@ -113,7 +121,8 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], right: bool = Tru
     """Markdown table: first column to the left, the others to the right, or all to the left."""
     lines = [heads, ["---"] + ["---:" if right else "---"] * (len(heads) - 1), *rows]
     return "\n".join(
-        "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in line) + " |" for line in lines
+        "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in line) + " |"
+        for line in lines
     )
 
 

@@ -1,0 +1,102 @@
+"""Digests of data and weights: the same content has the same digest, wherever it lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import IterableDataset
+
+from kdtoolkit.data.dataset import Data, Split
+from kdtoolkit.data.workers import seeded
+
+SAMPLE = (
+    256  # rows of a split that are looked at, evenly spread; of data in memory all labels as well
+)
+LENGTH = 16  # hexadecimal digits
+
+
+def of_plain(value: Any) -> str:
+    """Digest of plain values; addresses of objects are no content."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:LENGTH]
+
+
+def of_network(net: nn.Module) -> str:
+    """Digest of structure, plain attributes and weights."""
+    found = hashlib.blake2b()
+    for name, value in net.state_dict().items():
+        found.update(name.encode())
+        _add(found, value)
+    structure = [(n, type(m).__qualname__, _plain_of(m)) for n, m in net.named_modules()]
+    return of_plain([found.hexdigest(), structure, type(net).__qualname__])
+
+
+IGNORED = (
+    "training",
+    "pretrained_cfg",
+    "default_cfg",
+    "num_classes",
+    "kd_model_args",
+    "grad_checkpointing",
+)
+
+
+def _plain_of(module: nn.Module) -> list[str]:
+    """Attributes of a module that its weights do not tell: numbers, words, functions."""
+    told = []
+    for key, value in sorted(vars(module).items()):
+        if not key.startswith("_") and key not in IGNORED:
+            if isinstance(value, (bool, int, float, str, tuple, list, torch.Size)):
+                told.append(f"{key}={value!r}")
+            elif callable(value):
+                told.append(f"{key}={getattr(value, '__qualname__', type(value).__qualname__)}")
+    return told
+
+
+def of_data(data: Data) -> str:
+    """Digest of what is trained and chosen on: sizes, augmentation, and a sample of the rows of each split."""
+    told = {
+        k: v
+        for k, v in data.describe().items()
+        if k not in ("name", "origin", "workers", "storage", "columns")
+    }
+    data.set_epoch(0)
+    return of_plain(
+        [told, data.class_names, [_of_split(s) for s in (data.train, data.val) if s is not None]]
+    )
+
+
+def _of_split(split: Split) -> str:
+    found, dataset = hashlib.blake2b(), split.dataset
+    with seeded(0):  # a user's transforms may draw
+        if isinstance(dataset, IterableDataset):
+            rows: Any = next(iter(split.loader(SAMPLE)))
+        else:
+            at = np.linspace(0, len(split) - 1, min(SAMPLE, len(split))).astype(int).tolist()
+            rows = dataset.__getitems__(at)  # type: ignore[attr-defined]
+    for leaf in tree_leaves([rows, getattr(dataset, "labels", None)]):
+        _add(found, leaf)
+    return found.hexdigest()
+
+
+def _add(found: Any, value: Any) -> None:
+    """Tensors and images by shape and content, numbers and words by text, of other objects the class."""
+    if isinstance(value, (bool, int, float, str)) or value is None:
+        found.update(repr(value).encode())
+    elif isinstance(value, Tensor):
+        found.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        found.update(
+            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    elif hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
+        array = np.asarray(value)
+        found.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+    else:
+        found.update(type(value).__qualname__.encode())

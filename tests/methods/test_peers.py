@@ -1,0 +1,194 @@
+"""Peers and the callbacks that join them, on digits: alone they are alone, joined they agree with the formulas."""
+
+import copy
+import json
+
+import pytest
+import timm
+import torch
+
+from kdtoolkit import distill, functional
+from kdtoolkit.callbacks.dcl import DCLMerger
+from kdtoolkit.callbacks.diversity import Diversity, distance, measured
+from kdtoolkit.callbacks.mutual import MutualKL
+from kdtoolkit.core.callback import Callback
+from kdtoolkit.methods.peers import Peers
+from kdtoolkit.types import Clock, Step
+
+RUN = {
+    "train_limit": 96,
+    "batch_size": 32,
+    "epochs": 1,
+    "lr": 0.05,
+    "progress": "off",
+    "validation": "none",
+}
+
+
+def nets(count, name="cifar_resnet8", **options):
+    made = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        made.append(timm.create_model(name, num_classes=10, **options))
+    return made
+
+
+class Keep(Callback):
+    """Losses and weights after every step."""
+
+    def __init__(self):
+        self.losses, self.weights = [], []
+
+    def on_step_end(self, run, step):
+        self.losses.append({k: v.item() for k, v in step.losses.items()})
+        self.weights.append(
+            {n: copy.deepcopy(m.state_dict()) for n, m in run.method.networks().items()}
+        )
+
+
+def train(method, *callbacks, **options):
+    kept = Keep()
+    result = distill(
+        None, None, "digits", method=method, callbacks=[*callbacks, kept], **{**RUN, **options}
+    )
+    return result, kept
+
+
+def networks_per_process(net, **options):
+    kept = Keep()
+    distill(None, net, "digits", method="none", callbacks=[kept], **{**RUN, **options})
+    return kept
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_clip": 0.5}, {"optimizer": "adamw"}], ids=str)
+def test_peers_that_nothing_joins_train_as_if_alone(options):
+    """Dropout, clipping and optimizer included, to the last digit."""
+    given = nets(2, drop_rate=0.2) if options else nets(2)
+    singles = [alone(copy.deepcopy(net), **options) for net in given]
+    _, kept = train(Peers(given), MutualKL(weight=0.0), DCLMerger(1, beta=0.0), **options)
+    for name, loss, single in zip(("student", "peer1"), ("ce", "ce/peer1"), singles, strict=True):
+        assert [row[loss] for row in kept.losses] == [row["ce"] for row in single.losses]
+        for mine, its in zip(kept.weights, single.weights, strict=True):
+            assert all(torch.equal(mine[name][key], its["student"][key]) for key in its["student"])
+
+
+@pytest.mark.parametrize(
+    "target, detach", [("pairwise", True), ("ensemble", True), ("pairwise", False)]
+)
+def test_mutual_kl_is_the_papers(target, detach):
+    torch.manual_seed(0)
+    logits = {f"n{k}": torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for k in range(3)}
+    part = MutualKL(0.5, temperature=2.0, target=target, detach=detach)
+
+    class Run:
+        clock = Clock()
+
+    loss = part.on_losses(Run, Step({}, logits), {})["mutual"]
+    want = 0
+    for k, z in logits.items():
+        others = [t.detach() if detach else t for n, t in logits.items() if n != k]
+        others = [torch.stack(others).mean(0)] if target == "ensemble" else others
+        for t in others:
+            q = torch.softmax(t / 2, 1)
+            kl = (q * (q.log() - torch.log_softmax(z / 2, 1))).sum(1).mean()
+            want = want + 0.5 * 4 * kl / len(others)
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+    mine, its = (
+        torch.autograd.grad(v, list(logits.values()), retain_graph=True) for v in (loss, want)
+    )
+    for a, b in zip(mine, its, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    if target == "pairwise" and detach:
+        torch.testing.assert_close(
+            loss, 0.5 * functional.mutual_kl(list(logits.values()), temperature=2.0).sum()
+        )
+
+
+def test_peers_teach_each_other_and_all_are_evaluated(tmp_path):
+    result, kept = train(Peers(nets(2)), MutualKL(), output_dir=tmp_path / "run", epochs=2)
+    single = alone(nets(1)[0], epochs=2)
+    assert [row["ce"] for row in kept.losses] != [row["ce"] for row in single.losses]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert {r["network"] for r in rows if r["event"] == "eval"} == {"student", "peer1", "ensemble"}
+    assert all(r["loss/mutual"] > 0 for r in rows if r["event"] == "epoch")
+    assert result.metrics["top1"] > 0
+
+
+@pytest.mark.parametrize("rule", functional.DCL_RULES)
+def test_dcl_merges_every_t_steps(rule):
+    given = nets(3)
+    _, plain = train(Peers(copy.deepcopy(given)))
+    _, kept = train(Peers(given), DCLMerger(2, rule=rule, beta=0.3))
+    assert all(
+        torch.equal(v, plain.weights[0]["peer1"][k]) for k, v in kept.weights[0]["peer1"].items()
+    )
+    parameters = [name for name, _ in given[0].named_parameters()]
+    before = [{k: w[k] for k in parameters} for w in plain.weights[1].values()]
+    merged = functional.dcl_merge(before, beta=0.3, rule=rule)
+    for name, own in zip(("student", "peer1", "peer2"), merged, strict=True):
+        after = kept.weights[1][name]
+        for key in after:  # statistics of BatchNorm are each network's own
+            torch.testing.assert_close(
+                after[key], own.get(key, plain.weights[1][name][key]), rtol=0, atol=0
+            )
+
+
+def test_dcl_logs_diversity(tmp_path):
+    train(
+        Peers(nets(2)),
+        DCLMerger(1, unit="epochs"),
+        Diversity(),
+        output_dir=tmp_path / "run",
+        epochs=2,
+    )
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [r for r in map(json.loads, lines) if r["event"] == "diversity"]
+    assert [r["epoch"] for r in rows] == [1, 2] and all(r["weights"] > 0 for r in rows)
+    a, b = nets(2)
+    assert distance([a, a]) == 0 and distance([a, b]) > 0.5
+    assert (
+        measured([torch.eye(4), torch.eye(4)[[1, 0, 2, 3]]], torch.arange(4))["disagreement"] == 50
+    )
+
+
+def test_two_architectures_of_different_sizes():
+    vit = timm.create_model(
+        "vit_tiny_patch16_224",
+        num_classes=10,
+        img_size=48,
+        patch_size=8,
+        depth=2,
+        embed_dim=32,
+        num_heads=2,
+    )
+    method = Peers([nets(1)[0], vit], image=(32, 32), views=True)
+    assert method.num_views == 2 and method.preprocess["peer1"].size == (48, 48)
+    x = torch.rand(4, 2, 3, 32, 32)
+    batch = {"x": x[:, 0], "views": x, "y": torch.tensor([0, 1, 2, 3])}
+    step = method.eval()(batch, Clock())
+    assert torch.equal(step.logits["peer1"], method.logits("peer1", x[:, 1]))
+    assert set(step.losses) == {"ce", "ce/peer1"}
+    with pytest.raises(
+        ValueError,
+        match="DCLMerger merges networks of one architecture; peer1 has other parameters",
+    ):
+        train(Peers([nets(1)[0], copy.deepcopy(vit)], image=(32, 32)), DCLMerger())
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Peers([]), "at least one network"),
+    (lambda: Peers(nets(1) * 2), "network 1 of Peers has parameters in common"),
+    (lambda: MutualKL(target="all"), "target is 'all'; allowed: 'pairwise', 'ensemble'"),
+    (lambda: MutualKL(temperature=0), "temperature is 0, it must be positive"),
+    (lambda: MutualKL(-1.0), "the weight is -1.0"),
+    (lambda: DCLMerger(0), "every is 0: a whole number of steps from 1"),
+    (lambda: DCLMerger(unit="days"), "unit is 'days'"),
+    (lambda: DCLMerger(beta=2), "beta is 2"),
+    (lambda: DCLMerger(rule="median"), "rule is 'median'"),
+    (lambda: train(Peers(nets(1)), MutualKL()), "MutualKL needs two networks or more, this run trains 1"),
+])  # fmt: skip
+def test_messages(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,27 +1,35 @@
-"""Networks: CIFAR families registered with timm by this import; loading, saving, weights, heads, freezing."""
+"""Networks: CIFAR families, registered with timm by this import; loading, saving, weights, heads, freezing."""
 
-from kdtoolkit.features.preprocess import normalisation
+from typing import TYPE_CHECKING
+
 from kdtoolkit.models import densenet, mobilenetv2, resnet, shufflenet, vgg, wrn
-from kdtoolkit.models.describe import fixed_input_size, input_size, spec_of
-from kdtoolkit.models.loading import is_timm_name, load_model
-from kdtoolkit.models.saving import save_model
-from kdtoolkit.models.weights import load_weights
+from kdtoolkit.utils.lazy_import import lazy_attributes
 
-__all__ = [
-    "fixed_input_size",
-    "input_size",
-    "is_timm_name",
-    "load_model",
-    "load_weights",
-    "normalisation",
-]
-__all__ += [
-    "save_model",
-    "spec_of",
-    "densenet",
-    "mobilenetv2",
-    "resnet",
-    "shufflenet",
-    "vgg",
-    "wrn",
-]
+if TYPE_CHECKING:
+    from kdtoolkit.features.preprocess import normalisation as normalisation
+    from kdtoolkit.models.describe import fixed_input_size as fixed_input_size
+    from kdtoolkit.models.describe import input_size as input_size
+    from kdtoolkit.models.describe import spec_of as spec_of
+    from kdtoolkit.models.loading import is_timm_name as is_timm_name
+    from kdtoolkit.models.loading import load_model as load_model
+    from kdtoolkit.models.saving import save_model as save_model
+    from kdtoolkit.models.weights import load_weights as load_weights
+
+_PUBLIC = {
+    "fixed_input_size": "kdtoolkit.models.describe",
+    "input_size": "kdtoolkit.models.describe",
+    "is_timm_name": "kdtoolkit.models.loading",
+    "load_model": "kdtoolkit.models.loading",
+    "load_weights": "kdtoolkit.models.weights",
+    "normalisation": "kdtoolkit.features.preprocess",
+    "save_model": "kdtoolkit.models.saving",
+    "spec_of": "kdtoolkit.models.describe",
+}
+_RENAMED = {  # of 0.1; they go with the next release
+    "build": ("load_model", "kdtoolkit.models.loading"),
+    "is_name": ("is_timm_name", "kdtoolkit.models.loading"),
+    "put": ("load_weights", "kdtoolkit.models.weights"),
+    "save": ("save_model", "kdtoolkit.models.saving"),
+}
+__all__ = sorted([*_PUBLIC, "densenet", "mobilenetv2", "resnet", "shufflenet", "vgg", "wrn"])  # noqa: PLE0605
+__getattr__, __dir__ = lazy_attributes(__name__, _PUBLIC, _RENAMED)

@@ -145,7 +145,7 @@ def _from_folder(
         )
     if not config.is_file():
         raise ValueError(
-            f"{role}: {folder} has no config.json; expected a folder written by kdtoolkit.models.save"
+            f"{role}: {folder} has no config.json; expected a folder written by kdtoolkit.models.save_model"
         )
     try:
         held = json.loads(config.read_text(encoding="utf-8"))

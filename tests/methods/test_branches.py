@@ -12,14 +12,14 @@ from torch import nn
 
 from kdtoolkit import functional
 from kdtoolkit.features.extractor import Taps
-from kdtoolkit.methods.branches import Branches, BranchJoin, ramped
+from kdtoolkit.methods.branches import Branches, BranchJoin
 from kdtoolkit.methods.cl import Others
 from kdtoolkit.methods.factory import create_method
 from kdtoolkit.methods.okddip import Attention
 from kdtoolkit.methods.one import Gate
 from kdtoolkit.methods.pcl import EnsembleClassifier
 from kdtoolkit.models.subnetwork import Embedding, Tail, boundary, embedding_size, last_boundary
-from kdtoolkit.schedules import Linear, SigmoidRampUp
+from kdtoolkit.schedules import Linear, SigmoidRampUp, with_rampup
 from kdtoolkit.types import Clock
 
 FAMILIES = {
@@ -355,8 +355,8 @@ def test_products_and_callbacks():
 
 def test_ramps():
     ramp = SigmoidRampUp(0.5)
-    assert ramped({"a": ramp, "b": 2.0}, ["a", "b"], None) == {"a": ramp, "b": 2.0}
-    made = ramped({"ce": 1.0, "a": ramp, "b": 2.0, "c": 0.0}, ["a", "b", "c"], 10)
+    assert with_rampup({"a": ramp, "b": 2.0}, ["a", "b"], None) == {"a": ramp, "b": 2.0}
+    made = with_rampup({"ce": 1.0, "a": ramp, "b": 2.0, "c": 0.0}, ["a", "b", "c"], 10)
     assert made == {"ce": 1.0, "a": SigmoidRampUp(0.5, 10), "b": SigmoidRampUp(2.0, 10), "c": 0.0}
     assert strategy("one", rampup_epochs=7).weights["ensemble"] == SigmoidRampUp(1.0, 7)
 

@@ -2,7 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from kdtoolkit.models import densenet, mobilenetv2, resnet, shufflenet, vgg, wrn
+from kdtoolkit.models import densenet as densenet
+from kdtoolkit.models import mobilenetv2 as mobilenetv2
+from kdtoolkit.models import resnet as resnet
+from kdtoolkit.models import shufflenet as shufflenet
+from kdtoolkit.models import vgg as vgg
+from kdtoolkit.models import wrn as wrn
 from kdtoolkit.utils.lazy_import import lazy_attributes
 
 if TYPE_CHECKING:
@@ -31,5 +36,5 @@ _RENAMED = {  # of 0.1; they go with the next release
     "put": ("load_weights", "kdtoolkit.models.weights"),
     "save": ("save_model", "kdtoolkit.models.saving"),
 }
-__all__ = sorted([*_PUBLIC, "densenet", "mobilenetv2", "resnet", "shufflenet", "vgg", "wrn"])  # noqa: PLE0605
+__all__ = sorted([*_PUBLIC, "densenet", "mobilenetv2", "resnet", "shufflenet", "vgg", "wrn"])
 __getattr__, __dir__ = lazy_attributes(__name__, _PUBLIC, _RENAMED)

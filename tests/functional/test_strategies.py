@@ -316,7 +316,7 @@ def pcl(d):
     def compute(v):
         z, e, m, y = v["student_logits"], v["ensemble_logits"], v["teacher_logits"], v["labels"]
 
-        def train_logits(w):
+        def each(w):
             for k in range(d.K):
                 taught = average([kl(m[j], z[k], d.T) for j in others(k, d.K)])
                 yield ce(z[k], y) + w * kl(e.detach(), z[k], d.T) + w * taught
@@ -344,7 +344,7 @@ def dkel(d):
     def compute(v):
         z, e, m, y = v["student_logits"], v["ensemble_logits"], v["teacher_logits"], v["labels"]
 
-        def train_logits(w, g):
+        def each(w, g):
             for k in range(d.K):
                 early = kl(average([m[j] for j in others(k, d.K)]), z[k], d.T)
                 late = average([kl(m[j], z[k], d.T) for j in others(k, d.K)])

@@ -67,7 +67,7 @@ def vit(seed=0):
 
 
 @functools.cache
-def trainable_parameters(name):
+def trained(name):
     """A teacher that knows something: 40 steps on the 64 images."""
     model = network(name, seed=7)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)

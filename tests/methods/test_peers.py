@@ -54,7 +54,7 @@ def train(method, *callbacks, **options):
     return result, kept
 
 
-def networks_per_process(net, **options):
+def alone(net, **options):
     kept = Keep()
     distill(None, net, "digits", method="none", callbacks=[kept], **{**RUN, **options})
     return kept

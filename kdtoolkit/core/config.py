@@ -1,114 +1,107 @@
-"""The numbers of a run, and what they make: the loader, the clock, the optimizer and its learning rate over time."""
+"""The numbers of a training loop."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from kdtoolkit import schedules
+from kdtoolkit.schedules import SCHEDULERS
+from kdtoolkit.utils.validation import (
+    check_choice,
+    check_non_negative,
+    check_number,
+    check_positive,
+    check_whole_number,
+)
 
 # momentum SGD with weight decay on every parameter, as in the papers
 PAPER_OPTIMIZERS = {"sgd": "momentum", "momentum": "momentum", "nesterov": "nesterov"}
-# arguments of distill() that a run shares with those it starts: a baseline, the fine-tuning of a teacher
-SHARED = (
-    "epochs max_steps batch_size optimizer lr weight_decay scheduler warmup_epochs report_to mixed_precision "
-    "grad_accum compile channels_last grad_clip seed progress momentum milestones gamma log_every eval_every eval_test"
-).split()
+
+EVAL_TEST = ("auto", "every", "end")
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Numbers of a run. Lengths in epochs or optimizer steps, `batch_size` images per optimizer step over all ranks."""
+    """Numbers of a training loop, every default resolved. Validated when it is made.
+
+    Attributes:
+        epochs: Passes over the training data; None where `max_steps` is given.
+        max_steps: Optimizer steps; None where `epochs` is given.
+        batch_size: Images per optimizer step, over all processes and accumulation steps.
+        optimizer: `"sgd"` (momentum without Nesterov) and `"nesterov"` decay every parameter, as in the papers; other
+            names are timm's, without decay on biases and norms.
+        lr: Learning rate, the highest of the schedule.
+        weight_decay: Weight decay.
+        momentum: Momentum, from 0 to below 1.
+        layer_decay: Factor of the learning rate from one layer to the next towards the image, above 0 to 1; None is
+            the same rate everywhere.
+        scheduler: Learning rate over time: "cosine", "multistep", "onecycle", "linear" or "constant".
+        milestones: Shares of the run at which "multistep" lowers the rate.
+        gamma: Factor of the learning rate at each of them.
+        warmup_epochs: Epochs, or a part of one, in which the learning rate rises from 0.
+        grad_accum: Forward and backward passes that share one optimizer step.
+        grad_clip: Largest norm of the gradient; None is no clipping.
+        channels_last: Memory layout of images and weights.
+        compile: Whether networks are compiled.
+        seed: Of data order, augmentation and dropout.
+        log_every: Batches between two rows of losses.
+        eval_every: Epochs between two evaluations; the last epoch is always evaluated.
+        monitor: Split that chooses the best epoch; None takes the last.
+        eval_test: Evaluate the test set at "every" evaluation or at the "end"; "auto" is "end" where a validation
+            split chooses.
+    """
 
     epochs: int | None = 10
     max_steps: int | None = None
     batch_size: int = 128
-    optimizer: str = (
-        "sgd"  # momentum 0.9 without Nesterov, decay on every parameter, as in the papers
-    )
+    optimizer: str = "sgd"
     lr: float = 0.05
     weight_decay: float = 5e-4
     momentum: float = 0.9
-    layer_decay: float | None = (
-        None  # factor of the learning rate from one layer to the next towards the image
-    )
+    layer_decay: float | None = None
     scheduler: str = "cosine"
-    milestones: tuple[float, ...] = (0.5, 2 / 3, 5 / 6)  # shares of the run, for "multistep"
-    gamma: float = 0.1  # factor of the learning rate at each of them
+    milestones: tuple[float, ...] = (0.5, 2 / 3, 5 / 6)
+    gamma: float = 0.1
     warmup_epochs: float = 0.0
     grad_accum: int = 1
-    grad_clip: float | None = None  # largest norm of the gradient
+    grad_clip: float | None = None
     channels_last: bool = False
     compile: bool = False
     seed: int = 0
-    log_every: int = 50  # batches
-    eval_every: int = 1  # epochs
-    monitor: str | None = "val"  # split that chooses the best epoch; None takes the last
-    eval_test: str = (
-        "auto"  # "every" epoch or at the "end"; "auto" is "end" where a validation split chooses
-    )
+    log_every: int = 50
+    eval_every: int = 1
+    monitor: str | None = "val"
+    eval_test: str = "auto"
 
     def __post_init__(self) -> None:
-        free = dict.fromkeys(("lr", "weight_decay", "warmup_epochs", "gamma"), math.inf)
-        for name, most in {**free, "momentum": 1}.items():
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
-                raise ValueError(
-                    f"{name} is {number!r}, a {type(number).__name__}; it must be a number"
-                )
-            if not 0 <= number < most:
-                allowed = "from 0 to below 1" if most == 1 else "a finite number from 0"
-                raise ValueError(f"{name} is {number!r}; allowed: {allowed}")
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> TrainerConfig:
-        """From the arguments of distill(), each checked."""
-        epochs, max_steps, papers = (
-            given["epochs"],
-            given["max_steps"],
-            given["optimizer"] in PAPER_OPTIMIZERS,
-        )
-        if epochs is not None and max_steps is not None:
-            raise ValueError(f"epochs={epochs} and max_steps={max_steps}: give one of them")
-        epochs = 30 if epochs is None and max_steps is None else epochs
-        whole = {"epochs": epochs, "max_steps": max_steps}
-        whole |= {n: given[n] for n in ("batch_size", "grad_accum", "log_every", "eval_every")}
-        _check(given, whole)
-        same = "optimizer momentum gamma scheduler warmup_epochs grad_clip compile seed eval_test layer_decay".split()
-        settings = cls(
-            lr=(0.05 if papers else 1e-3) if given["lr"] is None else given["lr"],
-            weight_decay=(5e-4 if papers else 0.05)
-            if given["weight_decay"] is None
-            else given["weight_decay"],
-            milestones=tuple(given["milestones"]),
-            **whole,
-            **{name: given[name] for name in same},
-        )
-        return settings
-
-
-def _check(given: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
-    """ValueError for a value that is not allowed; `whole` must be whole numbers from 1, or None."""
-    for name, number in whole.items():
-        if number is not None and (
-            isinstance(number, bool) or not isinstance(number, int) or number < 1
-        ):
-            raise ValueError(f"{name} is {number!r}, it must be a whole number from 1")
-    if given["scheduler"] not in schedules.SCHEDULERS:
-        raise ValueError(
-            f"unknown scheduler {given['scheduler']!r}; known: {', '.join(schedules.SCHEDULERS)}"
-        )
-    if given["eval_test"] not in ("auto", "every", "end"):
-        raise ValueError(f"eval_test is {given['eval_test']!r}; allowed: 'auto', 'every', 'end'")
-    if given["grad_clip"] is not None and not given["grad_clip"] > 0:
-        raise ValueError(
-            f"grad_clip is {given['grad_clip']!r}: the largest norm of the gradient, above 0"
-        )
-    decay = given["layer_decay"]
-    if decay is not None and (isinstance(decay, (bool, str)) or not 0 < decay <= 1):
-        raise ValueError(
-            f"layer_decay is {decay!r}: the factor of the learning rate from one layer to the next towards the image, "
-            "above 0 and at most 1; None is the same rate everywhere"
-        )
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError(
+                f"epochs={self.epochs} and max_steps={self.max_steps}: give one of them"
+            )
+        if self.epochs is not None:
+            check_whole_number("epochs", self.epochs)
+        if self.max_steps is not None:
+            check_whole_number("max_steps", self.max_steps)
+        check_whole_number("batch_size", self.batch_size, meaning="images per optimizer step")
+        check_whole_number("grad_accum", self.grad_accum)
+        check_whole_number("log_every", self.log_every, meaning="batches")
+        check_whole_number("eval_every", self.eval_every, meaning="epochs")
+        if not isinstance(self.optimizer, str):
+            raise ValueError(
+                f"optimizer is {self.optimizer!r}: give its name, 'sgd', 'nesterov' or one of "
+                "timm.optim.list_optimizers()"
+            )
+        check_non_negative("lr", self.lr)
+        check_non_negative("weight_decay", self.weight_decay)
+        check_non_negative("warmup_epochs", self.warmup_epochs, "epochs")
+        check_non_negative("gamma", self.gamma)
+        check_number("momentum", self.momentum, minimum=0, below=1)
+        if self.layer_decay is not None:
+            check_number(
+                "layer_decay", self.layer_decay, above=0, maximum=1,
+                meaning="factor of the learning rate from one layer to the next towards the image; "
+                "None is the same rate everywhere",
+            )  # fmt: skip
+        if self.grad_clip is not None:
+            check_positive("grad_clip", self.grad_clip, "largest norm of the gradient")
+        check_choice("scheduler", self.scheduler, SCHEDULERS)
+        check_choice("eval_test", self.eval_test, EVAL_TEST)

@@ -1,0 +1,343 @@
+"""`DistillConfig`: everything that a run is asked for, typed, frozen and validated once.
+
+`distill()` builds it from its keywords, the command line from flags, and `read_config` from the `config.yaml` that a
+run leaves. None stands for a default that is resolved later, once: what it became stands in the plan and in the run's
+`config.yaml`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from kdtoolkit.core.config import PAPER_OPTIMIZERS, TrainerConfig
+from kdtoolkit.pipeline import config_types as types
+from kdtoolkit.utils.registry import suggestion
+from kdtoolkit.utils.validation import check_choice
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+TEACHER_HEADS = ("finetune", "linear-probe", "feature-only", "as-is")
+
+
+@dataclass(frozen=True)
+class NetworksConfig:
+    """Teacher and student: where they come from, and what of them is trained."""
+
+    teacher: types.TeacherSource = None
+    """timm name, "local-dir:PATH", "hf-hub:ID", PATH.safetensors, `nn.Module`, a list of these, or none for plain
+    training and for strategies whose networks teach each other."""
+    student: types.NetworkSource = None
+    """The network to train: as `teacher`, without the list. A name without a weight tag starts from random weights; a
+    source of other classes than the data keeps its weights and gets a new head."""
+    teacher_head: types.TeacherHead = None
+    """What to do with a teacher of other data: "finetune" trains it on the data first (of your own module: a copy),
+    with a new head where its classes differ; "linear-probe" only the head; "feature-only" uses its features and not its
+    logits; "as-is" insists that the classes are the same. A list says it for each of several teachers."""
+    teacher_dir: types.OptionalPath = None
+    """Folder of fine-tuned teachers, where a run finds those that an earlier one made of the same network, data and
+    configuration. Default: `output_dir/finetuned`."""
+    teacher_training: types.Options = None
+    """Keywords of `distill()` for the fine-tuning of the teacher alone, e.g. epochs=3; the others are those of this
+    run, except `freeze` and `layer_decay`."""
+    freeze: types.Freeze = None
+    """What of the student is not trained: a number of stages from the image, names of modules, or "backbone" (all but
+    the classifier). Its BatchNorm statistics stay too."""
+    student_weights: types.WeightsSource = None
+    """.safetensors, .pth or .pt file, folder, "hf-hub:ID" or state dict for a student given by name or as a module."""
+    teacher_weights: types.TeacherWeightsSource = None
+    """The same for the teacher (of a module: a copy is loaded); for several teachers a list."""
+    student_args: types.Options = None
+    """Options of the student's constructor, e.g. img_size=32."""
+    teacher_args: types.TeacherOptions = None
+    """Options of the teacher's constructor; for several teachers also a list."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images and labels: where they come from, which rows are used, how they are augmented."""
+
+    train_data: types.DataSource = "digits"
+    """Hugging Face `Dataset`, `DatasetDict` or `IterableDataset`, torch `Dataset`, `DataLoader`, a known name ("cifar10",
+    "cifar100", "digits", ...), a Hub name, or a folder of parquet files or of images."""
+    eval_data: types.DataSource = None
+    """The test set. Default: the data's own test split."""
+    data_path: types.OptionalPath = None
+    """Folder of a local copy of a data set that is given by name."""
+    num_classes: int | None = None
+    """Classes of the data, where it does not say itself."""
+    validation: types.Validation = "auto"
+    """Rows that choose the best epoch: "auto" (the data's own split, else 10 % of the training rows, at most 5,000), a
+    share, a number of rows, "none" (the last epoch is taken), or "test" (the best epoch is chosen on the test set)."""
+    transforms: types.Transforms = None
+    """None (as the data set's papers, or by the images' sizes), "none", "crop-flip", a `BatchAugment`, a callable on a
+    PIL image, or a pair of these for training and evaluation."""
+    image_size: int | None = None
+    """Images are resized to this many pixels a side. Default: the data's own size."""
+    train_limit: int | None = None
+    """Train on this many rows only, drawn by class. Default: all."""
+    labelled: types.Labelled = None
+    """Number or share of the training rows that keep their labels, drawn by class; the others are unlabelled, which
+    only some methods ("mean_teacher") can use. Rows with label -1 are unlabelled too. Default: all."""
+    num_workers: types.Workers = "auto"
+    """Processes that read data; "auto" is 0 for data in memory, else up to 8."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is learned from the teacher, the labels and the other networks."""
+
+    method: types.MethodSource = "kd"
+    """A name that `kdtoolkit methods` lists, several names, `DistillationLoss` objects, or a `Method` (its networks
+    are student and teacher then); "none" is plain training."""
+    layers: types.Layers = "auto"
+    """Pairs of taps (student, teacher), taps being stage numbers from 1 or module names; "auto" pairs stages."""
+    losses: types.Weights = None
+    """The whole sum, as loss=weight; a weight may be a schedule (`kdtoolkit.schedules`). Default: the method's own."""
+    temperature: float | None = None
+    """Softening of probabilities, no unit. Default: 4 for KD; strategies have their papers' own."""
+    options: types.Options = field(default_factory=dict)
+    """Options of the method's losses, e.g. reset=[2,3] detach=False; in Python they are keywords of `distill()`."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How long and with which optimizer the student is trained."""
+
+    epochs: int | None = None
+    """Passes over the training data. Default: 30, or as `max_steps` says."""
+    max_steps: int | None = None
+    """Optimizer steps, in place of `epochs`."""
+    batch_size: int = 128
+    """Images per optimizer step, over all processes and accumulation steps; a `DataLoader` keeps its own."""
+    grad_accum: int = 1
+    """Forward and backward passes that share one optimizer step."""
+    optimizer: str = "sgd"
+    """"sgd" (plain momentum, weight decay on all parameters), "nesterov", or a name of timm."""
+    lr: float | None = None
+    """Learning rate, the highest of the schedule. Default: 0.05 for "sgd" and "nesterov", else 0.001."""
+    weight_decay: float | None = None
+    """Weight decay. Default: 0.0005 for "sgd" and "nesterov", else 0.05."""
+    momentum: float = 0.9
+    """Momentum, from 0 to below 1."""
+    scheduler: Literal["cosine", "multistep", "onecycle", "linear", "constant"] = "cosine"
+    """Learning rate over time; "multistep" multiplies it by `gamma` at the `milestones`."""
+    milestones: tuple[float, ...] = (0.5, 2 / 3, 5 / 6)
+    """Shares of the run, from 0 to 1, for "multistep"."""
+    gamma: float = 0.1
+    """Factor of the learning rate at each milestone."""
+    warmup_epochs: float = 0
+    """Epochs, or a part of one, in which the learning rate rises to `lr`."""
+    grad_clip: float | None = None
+    """Largest norm of the gradient. Default: no clipping."""
+    layer_decay: float | None = None
+    """Factor of the student's learning rate from one layer to the next towards the image, above 0 to 1. Default: the
+    same rate everywhere."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How the training loop runs, and what it reports while it does."""
+
+    seed: int = 0
+    """Of first weights, data order, augmentation and dropout; your own random state is left as it was."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of forward and backward passes. Default: accelerate's own setting."""
+    compile: bool = False
+    """Compile the networks with `torch.compile`."""
+    channels_last: types.Auto = "auto"
+    """Memory layout of images and weights; "auto" for networks with 2-D convolutions."""
+    log_every: int = 50
+    """Batches between two rows of losses in metrics.jsonl."""
+    eval_every: int = 1
+    """Epochs between two evaluations; the last epoch is always evaluated."""
+    eval_test: Literal["auto", "every", "end"] = "auto"
+    """Evaluate the test set at "every" evaluation, or at the "end"; "auto" is "end" with a validation split."""
+    report_to: types.Trackers = "auto"
+    """Experiment trackers, such as "tensorboard", or a list; "auto" is TensorBoard where it is installed and
+    `output_dir` is given; "none" is none."""
+    progress: types.Auto = "auto"
+    """"auto" (a bar on a terminal, else lines), "bar", "lines" or "off"; True is "auto", False is "off"."""
+    label: str = ""
+    """Word in front of what is printed."""
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """The folder of the run, and what is kept in it."""
+
+    output_dir: types.OptionalPath = None
+    """Folder of checkpoints, student/, metrics.jsonl and report.md. Default: nothing is written."""
+    resume: types.Resume = False
+    """"auto" continues where `output_dir` stopped, if it holds a run; True insists; or the folder of a checkpoint."""
+    overwrite: bool = False
+    """Empty an `output_dir` that holds another run."""
+    keep: Literal["exported", "all"] = "exported"
+    """Networks to save: "exported" (student/), or "all" (the others in networks/). All are in `result.networks`."""
+    baseline: types.Baseline = None
+    """A finished plain run of the same student (a `DistillResult` or a folder) that the report shows beside this one,
+    or True to train it first, in output_dir/baseline."""
+
+    def __post_init__(self) -> None:
+        if self.keep == "product":  # type: ignore[comparison-overlap]
+            warnings.warn("keep='product' is keep='exported' now", DeprecationWarning, stacklevel=5)
+            object.__setattr__(self, "keep", "exported")
+        check_choice("keep", self.keep, ("exported", "all"))
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Everything that a run is asked for, in six parts. Immutable; validated when it is made.
+
+    Attributes:
+        networks: Teacher and student.
+        data: Images and labels.
+        loss: What is learned.
+        optim: How long and with which optimizer.
+        loop: How the training loop runs.
+        output: The folder of the run.
+
+    Raises:
+        ValueError: For a value that is not allowed, with what is.
+
+    Example:
+        >>> config = DistillConfig.from_keywords(
+        ...     student="cifar_resnet8", train_data="digits", method="none", epochs=2
+        ... )
+        >>> config.optim.epochs, config.trainer.lr
+        (2, 0.05)
+    """
+
+    networks: NetworksConfig = field(default_factory=NetworksConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        _ = self.trainer  # its numbers are checked as they are resolved
+
+    @cached_property
+    def trainer(self) -> TrainerConfig:
+        """The numbers of the training loop, every default resolved."""
+        optim, loop = self.optim, self.loop
+        papers = optim.optimizer in PAPER_OPTIMIZERS
+        default_lr, default_decay = (0.05, 5e-4) if papers else (1e-3, 0.05)
+        unlimited = optim.epochs is None and optim.max_steps is None
+        return TrainerConfig(
+            epochs=30 if unlimited else optim.epochs,
+            max_steps=optim.max_steps,
+            batch_size=optim.batch_size,
+            optimizer=optim.optimizer,
+            lr=default_lr if optim.lr is None else optim.lr,
+            weight_decay=default_decay if optim.weight_decay is None else optim.weight_decay,
+            momentum=optim.momentum,
+            layer_decay=optim.layer_decay,
+            scheduler=optim.scheduler,
+            milestones=tuple(optim.milestones),
+            gamma=optim.gamma,
+            warmup_epochs=optim.warmup_epochs,
+            grad_accum=optim.grad_accum,
+            grad_clip=optim.grad_clip,
+            compile=loop.compile,
+            seed=loop.seed,
+            log_every=loop.log_every,
+            eval_every=loop.eval_every,
+            eval_test=loop.eval_test,
+        )
+
+    @classmethod
+    def from_keywords(cls, **keywords: Any) -> Self:
+        """The configuration of flat keywords, as `distill()` takes them.
+
+        Args:
+            **keywords: Fields of the six parts; their names are unique. Other names are options of the method.
+
+        Returns:
+            The configuration.
+        """
+        return cls().updated(**keywords)
+
+    def updated(self, **keywords: Any) -> Self:
+        """A copy with some fields replaced.
+
+        Args:
+            **keywords: Fields of the six parts; other names are options of the method.
+
+        Returns:
+            The changed configuration, validated.
+        """
+        parts: dict[str, dict[str, Any]] = {}
+        options = dict(self.loss.options or {})
+        for name, value in keywords.items():
+            if name in FIELD_PART:
+                parts.setdefault(FIELD_PART[name], {})[name] = value
+            else:
+                options[name] = value
+        if options != dict(self.loss.options or {}):
+            parts.setdefault("loss", {}).setdefault("options", options)
+        changed = {part: replace(getattr(self, part), **own) for part, own in parts.items()}
+        return replace(self, **changed)
+
+    def flat(self) -> dict[str, Any]:
+        """Field -> value over all parts, the options of the method under "options"."""
+        return {name: value for _, name, value in self._values()}
+
+    def changed_keywords(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        defaults = DistillConfig().flat()
+        return {name: v for name, v in self.flat().items() if _differs(v, defaults[name])}
+
+    def _values(self) -> Iterator[tuple[str, str, Any]]:
+        for part in fields(self):
+            own = getattr(self, part.name)
+            for item in fields(own):
+                yield part.name, item.name, getattr(own, item.name)
+
+
+def _differs(value: Any, default: Any) -> bool:
+    if value is default:
+        return False
+    plain = (bool, int, float, str, tuple, list, dict, type(None))
+    return not (isinstance(value, plain) and type(value) is type(default) and value == default)
+
+
+# field -> the part of DistillConfig that it belongs to
+FIELD_PART: dict[str, str] = {
+    item.name: part.name
+    for part in fields(DistillConfig)
+    for item in fields(part.default_factory)  # type: ignore[arg-type]
+}
+FIELD_NAMES = tuple(FIELD_PART)
+
+
+def check_keywords(keywords: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
+    """Check the names of keywords that configure a part of a run.
+
+    Args:
+        keywords: Name -> value.
+        allowed: Names that may be given.
+        where: What they were given to, for the message.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    for name in keywords:
+        if name not in allowed:
+            hint = suggestion(name, allowed) or "."
+            raise ValueError(f"{where}: unknown {name!r}{hint} Allowed: {', '.join(allowed)}")
+
+
+def to_mapping(config: DistillConfig) -> dict[str, dict[str, Any]]:
+    """Part -> field -> value, nested as in `config.yaml`."""
+    return {
+        part.name: {i.name: getattr(getattr(config, part.name), i.name) for i in fields(own)}
+        for part in dataclasses.fields(config)
+        for own in [getattr(config, part.name)]
+    }

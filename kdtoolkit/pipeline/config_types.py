@@ -1,0 +1,47 @@
+"""Types of the configuration: what Python may pass, and, for the command line, what a shell can write of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any, Literal, TypeAlias
+
+    from torch import Tensor, nn
+
+    from kdtoolkit.core.loss import DistillationLoss
+    from kdtoolkit.core.method import Method
+    from kdtoolkit.types import LossWeight, TapKey
+
+    PathLike: TypeAlias = str | os.PathLike[str]
+    OptionalPath: TypeAlias = PathLike | None
+    NetworkSource: TypeAlias = str | os.PathLike[str] | nn.Module | None
+    TeacherSource: TypeAlias = NetworkSource | Sequence[NetworkSource]
+    WeightsSource: TypeAlias = PathLike | Mapping[str, Tensor] | None
+    TeacherWeightsSource: TypeAlias = WeightsSource | Sequence[WeightsSource]
+    DataSource: TypeAlias = Any  # datasets, torch data sets, loaders, names, folders
+    MethodSource: TypeAlias = str | Method | Sequence[str | DistillationLoss]
+    Layers: TypeAlias = Literal["auto"] | Sequence[tuple[TapKey, TapKey]]
+    Weights: TypeAlias = Mapping[str, LossWeight] | None
+    Options: TypeAlias = Mapping[str, Any] | None
+    TeacherOptions: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None
+    TeacherHead: TypeAlias = str | Sequence[str | None] | None
+    Freeze: TypeAlias = int | str | Sequence[str] | None
+    Transforms: TypeAlias = str | Callable[..., Any] | Sequence[Any] | None
+    Validation: TypeAlias = int | float | str | None
+    Workers: TypeAlias = int | str
+    Labelled: TypeAlias = int | float | None
+    Auto: TypeAlias = bool | str
+    Resume: TypeAlias = bool | str | os.PathLike[str]
+    Baseline: TypeAlias = Any  # a DistillResult, a folder, True or None
+    Trackers: TypeAlias = str | Sequence[str] | None
+else:
+    from kdtoolkit.pipeline.shell_values import LayerPairs, Scalar, Text, Texts, Values
+
+    PathLike = OptionalPath = NetworkSource = WeightsSource = DataSource = Transforms = Text
+    TeacherSource = TeacherWeightsSource = MethodSource = TeacherHead = Trackers = Texts
+    Layers = LayerPairs
+    Weights = Options = TeacherOptions = Values
+    Freeze = Validation = Workers = Labelled = Auto = Resume = Baseline = Scalar

@@ -1,0 +1,137 @@
+"""Values of the configuration as a shell writes them: text to a Python value and back.
+
+Each class stands in the configuration's annotations for a value of several types; the command line (`kdtoolkit.cli`)
+reads `metavar`, `many` and `parse` from it. None of them is ever instantiated.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+
+def parse_literal(text: str) -> Any:
+    """A Python literal (`2`, `0.5`, `None`, `[1, 2]`, `true`), else the text itself."""
+    lowered = text.lower()
+    if lowered in ("true", "false"):
+        return lowered == "true"
+    with contextlib.suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text)
+    return text
+
+
+def parse_pairs(words: list[str]) -> dict[str, Any]:
+    """`["a=1", "b=x"]` -> `{"a": 1, "b": "x"}`.
+
+    Raises:
+        ValueError: If a word is not NAME=VALUE.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals):
+            raise ValueError(f"{word!r}: write NAME=VALUE")
+        found[name] = parse_literal(value)
+    return found
+
+
+class ShellValue:
+    """A value that the command line reads from one word, or from several.
+
+    Attributes:
+        metavar: What `--help` shows in its place.
+        many: Whether several words are read.
+    """
+
+    metavar = "TEXT"
+    many = False
+
+    @staticmethod
+    def parse(words: list[str]) -> Any:
+        """The value of the words that were given."""
+        return words[0]
+
+    @staticmethod
+    def show(value: Any) -> list[str]:
+        """The words that give a value, for defaults in `--help`."""
+        if isinstance(value, Mapping):
+            return [f"{name}={item}" for name, item in value.items()]
+        if isinstance(value, (list, tuple)):
+            return [str(item) for item in value]
+        return [str(value)]
+
+
+class Text(ShellValue):
+    """Text, taken as it is: a name, a path, a Hub id."""
+
+    metavar = "NAME|PATH"
+
+
+class Texts(ShellValue):
+    """One text, or a list of several."""
+
+    metavar = "NAME [NAME ...]"
+    many = True
+
+    @staticmethod
+    def parse(words: list[str]) -> Any:
+        """The text, or a list of several."""
+        return words[0] if len(words) == 1 else list(words)
+
+
+class Scalar(ShellValue):
+    """A whole number, a number, true or false, or else text."""
+
+    metavar = "VALUE"
+
+    @staticmethod
+    def parse(words: list[str]) -> Any:
+        """The narrowest value that the word can be read as."""
+        text = words[0]
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        for number in (int, float):
+            with contextlib.suppress(ValueError):
+                return number(text)
+        return text
+
+
+class Values(ShellValue):
+    """A mapping, as NAME=VALUE words."""
+
+    metavar = "NAME=VALUE [...]"
+    many = True
+
+    @staticmethod
+    def parse(words: list[str]) -> Any:
+        """The mapping."""
+        return parse_pairs(words)
+
+
+class LayerPairs(ShellValue):
+    """`auto`, or STUDENT:TEACHER pairs of taps: stage numbers or module names."""
+
+    metavar = "auto|STUDENT:TEACHER [...]"
+    many = True
+
+    @staticmethod
+    def parse(words: list[str]) -> Any:
+        """`"auto"`, or a list of (student tap, teacher tap)."""
+        if words == ["auto"]:
+            return "auto"
+        return [_tap_pair(word) for word in words]
+
+    @staticmethod
+    def show(value: Any) -> list[str]:
+        """The words of a list of pairs."""
+        return [value] if isinstance(value, str) else [f"{s}:{t}" for s, t in value]
+
+
+def _tap_pair(word: str) -> tuple[int | str, int | str]:
+    student, colon, teacher = word.partition(":")
+    if not (student and colon and teacher):
+        raise ValueError(f"{word!r}: write STUDENT:TEACHER, e.g. 2:3 or layer2:layer3")
+    numbers = [int(t) if t.removeprefix("-").isdecimal() else t for t in (student, teacher)]
+    return numbers[0], numbers[1]

@@ -1,0 +1,170 @@
+"""Pages that are made when the site is built: tables of the registry, and files that lie outside docs/.
+
+A page asks for a table with a comment of its own: `<!-- table: losses -->`, `<!-- table: strategies -->` or
+`<!-- table: public names -->`. CONTRIBUTING.md, CHANGELOG.md and benchmarks/results/ become pages of the site.
+"""
+
+from __future__ import annotations
+
+import inspect
+import posixpath
+import re
+from pathlib import Path
+from types import ModuleType
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+RESULTS = "benchmarks/results"
+LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that lie outside docs/."""
+    for source, target in PAGES.items():
+        files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
+    results = sorted((ROOT / RESULTS).iterdir())
+    for path in results:
+        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    pages = [path for path in results if path.suffix == ".md"]
+    index = "\n".join(["# Results", "", *(f"- [{title_of(p)}]({p.name})" for p in pages)])
+    files.append(File.generated(config, "results/index.md", content=index))
+    return files
+
+
+def title_of(page: Path) -> str:
+    """The first heading of a page."""
+    return page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Fill in the tables, and turn links between files of the repository into links between pages."""
+    for name, table in TABLES.items():
+        marker = f"<!-- table: {name} -->"
+        if marker in markdown:
+            markdown = markdown.replace(marker, table())
+    target = page.file.src_uri
+    source = repository_path(target)
+    return LINK.sub(lambda m: m[1] + site_link(m[2], source, target) + (m[3] or "") + m[4], markdown)
+
+
+def repository_path(page: str) -> str:
+    """Where the file of a page lies in the repository."""
+    for source, target in PAGES.items():
+        if page == target:
+            return source
+    if page.startswith("results/"):
+        return f"{RESULTS}/{posixpath.basename(page)}"
+    return f"docs/{page}"
+
+
+def site_link(link: str, source: str, target: str) -> str:
+    """A link of the file `source` as the page `target` needs it; links to elsewhere stay as they are."""
+    if "://" in link or link.startswith(("mailto:", "/")):
+        return link
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
+    if path.startswith(f"{RESULTS}/"):
+        path = f"results/{posixpath.basename(path)}"
+    elif path == RESULTS:
+        path = "results/index.md"
+    elif path in PAGES:
+        path = PAGES[path]
+    elif path.startswith("docs/"):
+        path = path.removeprefix("docs/")
+    else:
+        return link
+    return posixpath.relpath(path, posixpath.dirname(target))
+
+
+# ------------------------------------------------------------------------------ tables
+def losses_table() -> str:
+    """One row a method that is a sum of losses: its name, its paper, its default sum, its options."""
+    from kdtoolkit.core.registries import LOSSES, METHODS
+    from kdtoolkit.core.strategy import StrategySpec
+    from kdtoolkit.methods.factory import list_methods
+    from kdtoolkit.utils.registry import keyword_options
+
+    rows = []
+    for name in list_methods():
+        spec = METHODS[name]
+        if isinstance(spec, StrategySpec):
+            continue
+        options = sorted({o for loss in spec.losses for o in keyword_options(LOSSES[loss].__init__)})
+        rows.append([code(name), spec.title, weighted_sum(spec.losses), codes(options)])
+    return markdown_table(["method", "what it is", "default sum", "options"], rows)
+
+
+def strategies_table() -> str:
+    """One row a strategy: its name, its paper, its default sum, its options with their defaults."""
+    from kdtoolkit.core.registries import METHODS
+    from kdtoolkit.core.strategy import StrategySpec
+    from kdtoolkit.methods.factory import list_methods
+
+    rows = []
+    for name in list_methods():
+        spec = METHODS[name]
+        if isinstance(spec, StrategySpec):
+            options = [f"{option}={default!r}" for option, default in spec.options.items()]
+            teacher = "yes" if spec.needs_teacher else "no"
+            rows.append([code(name), spec.title, teacher, weighted_sum(spec.losses), codes(options)])
+    heads = ["method", "what it is", "teacher", "default sum", "options and defaults"]
+    return markdown_table(heads, rows)
+
+
+def public_names_table() -> str:
+    """One row a name of `kdtoolkit`, with the first line of its docstring and a link to its page."""
+    import kdtoolkit
+
+    rows = []
+    for name in kdtoolkit.__all__:
+        value = getattr(kdtoolkit, name)
+        if isinstance(value, ModuleType):
+            rows.append([code(f"kdtoolkit.{name}"), first_line(value), f"[module](./{name}.md)"])
+        elif hasattr(value, "__qualname__"):
+            path = f"{value.__module__}.{value.__qualname__}"
+            rows.append([f"[`{name}`][{path}]", first_line(value), code(value.__module__)])
+    return markdown_table(["name", "what it is", "defined in"], rows)
+
+
+def first_line(value: object) -> str:
+    """The first line of a docstring."""
+    return (inspect.getdoc(value) or "").partition("\n")[0]
+
+
+def weighted_sum(losses: dict[str, object]) -> str:
+    """`{"ce": 0.1, "kd": 0.9}` -> "0.1 ce + 0.9 kd"; an arrow marks a weight that changes during the run."""
+    return " + ".join(f"{weight_text(weight)} {name}" for name, weight in losses.items())
+
+
+def weight_text(weight: object) -> str:
+    """A number, or the final weight of a schedule with an arrow."""
+    if isinstance(weight, (int, float)):
+        return f"{weight:g}"
+    final = getattr(weight, "weight", None)
+    return f"{final:g}↑" if final is not None else repr(weight)
+
+
+def code(text: str) -> str:
+    """Text as code in a cell of a table."""
+    return f"`{text}`".replace("|", "\\|")
+
+
+def codes(texts: list[str]) -> str:
+    """Several texts as code, or a dash."""
+    return ", ".join(map(code, texts)) or "–"
+
+
+def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
+    """A markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+TABLES = {
+    "losses": losses_table,
+    "strategies": strategies_table,
+    "public names": public_names_table,
+}

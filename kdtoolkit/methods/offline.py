@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from kdtoolkit.core.loss import DistillationLoss, zero_loss
 from kdtoolkit.core.method import Method, num_parameters
+from kdtoolkit.core.registries import LOSSES, METHODS
+from kdtoolkit.core.strategy import MethodSpec
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.preprocess import Preprocess
+from kdtoolkit.methods.resolve import ResolvedLosses
 from kdtoolkit.schedules import describe_weight, weight_at
 from kdtoolkit.types import Batch, Clock, LossWeight, Out, Step, TapKey
+
+if "none" not in METHODS:
+    METHODS.add("none")(MethodSpec({"ce": 1.0}, "Plain training on labels, without a teacher"))
 
 
 class OfflineDistillation(Method):
@@ -154,27 +161,48 @@ def _called(adapter: nn.Module) -> str:
     return "identity" if getattr(adapter, "is_identity", False) else type(adapter).__name__
 
 
+@dataclass(frozen=True)
+class BuiltLosses:
+    """Losses that are ready to train.
+
+    Attributes:
+        losses: Losses by name; with several teachers one per teacher, named "kd/0", "kd/1", ...
+        weights: Their weights; each teacher gets an equal share.
+        teacher_of: Number of the teacher that each reads.
+    """
+
+    losses: dict[str, DistillationLoss]
+    weights: dict[str, LossWeight]
+    teacher_of: dict[str, int]
+
+
 def build_losses(
-    names: Mapping[str, LossWeight],
+    resolved: ResolvedLosses,
     student: Taps,
     teachers: Sequence[Frozen],
-    find: Callable[[str], type[DistillationLoss]],
-    pairs: Callable[[Frozen], list[tuple[TapKey, TapKey]]],
-    options: Callable[[str, type[DistillationLoss]], dict[str, Any]],
-) -> tuple[dict[str, DistillationLoss], dict[str, LossWeight], dict[str, int]]:
-    """Objectives by name for every teacher, their weights (shared out equally over teachers) and whose they are."""
-    objectives: dict[str, DistillationLoss] = {}
-    weights: dict[str, LossWeight] = {}
-    whose: dict[str, int] = {}
-    for name, weight in names.items():
-        cls = find(name)
-        given = options(name, cls)
+    layer_pairs: Callable[[Frozen], list[tuple[TapKey, TapKey]]],
+) -> BuiltLosses:
+    """Build the losses between a student and its teachers.
+
+    Args:
+        resolved: Losses, weights and options.
+        student: The student.
+        teachers: Frozen teachers, or none.
+        layer_pairs: Pairs of taps between the student and a teacher.
+
+    Returns:
+        A loss for each name that needs no teacher, and one for each teacher of the others.
+
+    Raises:
+        ValueError: If a loss needs a teacher and none was given, or refuses its options.
+    """
+    built = BuiltLosses({}, {}, {})
+    for name in resolved.names_to_build():
+        cls, options = LOSSES[name], resolved.options_of(name)
+        weight = resolved.weights[name]
         if not cls.needs_teacher:
-            objectives[name], weights[name], whose[name] = (
-                cls(student, None, (), **given),
-                weight,
-                0,
-            )
+            built.losses[name] = cls(student, None, (), **options)
+            built.weights[name], built.teacher_of[name] = weight, 0
             continue
         if not teachers:
             raise ValueError(
@@ -182,18 +210,21 @@ def build_losses(
             )
         for number, teacher in enumerate(teachers):
             key = name if len(teachers) == 1 else f"{name}/{number}"
-            objectives[key] = cls(
-                student, teacher, pairs(teacher) if cls.needs_taps else (), **given
-            )
-            weights[key] = _share(weight, len(teachers))
-            whose[key] = number
-    return objectives, weights, whose
+            pairs = layer_pairs(teacher) if cls.needs_taps else ()
+            built.losses[key] = cls(student, teacher, pairs, **options)
+            built.weights[key] = _share(weight, len(teachers))
+            built.teacher_of[key] = number
+    for name, loss in resolved.loss_objects.items():
+        built.losses[name], built.weights[name] = loss, resolved.weights[name]
+        built.teacher_of[name] = 0
+    return built
 
 
 def _share(weight: LossWeight, teachers: int) -> LossWeight:
+    """The weight of each of several teachers."""
     if teachers == 1:
         return weight
-    if callable(weight):
-        schedule = weight
-        return lambda clock: schedule(clock) / teachers
-    return weight / teachers
+    if not callable(weight):
+        return weight / teachers
+    schedule = weight
+    return lambda clock: schedule(clock) / teachers

@@ -200,7 +200,7 @@ def test_what_is_refused(given, message):
 
 
 def test_a_strategy_stands_alone_and_says_whether_it_wants_a_teacher():
-    with pytest.raises(ValueError, match="'dml' builds a team of its own and stands alone"):
+    with pytest.raises(ValueError, match="'dml' is a strategy, which builds several networks of its own"):
         distill(None, "cifar_resnet8", "digits", method=["dml", "kd"])
     with pytest.raises(ValueError, match="uses no teacher, its networks teach each other"):
         distill(teacher(), "cifar_resnet8", "digits", method="dml")

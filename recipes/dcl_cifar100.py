@@ -1,26 +1,31 @@
-"""Deep communication learning on CIFAR-100 with the paper's numbers: two WRN-16-4, 200 epochs, batch 128, lr 0.001.
+"""Deep communication learning on CIFAR-100 with the numbers of the released code.
+
+Two WRN-16-4, 200 epochs, batch 128, lr 0.001.
 
     accelerate launch recipes/dcl_cifar100.py
-    accelerate launch --num_processes 2 recipes/dcl_cifar100.py      # one network on each process, the same result
-    accelerate launch recipes/dcl_cifar100.py --data PATH --student cifar_resnet20 --lr 0.1 --epochs 12
+    accelerate launch --num_processes 2 recipes/dcl_cifar100.py
+    accelerate launch recipes/dcl_cifar100.py --data PATH --student cifar_resnet20 --epochs 12
 
-Paper (Zhang et al. 2022, CIFAR-100, best network and epoch on the test set): WRN-16-4 alone 65.88, two of them 69.32.
-Its text exchanges weights every T epochs, its code every 10 mini-batches; this is the code.
-Reached here with the full schedule: not yet run. Shorter runs, other settings too: benchmarks/results/strategies.md.
+Paper (Zhang et al. 2022, CIFAR-100, best network and epoch on the test set): WRN-16-4 alone 65.88,
+two of them 69.32. Its text exchanges weights every T epochs, its code every 10 mini-batches; this
+is the code. Reached here with the full schedule: not yet run. Shorter runs, other settings too:
+benchmarks/results/strategies.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import tyro
 from accelerate import PartialState
 
 from kdtoolkit import distill
-from kdtoolkit.recipe import parse
 
 
 @dataclass(frozen=True)
 class Config:
+    """Numbers of the recipe, with their units."""
+
     student: str = "cifar_wrn16_4"
     peers: int = 2  # networks, the student among them
     dataset: str = "cifar100"
@@ -31,9 +36,7 @@ class Config:
     beta: float = 0.1  # share of the common weights in an exchange, 0 to 1
     rule: str = "paper"  # "eps-free" (its limit), "mean" (plain average)
     statistics: str = "own"  # BatchNorm's after an exchange; "merged", "recalibrated"
-    until: float = (
-        1.0  # share of the run with exchanges; at 0.5 networks stay different and gained more here
-    )
+    until: float = 1.0  # share of the run with exchanges; 0.5 gained more here
     views: bool = False  # True: every network has an augmentation of its own
     epochs: int = 200
     batch_size: int = 128  # images per step
@@ -49,13 +52,15 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    """Run the recipe."""
     result = distill(
-        None, cfg.student, cfg.dataset, data_path=cfg.data or None, train_limit=cfg.rows or None, method="dcl",
-        peers=cfg.peers, every=cfg.every, unit=cfg.unit, beta=cfg.beta, rule=cfg.rule, statistics=cfg.statistics,
-        until=cfg.until, views=cfg.views, epochs=cfg.epochs, batch_size=cfg.batch_size, optimizer="sgd", lr=cfg.lr,
-        gamma=cfg.gamma, weight_decay=cfg.weight_decay, scheduler="multistep", milestones=cfg.milestones,
-        validation=cfg.validation, mixed_precision=cfg.precision, seed=cfg.seed, output_dir=cfg.output,
-        resume=cfg.resume, keep="all",
+        None, cfg.student, cfg.dataset, data_path=cfg.data or None, train_limit=cfg.rows or None,
+        method="dcl", peers=cfg.peers, every=cfg.every, unit=cfg.unit, beta=cfg.beta,
+        rule=cfg.rule, statistics=cfg.statistics, until=cfg.until, views=cfg.views,
+        epochs=cfg.epochs, batch_size=cfg.batch_size, optimizer="sgd", lr=cfg.lr, gamma=cfg.gamma,
+        weight_decay=cfg.weight_decay, scheduler="multistep", milestones=cfg.milestones,
+        validation=cfg.validation, mixed_precision=cfg.precision, seed=cfg.seed,
+        output_dir=cfg.output, resume=cfg.resume, keep="all",
     )  # fmt: skip
     if PartialState().is_main_process:
         print(
@@ -68,4 +73,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Config, __doc__))
+    main(tyro.cli(Config, description=__doc__))

@@ -1,12 +1,15 @@
-"""Decoupled knowledge with ensemble learning on CIFAR-100 with the paper's numbers: ResNet-32, 300 epochs, batch 128.
+"""Decoupled knowledge with ensemble learning on CIFAR-100 with the paper's numbers.
+
+ResNet-32, 300 epochs, batch 128.
 
     accelerate launch recipes/dkel_cifar100.py
     accelerate launch recipes/dkel_cifar100.py --method pcl
     accelerate launch recipes/dkel_cifar100.py --data PATH --student cifar_resnet20 --epochs 12
 
-Paper (Shao & Chen 2023, Table 1, ResNet-32 on CIFAR-100, best peer and epoch on the test set): alone 71.28, PCL 74.14,
-DKEL 74.83. The ramp-up is the one that the paper means; --rampup released is that of its code.
-Reached here with the full schedule: not yet run. Shorter runs: benchmarks/results/strategies.md.
+Paper (Shao & Chen 2023, Table 1, ResNet-32 on CIFAR-100, best peer and epoch on the test set):
+alone 71.28, PCL 74.14, DKEL 74.83. The ramp-up is the one that the paper means; --rampup released
+is that of its code. Reached here with the full schedule: not yet run. Shorter runs:
+benchmarks/results/strategies.md.
 """
 
 from __future__ import annotations
@@ -14,14 +17,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import tyro
 from accelerate import PartialState
 
 from kdtoolkit import distill
-from kdtoolkit.recipe import parse
 
 
 @dataclass(frozen=True)
 class Config:
+    """Numbers of the recipe, with their units."""
+
     student: str = "cifar_resnet32"
     method: str = "dkel"  # "pcl" is the same without a decoupled teacher and a decaying ensemble
     branches: int = 3  # copies of the last stage and the classifier
@@ -44,12 +49,14 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    """Run the recipe."""
     own: dict[str, Any] = {"rate": cfg.rate, "init_steps": cfg.init_steps, "rampup": cfg.rampup}
     result = distill(
-        None, cfg.student, cfg.dataset, data_path=cfg.data or None, train_limit=cfg.rows or None, method=cfg.method,
-        branches=cfg.branches, epochs=cfg.epochs, batch_size=cfg.batch_size, optimizer="nesterov", lr=cfg.lr,
-        weight_decay=cfg.weight_decay, scheduler="multistep", milestones=cfg.milestones, validation=cfg.validation,
-        mixed_precision=cfg.precision, seed=cfg.seed, output_dir=cfg.output, resume=cfg.resume, keep="all",
+        None, cfg.student, cfg.dataset, data_path=cfg.data or None, train_limit=cfg.rows or None,
+        method=cfg.method, branches=cfg.branches, epochs=cfg.epochs, batch_size=cfg.batch_size,
+        optimizer="nesterov", lr=cfg.lr, weight_decay=cfg.weight_decay, scheduler="multistep",
+        milestones=cfg.milestones, validation=cfg.validation, mixed_precision=cfg.precision,
+        seed=cfg.seed, output_dir=cfg.output, resume=cfg.resume, keep="all",
         **(own if cfg.method == "dkel" else {}),
     )  # fmt: skip
     if PartialState().is_main_process:
@@ -63,4 +70,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Config, __doc__))
+    main(tyro.cli(Config, description=__doc__))

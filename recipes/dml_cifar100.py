@@ -1,26 +1,31 @@
-"""Deep mutual learning on CIFAR-100 with the paper's numbers: two ResNet-32, 200 epochs, batch 64, lr 0.1.
+"""Deep mutual learning on CIFAR-100 with the paper's numbers.
+
+Two ResNet-32, 200 epochs, batch 64, lr 0.1.
 
     accelerate launch recipes/dml_cifar100.py
-    accelerate launch recipes/dml_cifar100.py --data PATH --student cifar_resnet20 --peers 2 --epochs 12
-    accelerate launch --num_processes 2 recipes/dml_cifar100.py      # one network on each process, the same result
+    accelerate launch recipes/dml_cifar100.py --data PATH --student cifar_resnet20 --epochs 12
+    accelerate launch --num_processes 2 recipes/dml_cifar100.py
 
-Paper (Zhang et al. 2018, Table 2, as we remember it, unverified): ResNet-32 alone 68.99, two of them 71.19 and 70.75.
-PCL's table of 2021 has 73.68 ± 0.14 for DML with ResNet-32 in a schedule of 300 epochs.
-Reached here with the full schedule: not yet run. Shorter runs: benchmarks/results/strategies.md.
+Paper (Zhang et al. 2018, Table 2, as we remember it, unverified): ResNet-32 alone 68.99, two of
+them 71.19 and 70.75. PCL's table of 2021 has 73.68 ± 0.14 for DML with ResNet-32 in a schedule of
+300 epochs. Reached here with the full schedule: not yet run. Shorter runs:
+benchmarks/results/strategies.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import tyro
 from accelerate import PartialState
 
 from kdtoolkit import distill
-from kdtoolkit.recipe import parse
 
 
 @dataclass(frozen=True)
 class Config:
+    """Numbers of the recipe, with their units."""
+
     student: str = "cifar_resnet32"
     peers: int = 2  # networks, the student among them
     dataset: str = "cifar100"
@@ -42,12 +47,15 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    """Run the recipe."""
     result = distill(
-        None, cfg.student, cfg.dataset, data_path=cfg.data or None, train_limit=cfg.rows or None, method="dml",
-        peers=cfg.peers, losses={"ce": 1.0, "mutual": cfg.weight}, temperature=cfg.temperature, target=cfg.target,
-        epochs=cfg.epochs, batch_size=cfg.batch_size, optimizer="nesterov", lr=cfg.lr, weight_decay=cfg.weight_decay,
-        scheduler="multistep", milestones=cfg.milestones, validation=cfg.validation, mixed_precision=cfg.precision,
-        seed=cfg.seed, output_dir=cfg.output, resume=cfg.resume, keep="all",
+        None, cfg.student, cfg.dataset, data_path=cfg.data or None, train_limit=cfg.rows or None,
+        method="dml", peers=cfg.peers, losses={"ce": 1.0, "mutual": cfg.weight},
+        temperature=cfg.temperature, target=cfg.target, epochs=cfg.epochs,
+        batch_size=cfg.batch_size, optimizer="nesterov", lr=cfg.lr, weight_decay=cfg.weight_decay,
+        scheduler="multistep", milestones=cfg.milestones, validation=cfg.validation,
+        mixed_precision=cfg.precision, seed=cfg.seed, output_dir=cfg.output, resume=cfg.resume,
+        keep="all",
     )  # fmt: skip
     if PartialState().is_main_process:
         print(
@@ -60,4 +68,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Config, __doc__))
+    main(tyro.cli(Config, description=__doc__))

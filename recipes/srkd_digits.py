@@ -1,9 +1,10 @@
-"""The whole way in a minute, without any download: a teacher, a student alone, the same student with SRKD.
+"""Teacher, student alone and the student with SRKD in a minute, without any download.
 
     python recipes/srkd_digits.py
 
-Data: scikit-learn's 1,797 handwritten digits. The teacher learns from all 1,297 training images; both students see the
-same 400 of them, which is where a teacher helps most. Numbers are of the last epoch on the 500 test images.
+Data: scikit-learn's 1,797 handwritten digits. The teacher learns from all 1,297 training images;
+both students see the same 400 of them, which is where a teacher helps most. Numbers are of the last
+epoch on the 500 test images.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import tyro
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
 from kdtoolkit import distill
-from kdtoolkit.recipe import parse
 
 
 @dataclass(frozen=True)
 class Config:
+    """Numbers of the recipe, with their units."""
+
     teacher: str = "cifar_resnet20"
     student: str = "cifar_resnet8"
     method: str = "srkd"
@@ -35,23 +38,33 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    """Run the recipe."""
     torch.set_num_threads(1)  # digits are 16x16: a second thread waits more than it works
-    shared = dict(
-        train_data="digits", batch_size=cfg.batch_size, optimizer="nesterov", lr=cfg.lr, warmup_epochs=1,
-        validation="none", seed=cfg.seed, resume=False if cfg.overwrite else "auto", overwrite=cfg.overwrite,
-        log_every=5,
-    )  # fmt: skip
+    shared = {
+        "train_data": "digits",
+        "batch_size": cfg.batch_size,
+        "optimizer": "nesterov",
+        "lr": cfg.lr,
+        "warmup_epochs": 1,
+        "validation": "none",
+        "seed": cfg.seed,
+        "resume": False if cfg.overwrite else "auto",
+        "overwrite": cfg.overwrite,
+        "log_every": 5,
+    }
     students = shared | {"epochs": cfg.epochs, "train_limit": cfg.rows}
     teacher = distill(
-        None, cfg.teacher, method="none", epochs=cfg.teacher_epochs, output_dir=f"{cfg.output}/teacher",
-        label="teacher", **shared,
+        None, cfg.teacher, method="none", epochs=cfg.teacher_epochs,
+        output_dir=f"{cfg.output}/teacher", label="teacher", **shared,
     )  # fmt: skip
     alone = distill(
-        None, cfg.student, method="none", output_dir=f"{cfg.output}/alone", label="student alone", **students
+        None, cfg.student, method="none", output_dir=f"{cfg.output}/alone", label="student alone",
+        **students
     )  # fmt: skip
     student = distill(
-        f"{cfg.output}/teacher/student", cfg.student, method=cfg.method, output_dir=f"{cfg.output}/distilled",
-        baseline=alone, label=f"student {cfg.method}", **students,
+        f"{cfg.output}/teacher/student", cfg.student, method=cfg.method,
+        output_dir=f"{cfg.output}/distilled", baseline=alone, label=f"student {cfg.method}",
+        **students,
     )  # fmt: skip
     if not PartialState().is_main_process:
         return
@@ -64,4 +77,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Config, __doc__))
+    main(tyro.cli(Config, description=__doc__))

@@ -1,4 +1,6 @@
-"""A teacher from labels alone: one-cycle, Nesterov, batch 128. What it writes is a teacher for every other recipe.
+"""A teacher from labels alone: one-cycle, Nesterov, batch 128.
+
+What it writes is a teacher for every other recipe.
 
     accelerate launch recipes/train_teacher.py --model cifar_resnet56 --dataset cifar100 --epochs 40
     accelerate launch recipes/srkd_cifar100.py --teacher runs/teacher/student
@@ -10,14 +12,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import tyro
 from accelerate import PartialState
 
 from kdtoolkit import distill
-from kdtoolkit.recipe import parse
 
 
 @dataclass(frozen=True)
 class Config:
+    """Numbers of the recipe, with their units."""
+
     model: str = "cifar_resnet56"
     shortcut: str = "B"  # ResNets only
     dataset: str = "cifar100"
@@ -34,16 +38,18 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    """Run the recipe."""
     result = distill(
         None, cfg.model, cfg.dataset, data_path=cfg.data or None, method="none", epochs=cfg.epochs,
-        batch_size=cfg.batch_size, optimizer="nesterov", lr=cfg.lr, weight_decay=cfg.weight_decay, scheduler="onecycle",
-        validation=cfg.validation, mixed_precision=cfg.precision, seed=cfg.seed, output_dir=cfg.output,
-        resume=cfg.resume,
-        student_args={"shortcut": cfg.shortcut} if "resnet" in cfg.model else None, label=cfg.model,
+        batch_size=cfg.batch_size, optimizer="nesterov", lr=cfg.lr, weight_decay=cfg.weight_decay,
+        scheduler="onecycle", validation=cfg.validation, mixed_precision=cfg.precision,
+        seed=cfg.seed, output_dir=cfg.output, resume=cfg.resume,
+        student_args={"shortcut": cfg.shortcut} if "resnet" in cfg.model else None,
+        label=cfg.model,
     )  # fmt: skip
     if PartialState().is_main_process:
         print(f"top-1 {result.metrics['top1']:.2f} %; as a teacher: --teacher {cfg.output}/student")
 
 
 if __name__ == "__main__":
-    main(parse(Config, __doc__))
+    main(tyro.cli(Config, description=__doc__))

@@ -1,361 +1,185 @@
-"""From names and numbers to the parts of a run: student, teachers, method. What can be wrong is found here."""
+"""Networks and the method that trains them, from a configuration."""
 
 from __future__ import annotations
 
-import difflib
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from torch import nn
 
-from kdtoolkit import data as data_room
-from kdtoolkit.core.loss import DistillationLoss
 from kdtoolkit.core.method import Method
-from kdtoolkit.core.strategy import StrategySpec
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.preprocess import Preprocess
-from kdtoolkit.methods.factory import (
-    check_losses,
-    check_options,
-    create_method,
-    default_losses,
-    find_strategy,
-    needs_teacher,
-)
+from kdtoolkit.methods.factory import create_method
+from kdtoolkit.methods.resolve import ResolvedLosses
 from kdtoolkit.models.freezing import FrozenParts
 from kdtoolkit.models.layer_groups import layer_numbers
 from kdtoolkit.models.reinit import reinitialised_copy
-from kdtoolkit.pipeline import networks
-from kdtoolkit.pipeline.networks import several
-from kdtoolkit.types import LossWeight
+from kdtoolkit.pipeline.config import DistillConfig
+from kdtoolkit.pipeline.data_info import DataInfo
+from kdtoolkit.pipeline.networks import (
+    build_student,
+    build_teachers,
+    check_no_shared_parameters,
+    check_trainable,
+    untapped,
+    weights_restored_on_error,
+)
 
 
-class _Unsaid(float):
-    """The default of a number, told from the same number when a user gives it."""
-
-
-TEMPERATURE = _Unsaid(4.0)  # no unit
-
-
-# -------------------------------------------------------------------------------------------------------------- checks
-def check_names(
-    given: Mapping[str, Any], options: Mapping[str, Any], known: Sequence[str]
-) -> dict[str, LossWeight]:
-    """The losses of a run and their weights; ValueError for a name or an option that nobody knows. Reads no data.
-
-    given  the arguments of distill();  options  those that it passes on;  known  names of its own
-    """
-    method, teacher = given["method"], given["teacher"]
-    networks.heads(given)
-    if isinstance(method, Method):
-        _check_own(method, given, options)
-        return {}
-    if given["student"] is None:
-        raise ValueError("student=None: pass a model or a timm name, it is what is trained")
-    if not isinstance(method, (str, list, tuple)):
-        raise ValueError(
-            f"method={method!r}: a name of list_methods(), a list of names or Objectives, or a Method"
-        )
-    own, strategy = _own(method), find_strategy(method)
-    losses = dict(given["losses"]) if given["losses"] is not None else default_losses(method)
-    check_losses(losses, own, strategy)
-    try:
-        check_options(losses, options, strategy=strategy)
-    except ValueError as error:  # an option that no loss takes may be a misspelt argument
-        near = {
-            option: difflib.get_close_matches(option, known, 1, cutoff=0.75) for option in options
-        }
-        meant = next(((option, found[0]) for option, found in near.items() if found), None)
-        raise (
-            ValueError(f"unknown argument {meant[0]!r}; did you mean {meant[1]!r}?")
-            if meant
-            else error
-        ) from None
-    if strategy is not None:
-        _check_team(strategy, given)
-        return losses
-    wanting = needs_teacher(losses, own)
-    if wanting and teacher is None:
-        raise ValueError(
-            f"method {method!r} needs a teacher for {', '.join(map(repr, wanting))} and teacher=None: pass a model, "
-            "or method='none' for plain training"
-        )
-    if not wanting and teacher is not None:
-        raise ValueError(f"method {method!r} uses no teacher: pass teacher=None, or another method")
-    return losses
-
-
-def _check_team(strategy: StrategySpec, given: Mapping[str, Any]) -> None:
-    method, teacher = given["method"], given["teacher"]
-    if strategy.needs_teacher and teacher is None:
-        raise ValueError(f"method {method!r} needs a teacher and teacher=None: pass a model")
-    if not strategy.needs_teacher and teacher is not None:
-        raise ValueError(
-            f"method {method!r} uses no teacher, its networks teach each other: pass teacher=None"
-        )
-    for name in ("teacher_head", "teacher_args", "teacher_weights") if teacher is None else ():
-        if given[name] is not None:
-            raise ValueError(
-                f"{name} has no effect: method {method!r} has no teacher; leave it out"
-            )
-    if given["temperature"] is not TEMPERATURE and "temperature" not in strategy.options:
-        raise ValueError(f"temperature has no effect: method {method!r} has none")
-    for name in ("freeze", "layer_decay"):
-        if given[name] is not None:
-            raise ValueError(
-                f"{name}={given[name]!r} is for a student under losses, method {method!r} builds a team: leave it out, "
-                "or freeze parameters of a module that you pass yourself"
-            )
-
-
-def temperature_of(given: Mapping[str, Any]) -> float | None:
-    """That of the run: a strategy has its paper's where none is given, or has none."""
-    strategy = None if isinstance(given["method"], Method) else find_strategy(given["method"])
-    said = strategy is None or given["temperature"] is not TEMPERATURE
-    return given["temperature"] if said else strategy.options.get("temperature")  # type: ignore[union-attr]
-
-
-def resolved(method: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a run with the defaults of its strategy; the temperature is an argument of its own."""
-    strategy = None if isinstance(method, Method) else find_strategy(method)
-    defaults = (
-        {}
-        if strategy is None
-        else {k: v for k, v in strategy.options.items() if k != "temperature"}
-    )
-    return {**defaults, **options}
-
-
-def check_run(method: Method, data: Any, compiled: bool) -> None:
-    """ValueError for unlabelled training rows that the method has no use for, and for what cannot be compiled."""
-    if compiled and method.no_compile_reason:
-        raise ValueError(f"compile=True: {method.no_compile_reason}; leave compile out")
-    if method.num_views > 1 and data is not None and data.augment is None:
-        raise ValueError(
-            f"this method sees {method.num_views} views of every image, and the data makes none (augmentation "
-            f"{data.notes.get('augmentation', 'none')}): pass transforms='crop-flip' or transforms=BatchAugment(...), "
-            "or views=False where the method has that option"
-        )
-    if data is not None and data.unlabelled and not method.uses_unlabelled:
-        raise ValueError(
-            f"{data.unlabelled} training rows have no label (-1), and this method learns from labels alone: remove "
-            "these rows, or use method='mean_teacher'"
-        )
-
-
-def _own(method: Any) -> list[DistillationLoss]:
-    return [] if isinstance(method, str) else [m for m in method if isinstance(m, DistillationLoss)]
-
-
-def _check_own(method: Method, given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """A Method that is already built brings its networks, losses and options."""
-    for (
-        name
-    ) in "losses teacher_head student_args teacher_args student_weights teacher_weights".split():
-        if given[name] is not None:
-            raise ValueError(
-                f"{name} has no effect on a Method that is already built: give it to its constructor"
-            )
-    if options or given["layers"] != "auto" or given["temperature"] is not TEMPERATURE:
-        name = next(iter(options), "layers" if given["layers"] != "auto" else "temperature")
-        raise ValueError(
-            f"{name} has no effect on a Method that is already built: give it to its constructor"
-        )
-    nets = method.networks()
-    product = next(iter(nets.values()))
-    for name in ("freeze", "layer_decay"):
-        if given[name] is not None and len(nets) > 1:
-            raise ValueError(
-                f"{name}={given[name]!r} is for one student, this Method trains {', '.join(nets)}: leave it out, or "
-                "freeze parameters of the networks that you pass"
-            )
-    if given["student"] is not None and given["student"] is not product:
-        raise ValueError(
-            f"student={_named(given['student'])} is not the network that the Method trains ({type(product).__name__}): "
-            "pass that network, or student=None"
-        )
-    inside = [t.model for t in method.teachers]
-    teachers = several(given["teacher"])
-    if teachers and not (
-        len(teachers) == len(inside) and all(t is m for t, m in zip(teachers, inside, strict=True))
-    ):
-        raise ValueError(
-            "teacher is not that of the Method, which is already built: pass teacher=None"
-        )
-
-
-def _named(spec: Any) -> str:
-    return repr(spec) if isinstance(spec, (str, os.PathLike)) else type(spec).__name__
-
-
-# ---------------------------------------------------------------------------------------------------------------- data
-@dataclass
-class DataInfo:
-    """What the models need to know of the data; a dry run of a preset reads no data."""
-
-    classes: int
-    image: tuple[int, int]
-    data: Any
-    describe: dict[str, Any]
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> DataInfo:
-        train_data = given["train_data"]
-        preset = data_room.PRESETS.get(train_data) if isinstance(train_data, str) else None
-        if given["dry_run"] and preset is not None:
-            classes, side = given["num_classes"] or preset.num_classes, given["image_size"]
-            size = preset.size if side is None else (side, side)
-            told = {"name": train_data, "num_classes": classes, "image_size": size}
-            return cls(classes, size, None, told | {"augmentation": str(preset.augment)})
-        names = "seed validation transforms num_classes num_workers image_size data_path train_limit labelled".split()
-        loaded = data_room.load(train_data, given["eval_data"], **{n: given[n] for n in names})
-        return cls(loaded.num_classes, loaded.image_size, loaded, loaded.describe())
-
-
-# --------------------------------------------------------------------------------------------------------------- parts
 @dataclass
 class RunParts:
-    """Networks and the method that trains them.
+    """Networks of a run, and the method that trains them.
 
-    to_adapt  numbers of the teachers that got a new head, which must be trained before they teach
-    notes     what was done to the networks, for the plan
-    still     what of the student is not trained, or None;  layers  parameter -> layer, for layer_decay
-    extra     further numbers for the result, such as those of a fine-tuned teacher
+    Attributes:
+        student: The first network that is trained.
+        teachers: Frozen teachers.
+        method: Owns every trained parameter.
+        to_finetune: Numbers of the teachers that must be fine-tuned before they teach.
+        notes: What was done to the networks, for the plan.
+        frozen_parts: What of the student is not trained; None where all is.
+        parameter_layers: Parameter of the student -> number of its layer, for `layer_decay`.
+        extra_metrics: Further numbers for the result, such as those of a fine-tuned teacher.
     """
 
-    net: nn.Module
+    student: nn.Module
     teachers: list[Frozen]
     method: Method
-    to_adapt: list[int] = field(default_factory=list)
+    to_finetune: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    still: FrozenParts | None = None
-    layers: dict[str, int] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    frozen_parts: FrozenParts | None = None
+    parameter_layers: dict[str, int] | None = None
+    extra_metrics: dict[str, Any] = field(default_factory=dict)
 
     def release(self) -> None:
-        """Every network without hooks, flags and modes as they were."""
+        """Take hooks off every network, and restore flags and modes."""
         self.method.release()
         for teacher in reversed(self.teachers):
             teacher.release()
-        if self.still is not None:
-            self.still.release()
+        if self.frozen_parts is not None:
+            self.frozen_parts.release()
 
 
-def build(
-    given: Mapping[str, Any],
-    losses: Mapping[str, LossWeight],
-    options: Mapping[str, Any],
-    facts: DataInfo,
-    teachers: Any = None,
+def build_parts(
+    config: DistillConfig,
+    resolved: ResolvedLosses | None,
+    info: DataInfo,
+    *,
+    dry_run: bool,
+    finetuned: Sequence[nn.Module] | None = None,
 ) -> RunParts:
-    """Student, teachers and method. The student's first weights depend on the seed alone; a dry run has no weights.
+    """Build student, teachers and method. The student's first weights depend on the seed alone.
 
-    teachers  teachers whose heads were trained, in place of given["teacher"]
+    Args:
+        config: The configuration.
+        resolved: Losses and options of the method; None for a `Method` that is already built.
+        info: The data.
+        dry_run: Whether networks are built without weights.
+        finetuned: Teachers whose heads are trained, in place of those that the configuration names.
+
+    Returns:
+        The parts, with hooks; release them at the end.
     """
-    with networks.unharmed(given["student"] if given["student_weights"] is not None else None):
-        return _built(given, losses, options, facts, teachers)
+    networks = config.networks
+    with weights_restored_on_error(
+        networks.student if networks.student_weights is not None else None
+    ):
+        if isinstance(config.loss.method, Method):
+            parts = _parts_of_method(config.loss.method, info)
+        else:
+            assert resolved is not None
+            with torch.device("meta" if dry_run else "cpu"):
+                set_seed(config.loop.seed)
+                parts = _parts_by_name(config, resolved, info, dry_run, finetuned)
+        return _with_frozen_parts(parts, config, info)
 
 
-def _built(
-    given: Mapping[str, Any],
-    losses: Mapping[str, LossWeight],
-    options: Mapping[str, Any],
-    facts: DataInfo,
-    teachers: Any,
-) -> RunParts:
-    if isinstance(given["method"], Method):
-        parts = _own_parts(given["method"], facts)
-    else:
-        with torch.device("meta" if given["dry_run"] else "cpu"):
-            set_seed(given["seed"])
-            parts = _named_parts(given, losses, options, facts, teachers)
-    taps = networks.plain(parts.net, facts.image)
+def _with_frozen_parts(parts: RunParts, config: DistillConfig, info: DataInfo) -> RunParts:
+    taps = untapped(parts.student, info.image_size)
     try:
-        parts.layers = layer_numbers(taps) if given["layer_decay"] is not None else None
-        parts.still = FrozenParts(taps, given["freeze"]) if given["freeze"] is not None else None
+        if config.optim.layer_decay is not None:
+            parts.parameter_layers = layer_numbers(taps)
+        if config.networks.freeze is not None:
+            parts.frozen_parts = FrozenParts(taps, config.networks.freeze)
     except BaseException:
         parts.release()
         raise
-    if parts.still is not None:
-        parts.still.apply()
+    if parts.frozen_parts is not None:
+        parts.frozen_parts.apply()
     return parts
 
 
-def _own_parts(method: Method, facts: DataInfo) -> RunParts:
-    """Those of a Method that the caller has built."""
+def _parts_of_method(method: Method, info: DataInfo) -> RunParts:
+    """The parts of a Method that the caller has built."""
     nets = method.networks()
+    first = next(iter(nets.values()))
     for teacher in method.teachers:
-        networks.apart(teacher.model, next(iter(nets.values())))
+        check_no_shared_parameters(teacher.model, first)
     for name, net in nets.items():
         try:
-            networks.trainable(net, facts)
+            check_trainable(net, info)
         except ValueError as error:
-            raise (error if len(nets) == 1 else ValueError(f"network {name!r}: {error}")) from None
-    return RunParts(next(iter(nets.values())), list(method.teachers), method)
+            if len(nets) == 1:
+                raise
+            raise ValueError(f"network {name!r}: {error}") from None
+    return RunParts(first, list(method.teachers), method)
 
 
-def _named_parts(
-    given: Mapping[str, Any],
-    losses: Mapping[str, LossWeight],
-    options: Mapping[str, Any],
-    facts: DataInfo,
-    trained: Any,
+def _parts_by_name(
+    config: DistillConfig,
+    resolved: ResolvedLosses,
+    info: DataInfo,
+    dry_run: bool,
+    finetuned: Sequence[nn.Module] | None,
 ) -> RunParts:
     notes: list[str] = []
     frozen: list[Frozen] = []
-    taps = None
-    net = networks.student(given, facts, notes)
+    taps: Taps | None = None
+    networks, seed = config.networks, config.loop.seed
+    student = build_student(networks, info, seed, notes, dry_run=dry_run)
     try:
-        to_adapt = networks.teachers(frozen, given, losses, facts, trained, net, notes)
-        pre = Preprocess.of(net, facts.image)
-        taps = Taps(net, None, pre.size or facts.image)
-        heat, named = (
-            given["temperature"],
-            find_strategy(given["method"]) is None and "kd" in losses,
-        )
-        wanted = named or (heat is not None and heat is not TEMPERATURE)
-        options = dict(options) | ({"temperature": heat} if wanted else {})
-        options["another"] = _another(given, facts, notes)
-        options |= {
-            "losses": losses,
-            "layers": given["layers"],
-            "preprocess": pre,
-            "image": facts.image,
-        }
-        method = create_method(given["method"], taps, frozen, **options)
+        to_finetune = build_teachers(
+            frozen, networks, info, list(resolved.weights), student, notes,
+            seed=seed, dry_run=dry_run, finetuned=finetuned,
+        )  # fmt: skip
+        preprocess = Preprocess.of(student, info.image_size)
+        taps = Taps(student, None, preprocess.size or info.image_size)
+        method = create_method(
+            resolved, taps, frozen, layers=config.loss.layers, preprocess=preprocess,
+            image=info.image_size, another=_network_maker(config, info, notes, dry_run),
+        )  # fmt: skip
     except BaseException:
-        for part in (taps, *frozen):
-            if part is not None:
-                part.remove() if part is taps else part.release()  # type: ignore[attr-defined]
+        if taps is not None:
+            taps.remove()
+        for teacher in frozen:
+            teacher.release()
         raise
-    return RunParts(net, frozen, method, to_adapt, notes)
+    return RunParts(student, frozen, method, to_finetune, notes)
 
 
-def _another(
-    given: Mapping[str, Any], facts: DataInfo, notes: list[str]
+def _network_maker(
+    config: DistillConfig, info: DataInfo, notes: list[str], dry_run: bool
 ) -> Callable[..., nn.Module]:
-    """Further networks of a team: the student built again, or another source, with first weights of seed + k."""
+    """Makes further networks of a strategy: the student built again, or another source, with weights of seed + k."""
 
-    def another(k: int, spec: Any = None) -> nn.Module:
-        if spec is None and isinstance(given["student"], nn.Module):
+    def make_network(k: int, source: Any = None) -> nn.Module:
+        student, seed = config.networks.student, config.loop.seed + k
+        if source is None and isinstance(student, nn.Module):
             notes.append(
-                f"network {k} is a copy of the student's module with weights drawn anew (but frozen ones)"
+                f"network {k} is a copy of the student's module with re-initialised weights (except frozen ones)"
             )
-            return reinitialised_copy(given["student"], given["seed"] + k)
-        if isinstance(spec, nn.Module):
-            return networks.trainable(spec, facts)
-        own = (
-            given
-            if spec is None
-            else {**given, "student": spec, "student_args": None, "student_weights": None}
-        )
+            return reinitialised_copy(student, seed)
+        if isinstance(source, nn.Module):
+            return check_trainable(source, info)
+        networks = config.networks
+        if source is not None:
+            networks = replace(networks, student=source, student_args=None, student_weights=None)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(given["seed"] + k)
-            return networks.student({**own, "seed": given["seed"] + k}, facts, [])
+            torch.manual_seed(seed)
+            return build_student(networks, info, seed, [], dry_run=dry_run)
 
-    return another
+    return make_network

@@ -27,161 +27,204 @@ TEACHER_HEADS = ("finetune", "linear-probe", "feature-only", "as-is")
 
 @dataclass(frozen=True)
 class NetworksConfig:
-    """Teacher and student: where they come from, and what of them is trained."""
+    """Teacher and student: where they come from, and what of them is trained.
+
+    Attributes:
+        teacher: timm name, "local-dir:PATH", "hf-hub:ID", PATH.safetensors, `nn.Module`, a list of
+            these, or none for plain training and for strategies whose networks teach each other.
+        student: The network to train: as `teacher`, without the list. A name without a weight tag
+            starts from random weights; a source of other classes than the data keeps its weights
+            and gets a new head.
+        teacher_head: What to do with a teacher of other data: "finetune" trains it on the data
+            first (of your own module: a copy), with a new head where its classes differ;
+            "linear-probe" only the head; "feature-only" uses its features and not its logits;
+            "as-is" insists that the classes are the same. A list says it for each of several
+            teachers.
+        teacher_dir: Folder of fine-tuned teachers, where a run finds those that an earlier one made
+            of the same network, data and configuration. Default: `output_dir/finetuned`.
+        teacher_training: Keywords of `distill()` for the fine-tuning of the teacher alone, e.g.
+            epochs=3; the others are those of this run, except `freeze` and `layer_decay`.
+        freeze: What of the student is not trained: a number of stages from the image, names of
+            modules, or "backbone" (all but the classifier). Its BatchNorm statistics stay too.
+        student_weights: .safetensors, .pth or .pt file, folder, "hf-hub:ID" or state dict for a
+            student given by name or as a module.
+        teacher_weights: The same for the teacher (of a module: a copy is loaded); for several
+            teachers a list.
+        student_args: Options of the student's constructor, e.g. img_size=32.
+        teacher_args: Options of the teacher's constructor; for several teachers also a list.
+    """
 
     teacher: types.TeacherSource = None
-    """timm name, "local-dir:PATH", "hf-hub:ID", PATH.safetensors, `nn.Module`, a list of these, or none for plain
-    training and for strategies whose networks teach each other."""
     student: types.NetworkSource = None
-    """The network to train: as `teacher`, without the list. A name without a weight tag starts from random weights; a
-    source of other classes than the data keeps its weights and gets a new head."""
     teacher_head: types.TeacherHead = None
-    """What to do with a teacher of other data: "finetune" trains it on the data first (of your own module: a copy),
-    with a new head where its classes differ; "linear-probe" only the head; "feature-only" uses its features and not its
-    logits; "as-is" insists that the classes are the same. A list says it for each of several teachers."""
     teacher_dir: types.OptionalPath = None
-    """Folder of fine-tuned teachers, where a run finds those that an earlier one made of the same network, data and
-    configuration. Default: `output_dir/finetuned`."""
     teacher_training: types.Options = None
-    """Keywords of `distill()` for the fine-tuning of the teacher alone, e.g. epochs=3; the others are those of this
-    run, except `freeze` and `layer_decay`."""
     freeze: types.Freeze = None
-    """What of the student is not trained: a number of stages from the image, names of modules, or "backbone" (all but
-    the classifier). Its BatchNorm statistics stay too."""
     student_weights: types.WeightsSource = None
-    """.safetensors, .pth or .pt file, folder, "hf-hub:ID" or state dict for a student given by name or as a module."""
     teacher_weights: types.TeacherWeightsSource = None
-    """The same for the teacher (of a module: a copy is loaded); for several teachers a list."""
     student_args: types.Options = None
-    """Options of the student's constructor, e.g. img_size=32."""
     teacher_args: types.TeacherOptions = None
-    """Options of the teacher's constructor; for several teachers also a list."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Images and labels: where they come from, which rows are used, how they are augmented."""
+    """Images and labels: where they come from, which rows are used, how they are augmented.
+
+    Attributes:
+        train_data: Hugging Face `Dataset`, `DatasetDict` or `IterableDataset`, torch `Dataset`,
+            `DataLoader`, a known name ("cifar10", "cifar100", "digits", ...), a Hub name, or a
+            folder of parquet files or of images.
+        eval_data: The test set. Default: the data's own test split.
+        data_path: Folder of a local copy of a data set that is given by name.
+        num_classes: Classes of the data, where it does not say itself.
+        validation: Rows that choose the best epoch: "auto" (the data's own split, else 10 % of the
+            training rows, at most 5,000), a share, a number of rows, "none" (the last epoch is
+            taken), or "test" (the best epoch is chosen on the test set).
+        transforms: None (as the data set's papers, or by the images' sizes), "none", "crop-flip", a
+            `BatchAugment`, a callable on a PIL image, or a pair of these for training and
+            evaluation.
+        image_size: Images are resized to this many pixels a side. Default: the data's own size.
+        train_limit: Train on this many rows only, drawn by class. Default: all.
+        labelled: Number or share of the training rows that keep their labels, drawn by class; the
+            others are unlabelled, which only some methods ("mean_teacher") can use. Rows with label
+            -1 are unlabelled too. Default: all.
+        num_workers: Processes that read data; "auto" is 0 for data in memory, else up to 8.
+    """
 
     train_data: types.DataSource = "digits"
-    """Hugging Face `Dataset`, `DatasetDict` or `IterableDataset`, torch `Dataset`, `DataLoader`, a known name ("cifar10",
-    "cifar100", "digits", ...), a Hub name, or a folder of parquet files or of images."""
     eval_data: types.DataSource = None
-    """The test set. Default: the data's own test split."""
     data_path: types.OptionalPath = None
-    """Folder of a local copy of a data set that is given by name."""
     num_classes: int | None = None
-    """Classes of the data, where it does not say itself."""
     validation: types.Validation = "auto"
-    """Rows that choose the best epoch: "auto" (the data's own split, else 10 % of the training rows, at most 5,000), a
-    share, a number of rows, "none" (the last epoch is taken), or "test" (the best epoch is chosen on the test set)."""
     transforms: types.Transforms = None
-    """None (as the data set's papers, or by the images' sizes), "none", "crop-flip", a `BatchAugment`, a callable on a
-    PIL image, or a pair of these for training and evaluation."""
     image_size: int | None = None
-    """Images are resized to this many pixels a side. Default: the data's own size."""
     train_limit: int | None = None
-    """Train on this many rows only, drawn by class. Default: all."""
     labelled: types.Labelled = None
-    """Number or share of the training rows that keep their labels, drawn by class; the others are unlabelled, which
-    only some methods ("mean_teacher") can use. Rows with label -1 are unlabelled too. Default: all."""
     num_workers: types.Workers = "auto"
-    """Processes that read data; "auto" is 0 for data in memory, else up to 8."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What is learned from the teacher, the labels and the other networks."""
+    """What is learned from the teacher, the labels and the other networks.
+
+    Attributes:
+        method: A name that `kdtoolkit methods` lists, several names, `DistillationLoss` objects, or
+            a `Method` (its networks are student and teacher then); "none" is plain training.
+        layers: Pairs of taps (student, teacher), taps being stage numbers from 1 or module names;
+            "auto" pairs stages.
+        losses: The whole sum, as loss=weight; a weight may be a schedule (`kdtoolkit.schedules`).
+            Default: the method's own.
+        temperature: Softening of probabilities, no unit. Default: 4 for KD; strategies have their
+            papers' own.
+        options: Options of the method's losses, e.g. reset=[2,3] detach=False; in Python they are
+            keywords of `distill()`.
+    """
 
     method: types.MethodSource = "kd"
-    """A name that `kdtoolkit methods` lists, several names, `DistillationLoss` objects, or a `Method` (its networks
-    are student and teacher then); "none" is plain training."""
     layers: types.Layers = "auto"
-    """Pairs of taps (student, teacher), taps being stage numbers from 1 or module names; "auto" pairs stages."""
     losses: types.Weights = None
-    """The whole sum, as loss=weight; a weight may be a schedule (`kdtoolkit.schedules`). Default: the method's own."""
     temperature: float | None = None
-    """Softening of probabilities, no unit. Default: 4 for KD; strategies have their papers' own."""
     options: types.Options = field(default_factory=dict)
-    """Options of the method's losses, e.g. reset=[2,3] detach=False; in Python they are keywords of `distill()`."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How long and with which optimizer the student is trained."""
+    """How long and with which optimizer the student is trained.
+
+    Attributes:
+        epochs: Passes over the training data. Default: 30, or as `max_steps` says.
+        max_steps: Optimizer steps, in place of `epochs`.
+        batch_size: Images per optimizer step, over all processes and accumulation steps; a
+            `DataLoader` keeps its own.
+        grad_accum: Forward and backward passes that share one optimizer step.
+        optimizer: "sgd" (plain momentum, weight decay on all parameters), "nesterov", or a name of
+            timm.
+        lr: Learning rate, the highest of the schedule. Default: 0.05 for "sgd" and "nesterov", else
+            0.001.
+        weight_decay: Weight decay. Default: 0.0005 for "sgd" and "nesterov", else 0.05.
+        momentum: Momentum, from 0 to below 1.
+        scheduler: Learning rate over time; "multistep" multiplies it by `gamma` at the
+            `milestones`.
+        milestones: Shares of the run, from 0 to 1, for "multistep".
+        gamma: Factor of the learning rate at each milestone.
+        warmup_epochs: Epochs, or a part of one, in which the learning rate rises to `lr`.
+        grad_clip: Largest norm of the gradient. Default: no clipping.
+        layer_decay: Factor of the student's learning rate from one layer to the next towards the
+            image, above 0 to 1. Default: the same rate everywhere.
+    """
 
     epochs: int | None = None
-    """Passes over the training data. Default: 30, or as `max_steps` says."""
     max_steps: int | None = None
-    """Optimizer steps, in place of `epochs`."""
     batch_size: int = 128
-    """Images per optimizer step, over all processes and accumulation steps; a `DataLoader` keeps its own."""
     grad_accum: int = 1
-    """Forward and backward passes that share one optimizer step."""
     optimizer: str = "sgd"
-    """"sgd" (plain momentum, weight decay on all parameters), "nesterov", or a name of timm."""
     lr: float | None = None
-    """Learning rate, the highest of the schedule. Default: 0.05 for "sgd" and "nesterov", else 0.001."""
     weight_decay: float | None = None
-    """Weight decay. Default: 0.0005 for "sgd" and "nesterov", else 0.05."""
     momentum: float = 0.9
-    """Momentum, from 0 to below 1."""
     scheduler: Literal["cosine", "multistep", "onecycle", "linear", "constant"] = "cosine"
-    """Learning rate over time; "multistep" multiplies it by `gamma` at the `milestones`."""
     milestones: tuple[float, ...] = (0.5, 2 / 3, 5 / 6)
-    """Shares of the run, from 0 to 1, for "multistep"."""
     gamma: float = 0.1
-    """Factor of the learning rate at each milestone."""
     warmup_epochs: float = 0
-    """Epochs, or a part of one, in which the learning rate rises to `lr`."""
     grad_clip: float | None = None
-    """Largest norm of the gradient. Default: no clipping."""
     layer_decay: float | None = None
-    """Factor of the student's learning rate from one layer to the next towards the image, above 0 to 1. Default: the
-    same rate everywhere."""
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How the training loop runs, and what it reports while it does."""
+    """How the training loop runs, and what it reports while it does.
+
+    Attributes:
+        seed: Of first weights, data order, augmentation and dropout; your own random state is left
+            as it was.
+        mixed_precision: Precision of forward and backward passes. Default: accelerate's own
+            setting.
+        compile: Compile the networks with `torch.compile`.
+        channels_last: Memory layout of images and weights; "auto" for networks with 2-D
+            convolutions.
+        log_every: Batches between two rows of losses in metrics.jsonl.
+        eval_every: Epochs between two evaluations; the last epoch is always evaluated.
+        eval_test: Evaluate the test set at "every" evaluation, or at the "end"; "auto" is "end"
+            with a validation split.
+        report_to: Experiment trackers, such as "tensorboard", or a list; "auto" is TensorBoard
+            where it is installed and `output_dir` is given; "none" is none.
+        progress: "auto" (a bar on a terminal, else lines), "bar", "lines" or "off"; True is "auto",
+            False is "off".
+        label: Word in front of what is printed.
+    """
 
     seed: int = 0
-    """Of first weights, data order, augmentation and dropout; your own random state is left as it was."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of forward and backward passes. Default: accelerate's own setting."""
     compile: bool = False
-    """Compile the networks with `torch.compile`."""
     channels_last: types.Auto = "auto"
-    """Memory layout of images and weights; "auto" for networks with 2-D convolutions."""
     log_every: int = 50
-    """Batches between two rows of losses in metrics.jsonl."""
     eval_every: int = 1
-    """Epochs between two evaluations; the last epoch is always evaluated."""
     eval_test: Literal["auto", "every", "end"] = "auto"
-    """Evaluate the test set at "every" evaluation, or at the "end"; "auto" is "end" with a validation split."""
     report_to: types.Trackers = "auto"
-    """Experiment trackers, such as "tensorboard", or a list; "auto" is TensorBoard where it is installed and
-    `output_dir` is given; "none" is none."""
     progress: types.Auto = "auto"
-    """"auto" (a bar on a terminal, else lines), "bar", "lines" or "off"; True is "auto", False is "off"."""
     label: str = ""
-    """Word in front of what is printed."""
 
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """The folder of the run, and what is kept in it."""
+    """The folder of the run, and what is kept in it.
+
+    Attributes:
+        output_dir: Folder of checkpoints, student/, metrics.jsonl and report.md. Default: nothing
+            is written.
+        resume: "auto" continues where `output_dir` stopped, if it holds a run; True insists; or the
+            folder of a checkpoint.
+        overwrite: Empty an `output_dir` that holds another run.
+        keep: Networks to save: "exported" (student/), or "all" (the others in networks/). All are
+            in `result.networks`.
+        baseline: A finished plain run of the same student (a `DistillResult` or a folder) that the
+            report shows beside this one, or True to train it first, in output_dir/baseline.
+    """
 
     output_dir: types.OptionalPath = None
-    """Folder of checkpoints, student/, metrics.jsonl and report.md. Default: nothing is written."""
     resume: types.Resume = False
-    """"auto" continues where `output_dir` stopped, if it holds a run; True insists; or the folder of a checkpoint."""
     overwrite: bool = False
-    """Empty an `output_dir` that holds another run."""
     keep: Literal["exported", "all"] = "exported"
-    """Networks to save: "exported" (student/), or "all" (the others in networks/). All are in `result.networks`."""
     baseline: types.Baseline = None
-    """A finished plain run of the same student (a `DistillResult` or a folder) that the report shows beside this one,
-    or True to train it first, in output_dir/baseline."""
 
     def __post_init__(self) -> None:
         if self.keep == "product":  # type: ignore[comparison-overlap]

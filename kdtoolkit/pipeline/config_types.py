@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
     from kdtoolkit.core.loss import DistillationLoss
     from kdtoolkit.core.method import Method
+    from kdtoolkit.pipeline.config import DistillConfig
     from kdtoolkit.types import LossWeight, TapKey
 
+    ConfigSource: TypeAlias = DistillConfig | Mapping[str, Any] | str | os.PathLike[str] | None
     PathLike: TypeAlias = str | os.PathLike[str]
     OptionalPath: TypeAlias = PathLike | None
     NetworkSource: TypeAlias = str | os.PathLike[str] | nn.Module | None

@@ -1,384 +1,293 @@
-"""distill(): from names and numbers to a student."""
+"""`distill()`: from names and numbers to a student, in one call."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
-import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DataLoaderConfiguration
-from torch import nn
 
-from kdtoolkit.callbacks.checkpoints import Checkpoints
-from kdtoolkit.callbacks.keep_frozen import KeepFrozen
-from kdtoolkit.callbacks.progress import ProgressLog
-from kdtoolkit.callbacks.trackers import Trackers, resolve_trackers
-from kdtoolkit.core.callback import Callback, RunPreview, ordered_callbacks
-from kdtoolkit.core.config import SHARED, TrainerConfig
-from kdtoolkit.pipeline import build, describe, export, teacher_finetune
-from kdtoolkit.pipeline.build import TEMPERATURE, DataInfo, RunParts
-from kdtoolkit.pipeline.plan import Plan
-from kdtoolkit.trainer.metrics_log import MetricsRow, describe_environment
-from kdtoolkit.trainer.optim import make_loader_and_schedule
-from kdtoolkit.trainer.trainer import Trainer
-from kdtoolkit.types import LossWeight
-from kdtoolkit.utils import checkpoint
-from kdtoolkit.utils.io import write_json, write_yaml
-from kdtoolkit.utils.state import preserve_accelerate_state, preserve_random_state
-
-
-@dataclass
-class DistillResult:
-    """What a run leaves.
-
-    student     the product of the run, bare: on the CPU, in eval mode, no hooks, no adapters
-    networks    {name: network} of every network that was trained or averaged, bare: "student", "peer1", "ema", ...
-    metrics     top1, top5, loss, ece, teacher_top1, agreement, retention = top1 / teacher_top1, cost and compression
-                (with retention_above_chance) of the chosen epoch; accuracies in percent; "split", "epoch" and "chosen"
-                ("last" or "best") say which numbers they are; teacher_finetuned_top1, _split, _epoch, _folder and
-                _reused (found in teacher_dir) of a teacher that got a new head
-                metrics["exported"] names the network that these are of, "exported_reason" says why it is handed over,
-                and "networks" holds the top1 of every network and ensemble, where there are several
-    history     the rows of metrics.jsonl
-    plan        taps, shapes, adapters, losses, weights, parameter counts; printable
-    output_dir  the folder, or None
-    """
-
-    student: nn.Module
-    networks: dict[str, nn.Module] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    history: list[MetricsRow] = field(default_factory=list)
-    plan: Plan = field(default_factory=Plan)
-    output_dir: Path | None = None
+from kdtoolkit.core.callback import Callback
+from kdtoolkit.pipeline import config_types as types
+from kdtoolkit.pipeline.config import (
+    DataConfig,
+    DistillConfig,
+    LoopConfig,
+    LossConfig,
+    NetworksConfig,
+    OptimConfig,
+    OutputConfig,
+)
+from kdtoolkit.pipeline.config_file import read_callbacks, read_config
+from kdtoolkit.pipeline.result import DistillResult
+from kdtoolkit.pipeline.run import run_distillation
 
 
 def distill(
-    teacher: Any,
-    student: Any,
-    train_data: Any,
-    eval_data: Any = None,
+    teacher: types.TeacherSource = None,
+    student: types.NetworkSource = None,
+    train_data: types.DataSource = None,
+    eval_data: types.DataSource = None,
     *,
-    method: Any = "kd",
-    layers: Any = "auto",
-    losses: Mapping[str, LossWeight] | None = None,
-    temperature: float = TEMPERATURE,
+    config: types.ConfigSource = None,
+    teacher_head: types.TeacherHead = None,
+    teacher_dir: types.OptionalPath = None,
+    teacher_training: types.Options = None,
+    freeze: types.Freeze = None,
+    student_weights: types.WeightsSource = None,
+    teacher_weights: types.TeacherWeightsSource = None,
+    student_args: types.Options = None,
+    teacher_args: types.TeacherOptions = None,
+    data_path: types.OptionalPath = None,
+    num_classes: int | None = None,
+    validation: types.Validation = "auto",
+    transforms: types.Transforms = None,
+    image_size: int | None = None,
+    train_limit: int | None = None,
+    labelled: types.Labelled = None,
+    num_workers: types.Workers = "auto",
+    method: types.MethodSource = "kd",
+    layers: types.Layers = "auto",
+    losses: types.Weights = None,
+    temperature: float | None = None,
     epochs: int | None = None,
     max_steps: int | None = None,
     batch_size: int = 128,
+    grad_accum: int = 1,
     optimizer: str = "sgd",
     lr: float | None = None,
     weight_decay: float | None = None,
-    scheduler: str = "cosine",
-    warmup_epochs: float = 0,
-    transforms: Any = None,
-    num_classes: int | None = None,
-    callbacks: Sequence[Callback] = (),
-    teacher_head: str | Sequence[str | None] | None = None,
-    teacher_dir: str | os.PathLike[str] | None = None,
-    teacher_training: Mapping[str, Any] | None = None,
-    freeze: int | str | Sequence[str] | None = None,
-    layer_decay: float | None = None,
-    student_weights: str | os.PathLike[str] | Mapping[str, Any] | None = None,
-    teacher_weights: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any] | None = None,
-    output_dir: str | os.PathLike[str] | None = None,
-    resume: bool | str | os.PathLike[str] = False,
-    overwrite: bool = False,
-    report_to: str | list[str] | None = "auto",
-    mixed_precision: str | None = None,
-    grad_accum: int = 1,
-    compile: bool = False,
-    channels_last: bool | str = "auto",
-    grad_clip: float | None = None,
-    keep: str = "exported",
-    seed: int = 0,
-    num_workers: int | str = "auto",
-    accelerator: Accelerator | None = None,
-    dry_run: bool = False,
-    progress: str | bool = "auto",
-    validation: Any = "auto",
-    data_path: str | os.PathLike[str] | None = None,
-    train_limit: int | None = None,
-    labelled: int | float | None = None,
-    image_size: int | None = None,
     momentum: float = 0.9,
-    milestones: Sequence[float] = (0.5, 2 / 3, 5 / 6),
+    scheduler: Literal["cosine", "multistep", "onecycle", "linear", "constant"] = "cosine",
+    milestones: tuple[float, ...] = (0.5, 2 / 3, 5 / 6),
     gamma: float = 0.1,
+    warmup_epochs: float = 0,
+    grad_clip: float | None = None,
+    layer_decay: float | None = None,
+    seed: int = 0,
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None,
+    compile: bool = False,
+    channels_last: types.Auto = "auto",
     log_every: int = 50,
     eval_every: int = 1,
-    eval_test: str = "auto",
-    student_args: Mapping[str, Any] | None = None,
-    teacher_args: Mapping[str, Any] | Sequence[Any] | None = None,
-    baseline: Any = None,
+    eval_test: Literal["auto", "every", "end"] = "auto",
+    report_to: types.Trackers = "auto",
+    progress: types.Auto = "auto",
     label: str = "",
+    output_dir: types.OptionalPath = None,
+    resume: types.Resume = False,
+    overwrite: bool = False,
+    keep: Literal["exported", "all"] = "exported",
+    baseline: types.Baseline = None,
+    callbacks: Sequence[Callback] = (),
+    accelerator: Accelerator | None = None,
+    dry_run: bool = False,
     **method_options: Any,
 ) -> DistillResult:
     """Train `student` from `teacher` on `train_data`; returns the student, its numbers and its folder.
 
-    teacher      nn.Module, timm name, "local-dir:PATH", "hf-hub:ID", PATH.safetensors, a list of these, or None
-    student      the same, without the list; a name without a weight tag starts from random weights. A source of other
-                 classes than the data keeps its weights and gets a new head
-    train_data   HF Dataset, DatasetDict or IterableDataset, torch Dataset, DataLoader, preset ("cifar100", "digits"),
-                 Hub name, folder of parquet or of images. Images stay in [0, 1]: each model normalises its own input
-    eval_data    the test set; default the data's own test split
-    method       a name of list_methods(), several names, Objectives, or a Method (then student and teacher are its own
-                 or None); "none" is plain training (teacher=None)
-    layers       "auto" or [(student tap, teacher tap), ...], taps being stage numbers (from 1) or module names
-    losses       {loss: weight}, the whole sum; a weight may be a schedule; default the method's own
-    temperature  of KD, no unit; methods of several networks have their papers' own where it is not given
-    epochs       passes over the training data (default 30), or max_steps optimizer steps
-    batch_size   images per optimizer step, over all processes and accumulation steps; a DataLoader keeps its own
-    grad_accum   forward and backward passes that share one optimizer step; default 1
-    optimizer    "sgd" (plain momentum, decay on all parameters), "nesterov", or a name of timm; lr defaults to 0.05 for
-                 these two and 1e-3 for others, weight_decay to 5e-4 and 0.05; `momentum` in [0, 1), default 0.9
-    scheduler    "cosine", "multistep" (times `gamma` at `milestones`, shares of the run), "onecycle", "linear",
-                 "constant"
-    warmup_epochs  epochs, or a part of one, in which the learning rate rises to lr; default 0
-    grad_clip    largest norm of the gradient; default None, no clipping
-    keep         networks to save: "exported" (student/), or "all" (the others in networks/); all are in result.networks
-    seed         of first weights, data order, augmentation and dropout; your own random state is left as it was
-    transforms   None (as the preset, or by the images' sizes), "none", "crop-flip", a BatchAugment, a callable on a PIL
-                 image, or a pair of these for training and evaluation
-    num_classes  classes of the data, where it does not say itself
-    image_size   images are resized to this many pixels a side; default the data's own size
-    data_path    folder of a local copy of a preset's data
-    train_limit  train on this many images only; default all
-    labelled     rows (a number) or share of the training rows that keep their labels, drawn by class; the others are
-                 unlabelled, which only some methods ("mean_teacher") can use. Rows with label -1 are unlabelled too
-    num_workers  processes that read data, a number; "auto" is 0 for data in memory, else up to 8
-    validation   "auto" (the data's own split, else 10 % of the training rows, at most 5,000), a share, a number of
-                 rows, "none" (the last epoch is taken), or "test" (the best epoch is chosen on the test set: say so)
-    eval_every   epochs between two evaluations; the last epoch is always evaluated
-    eval_test    evaluate the test set at "every" evaluation, or at the "end"; "auto" is "end" with a validation split
-    teacher_head what to do with a teacher that was made for other data: "finetune" trains it (of your own module: a
-                 copy) on the data first, with a new head where its classes differ, "linear-probe" only the head;
-                 "feature-only" uses its features and not its logits; "as-is" insists that the classes are the same; a
-                 list says it for each of several teachers
-    teacher_training  {argument: value} of distill() for that training alone; the others are those of this run, save
-                 freeze and layer_decay
-    teacher_dir  folder of fine-tuned teachers, where a run finds those that an earlier one made of the same network,
-                 data and settings; default output_dir/finetuned
-    freeze       what of the student is not trained: a number of stages from the image, names of modules, or "backbone"
-                 (all but the classifier); its BatchNorm statistics stay too
-    layer_decay  factor of the student's learning rate from one layer to the next towards the image, above 0 to 1;
-                 default None, the same rate everywhere
-    student_weights, teacher_weights  .safetensors, .pth or .pt file, folder, "hf-hub:ID" or state dict for a network
-                 given by name or as a module (of a teacher's: a copy); with several teachers a list
-    student_args, teacher_args  {option: value} for the constructors of networks that are given by name, such as
-                 img_size and patch_size, to which timm resamples weights; for several teachers also a list
-    output_dir   folder of checkpoints, student/, metrics.jsonl and report.md; default None, nothing is written
-    overwrite    True empties an output_dir that holds another run
-    resume       "auto" goes on where output_dir stopped, if it holds a run; True insists; or a checkpoint's folder
-    baseline     a finished plain run of the same student (DistillResult or folder) that the report shows beside this
-                 one, or True to train it first, in output_dir/baseline
-    accelerator  your own; it trains with the accumulation, data splitting and seeds of this run and is given back as
-                 it was
-    mixed_precision  "no", "fp16" or "bf16"; default None, accelerate's own setting
-    compile      True compiles the networks with torch.compile
-    channels_last  memory layout of images and weights; "auto" for networks with 2-D convolutions
-    callbacks    kdtoolkit.Callback objects, called at each event of the loop by their `order`, else as they are listed
-    report_to    trackers, such as "tensorboard" or a list; "auto" is TensorBoard where it is installed and
-                 output_dir is given; "none" is none
-    progress     "auto" (a bar on a terminal, else lines), "bar", "lines", "off", True or False
-    label        word in front of what is printed
-    log_every    batches between two rows of losses in metrics.jsonl
-    dry_run      stop after the plan: no weights, no data
-    method_options  options of the losses, e.g. reset=, detach=, hint=, p=; an unknown one is an error
+    The keywords are the fields of `DistillConfig`, flat.
 
-    Raises ValueError for anything that cannot work, before training and before anything is written; NonFiniteLoss,
-    CheckpointError and Interrupted during it: the last good checkpoint is kept. student/ is saved before the report.
+    Args:
+        teacher: timm name, "local-dir:PATH", "hf-hub:ID", PATH.safetensors, `nn.Module`, a list of
+            these, or none for plain training and for strategies whose networks teach each other.
+        student: The network to train: as `teacher`, without the list. A name without a weight tag
+            starts from random weights; a source of other classes than the data keeps its weights
+            and gets a new head.
+        train_data: Hugging Face `Dataset`, `DatasetDict` or `IterableDataset`, torch `Dataset`,
+            `DataLoader`, a known name ("cifar10", "cifar100", "digits", ...), a Hub name, or a
+            folder of parquet files or of images.
+        eval_data: The test set. Default: the data's own test split.
+        config: A `DistillConfig`, a mapping, or the path of a YAML file or of a run's folder.
+            Keywords that are given beside it replace its values.
+        teacher_head: What to do with a teacher of other data: "finetune" trains it on the data
+            first (of your own module: a copy), with a new head where its classes differ;
+            "linear-probe" only the head; "feature-only" uses its features and not its logits;
+            "as-is" insists that the classes are the same. A list says it for each of several
+            teachers.
+        teacher_dir: Folder of fine-tuned teachers, where a run finds those that an earlier one made
+            of the same network, data and configuration. Default: `output_dir/finetuned`.
+        teacher_training: Keywords of `distill()` for the fine-tuning of the teacher alone, e.g.
+            epochs=3; the others are those of this run, except `freeze` and `layer_decay`.
+        freeze: What of the student is not trained: a number of stages from the image, names of
+            modules, or "backbone" (all but the classifier). Its BatchNorm statistics stay too.
+        student_weights: .safetensors, .pth or .pt file, folder, "hf-hub:ID" or state dict for a
+            student given by name or as a module.
+        teacher_weights: The same for the teacher (of a module: a copy is loaded); for several
+            teachers a list.
+        student_args: Options of the student's constructor, e.g. img_size=32.
+        teacher_args: Options of the teacher's constructor; for several teachers also a list.
+        data_path: Folder of a local copy of a data set that is given by name.
+        num_classes: Classes of the data, where it does not say itself.
+        validation: Rows that choose the best epoch: "auto" (the data's own split, else 10 % of the
+            training rows, at most 5,000), a share, a number of rows, "none" (the last epoch is
+            taken), or "test" (the best epoch is chosen on the test set).
+        transforms: None (as the data set's papers, or by the images' sizes), "none", "crop-flip", a
+            `BatchAugment`, a callable on a PIL image, or a pair of these for training and
+            evaluation.
+        image_size: Images are resized to this many pixels a side. Default: the data's own size.
+        train_limit: Train on this many rows only, drawn by class. Default: all.
+        labelled: Number or share of the training rows that keep their labels, drawn by class; the
+            others are unlabelled, which only some methods ("mean_teacher") can use. Rows with label
+            -1 are unlabelled too. Default: all.
+        num_workers: Processes that read data; "auto" is 0 for data in memory, else up to 8.
+        method: A name that `kdtoolkit methods` lists, several names, `DistillationLoss` objects, or
+            a `Method` (its networks are student and teacher then); "none" is plain training.
+        layers: Pairs of taps (student, teacher), taps being stage numbers from 1 or module names;
+            "auto" pairs stages.
+        losses: The whole sum, as loss=weight; a weight may be a schedule (`kdtoolkit.schedules`).
+            Default: the method's own.
+        temperature: Softening of probabilities, no unit. Default: 4 for KD; strategies have their
+            papers' own.
+        epochs: Passes over the training data. Default: 30, or as `max_steps` says.
+        max_steps: Optimizer steps, in place of `epochs`.
+        batch_size: Images per optimizer step, over all processes and accumulation steps; a
+            `DataLoader` keeps its own.
+        grad_accum: Forward and backward passes that share one optimizer step.
+        optimizer: "sgd" (plain momentum, weight decay on all parameters), "nesterov", or a name of
+            timm.
+        lr: Learning rate, the highest of the schedule. Default: 0.05 for "sgd" and "nesterov", else
+            0.001.
+        weight_decay: Weight decay. Default: 0.0005 for "sgd" and "nesterov", else 0.05.
+        momentum: Momentum, from 0 to below 1.
+        scheduler: Learning rate over time; "multistep" multiplies it by `gamma` at the
+            `milestones`.
+        milestones: Shares of the run, from 0 to 1, for "multistep".
+        gamma: Factor of the learning rate at each milestone.
+        warmup_epochs: Epochs, or a part of one, in which the learning rate rises to `lr`.
+        grad_clip: Largest norm of the gradient. Default: no clipping.
+        layer_decay: Factor of the student's learning rate from one layer to the next towards the
+            image, above 0 to 1. Default: the same rate everywhere.
+        seed: Of first weights, data order, augmentation and dropout; your own random state is left
+            as it was.
+        mixed_precision: Precision of forward and backward passes. Default: accelerate's own
+            setting.
+        compile: Compile the networks with `torch.compile`.
+        channels_last: Memory layout of images and weights; "auto" for networks with 2-D
+            convolutions.
+        log_every: Batches between two rows of losses in metrics.jsonl.
+        eval_every: Epochs between two evaluations; the last epoch is always evaluated.
+        eval_test: Evaluate the test set at "every" evaluation, or at the "end"; "auto" is "end"
+            with a validation split.
+        report_to: Experiment trackers, such as "tensorboard", or a list; "auto" is TensorBoard
+            where it is installed and `output_dir` is given; "none" is none.
+        progress: "auto" (a bar on a terminal, else lines), "bar", "lines" or "off"; True is "auto",
+            False is "off".
+        label: Word in front of what is printed.
+        output_dir: Folder of checkpoints, student/, metrics.jsonl and report.md. Default: nothing
+            is written.
+        resume: "auto" continues where `output_dir` stopped, if it holds a run; True insists; or the
+            folder of a checkpoint.
+        overwrite: Empty an `output_dir` that holds another run.
+        keep: Networks to save: "exported" (student/), or "all" (the others in networks/). All are
+            in `result.networks`.
+        baseline: A finished plain run of the same student (a `DistillResult` or a folder) that the
+            report shows beside this one, or True to train it first, in output_dir/baseline.
+        callbacks: `Callback` objects, called at each event of the loop by their `order`, else as
+            they are listed. None are given beside `config`: those that the file names.
+        accelerator: Your own `accelerate.Accelerator`; it trains with the accumulation, data
+            splitting and seeds of this run and is given back as it was.
+        dry_run: Stop after the plan: no weights, no data.
+        **method_options: Options of the losses or of the strategy, e.g. `reset=`, `detach=`,
+            `hint=`, `p=`; `kdtoolkit methods NAME` lists them.
+
+    Returns:
+        The student, every network, metrics, history, plan and folder.
+
+    Raises:
+        ValueError: For anything that cannot work, before training and before anything is written.
+        NonFiniteLoss: When a loss or a weight is not finite; the last good checkpoint is kept.
+        CheckpointError: When a checkpoint cannot be written, or is of another run.
+        Interrupted: After Ctrl-C or SIGTERM, when the run has been saved.
+
+    Example:
+        >>> from kdtoolkit import distill
+        >>> plan = distill("cifar_resnet20", "cifar_resnet8", "digits", method="srkd", dry_run=True).plan
     """
-    given = {name: value for name, value in locals().items() if name != "method_options"}
-    with (
-        preserve_random_state(),
-        preserve_accelerate_state(accelerator),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
-        return _distill(given, method_options)
-
-
-def _distill(given: dict[str, Any], method_options: Mapping[str, Any]) -> DistillResult:
-    losses = build.check_names(given, method_options, list(given))
-    given["temperature"] = build.temperature_of(given)
-    settings = TrainerConfig.of(given)
-    teacher_finetune.settings_of(given)
-    folder = Path(given["output_dir"]) if given["output_dir"] is not None else None
-    trackers = [] if given["dry_run"] else resolve_trackers(given["report_to"], folder is not None)
-    log = _log(given, folder)
-    resume_from = (
-        None
-        if given["dry_run"]
-        else checkpoint.claim_output_dir(folder, given["resume"], given["overwrite"])
+    keywords = DistillConfig(
+        networks=NetworksConfig(
+            teacher=teacher,
+            student=student,
+            teacher_head=teacher_head,
+            teacher_dir=teacher_dir,
+            teacher_training=teacher_training,
+            freeze=freeze,
+            student_weights=student_weights,
+            teacher_weights=teacher_weights,
+            student_args=student_args,
+            teacher_args=teacher_args,
+        ),
+        data=DataConfig(
+            train_data="digits" if train_data is None else train_data,
+            eval_data=eval_data,
+            data_path=data_path,
+            num_classes=num_classes,
+            validation=validation,
+            transforms=transforms,
+            image_size=image_size,
+            train_limit=train_limit,
+            labelled=labelled,
+            num_workers=num_workers,
+        ),
+        loss=LossConfig(
+            method=method,
+            layers=layers,
+            losses=losses,
+            temperature=temperature,
+            options=dict(method_options),
+        ),
+        optim=OptimConfig(
+            epochs=epochs,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            grad_accum=grad_accum,
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            scheduler=scheduler,
+            milestones=milestones,
+            gamma=gamma,
+            warmup_epochs=warmup_epochs,
+            grad_clip=grad_clip,
+            layer_decay=layer_decay,
+        ),
+        loop=LoopConfig(
+            seed=seed,
+            mixed_precision=mixed_precision,
+            compile=compile,
+            channels_last=channels_last,
+            log_every=log_every,
+            eval_every=eval_every,
+            eval_test=eval_test,
+            report_to=report_to,
+            progress=progress,
+            label=label,
+        ),
+        output=OutputConfig(
+            output_dir=output_dir, resume=resume, overwrite=overwrite, keep=keep, baseline=baseline
+        ),
     )
-    ready = None if given["dry_run"] else _accelerator(given, settings, trackers, folder)
-    facts = DataInfo.of(given)
-    parts = build.build(given, losses, method_options, facts)
-    parts.notes += [teacher_finetune.told(given)] if parts.to_adapt else []
-    try:
-        settings = _placed(settings, given, parts, facts)
-        plan = describe.plan_of(parts, facts, settings, given["callbacks"])
-        build.check_run(parts.method, facts.data, settings.compile)
-        ordered = ordered_callbacks(parts.method, given["callbacks"])
-        for callback in ordered:
-            callback.check(RunPreview(parts.method, facts.data, settings, ordered))
-        if ready is None:
-            return DistillResult(parts.net, parts.method.networks(), plan=plan, output_dir=folder)
-        ranks = 1 if parts.method.networks_per_process else ready.num_processes
-        make_loader_and_schedule(settings, facts.data, ranks, parts.method.batch_sampler)
-        if folder is not None and resume_from is None:
-            _empty(folder, ready)
-        if log.mode != "off" and ready.is_main_process:
-            print(*parts.notes, sep="\n", end="\n" if parts.notes else "")
-        alone = _baseline(given, facts)
-        if parts.to_adapt:
-            nets, extra, notes = teacher_finetune.adapted(given, parts, facts, distill, ready)
-            parts = build.build(given, losses, method_options, facts, nets)
-            parts.extra, plan["notes"] = extra, [*plan["notes"], *notes]
-        options = build.resolved(given["method"], method_options)
-        config = describe.config_of(given, options, losses, settings, ordered)
-        watchers: list[Callback] = [Checkpoints(), log, *([Trackers(config)] if trackers else [])]
-        watchers += [KeepFrozen(parts.still)] if parts.still is not None else []
-        card = describe.card_of(
-            given, options, losses, [teacher.model for teacher in parts.teachers], ordered
-        )
-        callbacks = [*given["callbacks"], *watchers]
-        run = Trainer(
-            parts.method, facts.data, settings, ready, callbacks, folder, card, parts.layers
-        )
-        try:
-            if resume_from is not None:
-                checkpoint.check_metadata(resume_from, run.checkpoint_metadata)
-            if folder is not None and ready.is_main_process:
-                write_yaml(folder / "config.yaml", config)
-                write_json(folder / "env.json", describe_environment(ready))
-                write_json(folder / "plan.json", plan)
-            run.fit(resume_from)
-            chosen = export.choose(run)
-            trained, (name, why) = export.networks(run), export.product(run)
-            parts.net = trained[name]
-            export.keep(run, trained, name, facts, given["keep"] == "all")
-            final = export.measure(run, parts, facts, chosen, name, why)
-        finally:
-            run.close()
-    finally:
-        parts.release()
-    bare = {name: export.bare(net) for name, net in trained.items()}
-    result = DistillResult(export.bare(parts.net), bare, final, run.metrics_log.rows, plan, folder)
-    if folder is not None and ready.is_main_process:
-        export.report(folder, parts, alone, facts)
-    log.on_result(final)
-    ready.wait_for_everyone()
-    return result
-
-
-def _log(given: Mapping[str, Any], folder: Path | None) -> ProgressLog:
-    """The printer of this run, after a look at the arguments that only distill() knows."""
-    if given["keep"] not in ("exported", "all"):
-        raise ValueError(f"keep={given['keep']!r}; allowed: 'product', 'all'")
-    progress = given["progress"]
-    progress = {True: "auto", False: "off"}[progress] if isinstance(progress, bool) else progress
-    log = ProgressLog(progress, label=given["label"])
-    for callback in given["callbacks"]:
-        if not isinstance(callback, Callback):
+    if config is None:
+        if train_data is None:
             raise ValueError(
-                f"callbacks holds {callback!r}: each must be a kdtoolkit.Callback, made by calling its class"
+                "train_data=None: pass a data set, a folder or a name such as 'digits'"
             )
-    if given["baseline"] is True and (folder is None or not isinstance(given["student"], str)):
-        raise ValueError(
-            "baseline=True trains the student alone first: it needs output_dir and a student given by name"
-        )
-    return log
+        chosen = keywords
+    else:
+        chosen = _replaced(read_config(config), keywords, train_data)
+        callbacks = callbacks or read_callbacks(config)
+    return run_distillation(chosen, callbacks=callbacks, accelerator=accelerator, dry_run=dry_run)
 
 
-def _placed(
-    s: TrainerConfig, given: Mapping[str, Any], parts: RunParts, facts: DataInfo
-) -> TrainerConfig:
-    """Settings that depend on the models and the data."""
-    # accelerate cannot load tied weights that lie channels_last
-    tied = len(list(parts.net.named_parameters(remove_duplicate=False))) > len(
-        list(parts.net.parameters())
-    )
-    convolutional = any(isinstance(m, nn.Conv2d) for m in parts.net.modules()) and not tied
-    last = convolutional if given["channels_last"] == "auto" else bool(given["channels_last"])
-    if facts.data is None:
-        return replace(s, channels_last=last)
-    own = getattr(
-        facts.data.train.own_loader, "batch_size", None
-    )  # a DataLoader keeps its batch size
-    size = own * s.grad_accum if own else s.batch_size
-    return replace(
-        s,
-        channels_last=last,
-        batch_size=size,
-        monitor="val" if facts.data.val is not None else None,
-    )
-
-
-def _accelerator(
-    given: Mapping[str, Any], s: TrainerConfig, trackers: list[str], folder: Path | None
-) -> Accelerator:
-    """The caller's, set up for this run, or one with a fresh state: accelerate keeps one state per process."""
-    own, precision = given["accelerator"], given["mixed_precision"]
-    loading = DataLoaderConfiguration(
-        split_batches=True, use_seedable_sampler=True, data_seed=s.seed, non_blocking=True
-    )
-    if own is not None:
-        if precision not in (None, own.mixed_precision):
-            raise ValueError(
-                f"mixed_precision={precision!r}, but the accelerator has {own.mixed_precision!r}"
-            )
-        if trackers and not own.log_with:
-            raise ValueError(
-                f"report_to={trackers} and an accelerator without trackers: give it log_with={trackers}"
-            )
-        own.gradient_accumulation_steps = s.grad_accum
-        own.dataloader_config = loading
-        return own
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-    return Accelerator(
-        mixed_precision=precision,  # type: ignore[arg-type]
-        gradient_accumulation_steps=s.grad_accum,
-        dataloader_config=loading,
-        log_with=trackers or None,  # type: ignore[arg-type]
-        project_dir=str(folder / "trackers") if folder else None,
-    )
-
-
-def _empty(folder: Path, accelerator: Accelerator) -> None:
-    """Make the folder ready; every rank has looked into it before."""
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        checkpoint.clear_output_dir(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-
-
-# --------------------------------------------------------------------------------------------------------- other runs
-def _baseline(given: Mapping[str, Any], facts: DataInfo) -> Path | None:
-    """The folder of the same student trained alone."""
-    baseline = given["baseline"]
-    if baseline is None or baseline is False:
-        return None
-    if isinstance(baseline, DistillResult):
-        return baseline.output_dir
-    if baseline is not True:
-        return Path(baseline)
-    folder = Path(given["output_dir"]) / "baseline"
-    own = ("student", "student_args", "student_weights", "freeze", "layer_decay")
-    same = {name: given[name] for name in (*SHARED, *own)}
-    distill(
-        None,
-        method="none",
-        train_data=facts.data,
-        output_dir=folder,
-        resume="auto",
-        label="alone",
-        **same,
-    )
-    return folder
+def _replaced(base: DistillConfig, keywords: DistillConfig, train_data: Any) -> DistillConfig:
+    """A configuration with the keywords that differ from their defaults in place of its own values."""
+    changed = keywords.changed_keywords()
+    options = changed.pop("options", {})
+    if train_data is not None:
+        changed["train_data"] = train_data
+    if "method" in changed:  # losses, options and temperature of the file belong to its method
+        changed = {"losses": None, "temperature": None, "options": {}} | changed
+    if {"epochs", "max_steps"} & changed.keys():
+        changed = {"epochs": None, "max_steps": None} | changed
+    return base.updated(**changed).updated(**options)

@@ -1,26 +1,54 @@
-"""After training: the weights of the chosen epoch, student/ first, then numbers, cost and report."""
+"""After training: the weights of the chosen epoch, student/ first, then metrics, cost and report."""
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from kdtoolkit import metrics as numbers
-from kdtoolkit import models
-from kdtoolkit import report as report_room
 from kdtoolkit.callbacks.checkpoints import Checkpoints
 from kdtoolkit.features.hooks import strip
 from kdtoolkit.features.preprocess import Preprocess
+from kdtoolkit.models.saving import save_model
+from kdtoolkit.pipeline.build import RunParts
+from kdtoolkit.pipeline.data_info import DataInfo
+from kdtoolkit.trainer.trainer import Trainer
 from kdtoolkit.utils import checkpoint
 
+T = TypeVar("T")
+REPORT_IMAGES = 8  # shown with Grad-CAM
+logger = logging.getLogger(__name__)
 
-def choose(run: Any) -> dict[str, Any]:
-    """Put the best epoch's weights into the method, where a validation split chose one; which epoch it is."""
+
+@dataclass(frozen=True)
+class Export:
+    """The network that a run exports.
+
+    Attributes:
+        networks: Every network of the run by name.
+        name: The name of the exported one.
+        reason: Why it is this one.
+    """
+
+    networks: dict[str, nn.Module]
+    name: str
+    reason: str
+
+
+def load_chosen_epoch(run: Trainer) -> dict[str, Any]:
+    """Load the best epoch's weights into the method, where a validation split chose one.
+
+    Args:
+        run: The finished run.
+
+    Returns:
+        "epoch", "chosen" ("best" or "last") and "chosen_on".
+    """
     if run.config.monitor is None or not run.best:
         return {"epoch": run.clock.epoch, "chosen": "last"}
     if run.output_dir is not None:
@@ -38,19 +66,29 @@ def choose(run: Any) -> dict[str, Any]:
     return {"epoch": int(run.best["epoch"]), "chosen": "best", "chosen_on": run.config.monitor}
 
 
-def product(run: Any) -> tuple[str, str]:
-    """Name of the network that is handed over, and why this one."""
+def choose_export(run: Trainer) -> Export:
+    """Choose the network that is exported.
+
+    Args:
+        run: The finished run.
+
+    Returns:
+        All networks, and the exported one with the reason.
+    """
+    networks = _all_networks(run)
     names, why = run.export_candidates()
     if len(names) < 2:
-        return names[0], why
+        return Export(networks, names[0], why)
     among = f"of {', '.join(names)} ({why})"
     if run.config.monitor is not None and run.best:
-        return run.best["network"], f"it is the best on the {run.config.monitor} split {among}"
-    return names[0], f"it is the first {among}; without a validation split none is chosen"
+        reason = f"it is the best on the {run.config.monitor} split {among}"
+        return Export(networks, run.best["network"], reason)
+    reason = f"it is the first {among}; without a validation split none is chosen"
+    return Export(networks, names[0], reason)
 
 
-def networks(run: Any) -> dict[str, nn.Module]:
-    """Every network of a run by name: the method's, then those that callbacks keep."""
+def _all_networks(run: Trainer) -> dict[str, nn.Module]:
+    """The method's networks, then those that callbacks keep."""
     run.sync()
     nets = dict(run.method.networks())
     for callback in run.callbacks:
@@ -58,94 +96,131 @@ def networks(run: Any) -> dict[str, nn.Module]:
     return nets
 
 
-def keep(run: Any, nets: dict[str, nn.Module], name: str, facts: Any, every: bool) -> None:
-    """student/, whatever else may fail afterwards; with `every` the others in networks/. The configuration of each says
-    the image size that it was trained on."""
+def save_networks(run: Trainer, export: Export, info: DataInfo, *, every: bool) -> None:
+    """Save student/; its configuration says the image size that it was trained on.
+
+    Args:
+        run: The finished run; without a folder nothing is saved.
+        export: All networks, and the exported one.
+        info: The data.
+        every: Whether the other networks are saved too, in networks/.
+    """
     if run.output_dir is not None and run.accelerator.is_main_process:
-        folders = {name: run.output_dir / "student"}
+        folders = {export.name: run.output_dir / "student"}
         if every:
-            folders |= {
-                n: run.output_dir / "networks" / n.replace("/", "-") for n in nets if n != name
-            }
-        for network, folder in folders.items():
-            size = Preprocess.of(nets[network], facts.image).size or facts.image
-            models.save_model(nets[network], folder, input_size=(3, *size))
+            others = [name for name in export.networks if name != export.name]
+            root = run.output_dir / "networks"
+            folders |= {name: root / name.replace("/", "-") for name in others}
+        for name, folder in folders.items():
+            net = export.networks[name]
+            size = Preprocess.of(net, info.image_size).size or info.image_size
+            save_model(net, folder, input_size=(3, *size))
     run.accelerator.wait_for_everyone()
 
 
 def measure(
-    run: Any, parts: Any, facts: Any, chosen: dict[str, Any], name: str, why: str
+    run: Trainer, parts: RunParts, info: DataInfo, chosen: dict[str, Any], export: Export
 ) -> dict[str, Any]:
-    """The final numbers. All ranks call it; hooks are gone afterwards, for costs are those of the bare networks."""
-    split = facts.data.test or facts.data.val
-    rows = run.evaluator.networks(split) if split is not None else {name: {}}
-    final: dict[str, Any] = rows[name] | {"exported": name, "exported_reason": why}
+    """The final metrics. Every rank calls it; it takes the hooks off, for costs are those of the bare networks.
+
+    Args:
+        run: The finished run.
+        parts: Networks and method; the student is the exported network.
+        info: The data.
+        chosen: Which epoch the weights are of.
+        export: The exported network.
+
+    Returns:
+        The metrics of the result.
+    """
+    split = info.loaded.test or info.loaded.val
+    rows = run.evaluator.evaluate_networks(split) if split is not None else {export.name: {}}
+    final: dict[str, Any] = {**rows[export.name]}
+    final |= {"exported": export.name, "exported_reason": export.reason}
     if len(rows) > 1:
         final["networks"] = {network: row["top1"] for network, row in rows.items()}
-    final |= {"split": split.name if split else None} | chosen | parts.extra
+    final |= {"split": split.name if split else None} | chosen | parts.extra_metrics
     teacher = run.teacher_metrics.get(f"teacher/{split.name}") if split is not None else None
     if teacher:
-        final |= {f"teacher_{k}": v for k, v in teacher.items()}
-        final["retention"] = final["top1"] / teacher["top1"] if teacher["top1"] else float("nan")
+        final |= {f"teacher_{key}": value for key, value in teacher.items()}
+        known = teacher["top1"]
+        final["retention"] = final["top1"] / known if known else float("nan")
     parts.release()
-    final |= (
-        attempt("the cost could not be measured", lambda: _cost(run, parts, facts, final)) or {}
-    )
+    costs = attempt("the cost could not be measured", lambda: _costs(run, parts, info, final))
+    final |= costs or {}
     run.metrics_log.add(event="final", step=run.clock.step, **final)
     return final
 
 
-def _cost(run: Any, parts: Any, facts: Any, final: dict[str, Any]) -> dict[str, Any]:
+def _costs(run: Trainer, parts: RunParts, info: DataInfo, final: dict[str, Any]) -> dict[str, Any]:
     """Each network is measured with images of the size that it gets in training."""
-    device, nets = run.accelerator.device, {"student": parts.net}
+    from kdtoolkit import metrics
+
+    device, nets = run.accelerator.device, {"student": parts.student}
     if "teacher_top1" in final:
         nets["teacher"] = parts.teachers[0].model
     sizes = {
-        name: (3, *(Preprocess.of(net, facts.image).size or facts.image))
+        name: (3, *(Preprocess.of(net, info.image_size).size or info.image_size))
         for name, net in nets.items()
     }
     if "teacher" in nets:
-        tops = {
-            "teacher_top1": final["teacher_top1"],
-            "student_top1": final["top1"],
-            "num_classes": facts.classes,
-        }
-        return numbers.summary(nets["teacher"], parts.net, sizes, device=device, **tops)
-    cost = numbers.cost(parts.net, sizes["student"], device=device)
+        return metrics.summary(
+            nets["teacher"], parts.student, sizes, device=device, teacher_top1=final["teacher_top1"],
+            student_top1=final["top1"], num_classes=info.num_classes,
+        )  # fmt: skip
+    cost = metrics.cost(parts.student, sizes["student"], device=device)
     return {"params": cost.params, "macs": cost.macs, "latency_ms": cost.latency_ms}
 
 
-def report(folder: Path, parts: Any, baseline: Path | None, facts: Any) -> None:
-    """report.md and its figures; a failure is told and loses nothing."""
-    attempt("report.md could not be written", lambda: _report(folder, parts, baseline, facts))
+def write_report(folder: Path, parts: RunParts, baseline: Path | None, info: DataInfo) -> None:
+    """Write report.md and its figures; a failure is logged and loses nothing.
+
+    Args:
+        folder: Folder of the run.
+        parts: Networks, without hooks.
+        baseline: Folder of the run of the student alone.
+        info: The data.
+    """
+    attempt("report.md could not be written", lambda: _report(folder, parts, baseline, info))
 
 
-def _report(folder: Path, parts: Any, baseline: Path | None, facts: Any) -> None:
-    split = facts.data.test or facts.data.val
+def _report(folder: Path, parts: RunParts, baseline: Path | None, info: DataInfo) -> None:
+    from kdtoolkit import report
+
+    data = info.loaded
+    split = data.test or data.val
     images = labels = None
     if split is not None:
-        batch = facts.data.finish(next(iter(split.loader(8))), epoch=0, train=False)
-        images, labels = batch["x"][:8], batch["y"][:8]
-    report_room.write(
+        batch = data.prepare_batch(next(iter(split.loader(REPORT_IMAGES))), epoch=0, train=False)
+        images, labels = batch["x"][:REPORT_IMAGES], batch["y"][:REPORT_IMAGES]
+    report.write(
         folder,
-        student=parts.net,
+        student=parts.student,
         teacher=parts.teachers[0].model if parts.teachers else None,
         baseline=baseline,
         images=images,
         labels=labels,
-        class_names=facts.data.class_names,
+        class_names=data.class_names,
     )
 
 
 def bare(net: nn.Module) -> nn.Module:
-    """On the CPU, contiguous, in eval mode, without hooks of taps."""
+    """The network on the CPU, contiguous, in eval mode, without hooks."""
     return strip(net).cpu().to(memory_format=torch.contiguous_format).eval()
 
 
-def attempt(what: str, do: Callable[[], Any]) -> Any:
-    """What `do` returns; if it fails, the cause on stderr and None: the student is saved already."""
+def attempt(what: str, action: Callable[[], T]) -> T | None:
+    """Do what may fail without a loss: the student is saved already.
+
+    Args:
+        what: What is said if it fails.
+        action: What is done.
+
+    Returns:
+        What the action returns; None if it fails, and the cause is logged.
+    """
     try:
-        return do()
+        return action()
     except Exception as error:
-        print(f"kdtoolkit: {what}: {type(error).__name__}: {error}", file=sys.stderr)
+        logger.warning("%s: %s: %s", what, type(error).__name__, error)
         return None

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset
 
 from kdtoolkit.data.dataset import Data, Split
-from kdtoolkit.data.workers import seeded
+from kdtoolkit.data.seeding import seeded_generators
 
 SAMPLE = (
     256  # rows of a split that are looked at, evenly spread; of data in memory all labels as well
@@ -75,7 +75,7 @@ def of_data(data: Data) -> str:
 
 def _of_split(split: Split) -> str:
     found, dataset = hashlib.blake2b(), split.dataset
-    with seeded(0):  # a user's transforms may draw
+    with seeded_generators(0):  # a user's transforms may draw
         if isinstance(dataset, IterableDataset):
             rows: Any = next(iter(split.loader(SAMPLE)))
         else:

@@ -1,108 +1,145 @@
-"""The networks of a run: student and teachers with weights and the right classes, or a refusal with the choices."""
+"""The networks of a run: student and teachers with weights and the right classes, or an error with the choices."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from kdtoolkit import models
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.preprocess import Preprocess, config_of, input_shape
 from kdtoolkit.models.head import num_outputs, replace_head
+from kdtoolkit.models.loading import is_timm_name, load_model
+from kdtoolkit.models.weights import load_weights
+from kdtoolkit.pipeline.config import TEACHER_HEADS, NetworksConfig
+from kdtoolkit.pipeline.data_info import DataInfo
 
-HEADS = ("finetune", "linear-probe", "feature-only", "as-is")
-TRAINED = ("finetune", "linear-probe")  # with these a teacher of other classes gets a new head
-
-
-def several(spec: Any) -> list[Any]:
-    return [] if spec is None else list(spec) if isinstance(spec, (list, tuple)) else [spec]
-
-
-def plain(net: nn.Module, image: tuple[int, int]) -> Taps:
-    """The network as it sees images of the data, without hooks."""
-    return Taps(net, None, Preprocess.of(net, image).size or image)
+TRAINED_HEADS = (
+    "finetune",
+    "linear-probe",
+)  # with these a teacher of other classes gets a new head
 
 
-# ------------------------------------------------------------------------------------------------------------- student
-def student(given: Mapping[str, Any], facts: Any, notes: list[str]) -> nn.Module:
-    """The student that distill() was asked for, with facts.classes classes. What was done to it is added to `notes`."""
-    spec, args, weights, dry = (
-        given["student"],
-        given["student_args"],
-        given["student_weights"],
-        given["dry_run"],
+def as_list(source: Any) -> list[Any]:
+    """One source or several as a list; None is an empty one."""
+    if source is None:
+        return []
+    return list(source) if isinstance(source, (list, tuple)) else [source]
+
+
+def untapped(net: nn.Module, image_size: tuple[int, int]) -> Taps:
+    """Stages and shapes of a network for images of the data, without hooks."""
+    return Taps(net, None, Preprocess.of(net, image_size).size or image_size)
+
+
+# ------------------------------------------------------------------------------------- student
+def build_student(
+    networks: NetworksConfig, info: DataInfo, seed: int, notes: list[str], *, dry_run: bool
+) -> nn.Module:
+    """The student of a run.
+
+    Args:
+        networks: Where it comes from.
+        info: The data; the student gets its number of classes.
+        seed: Of a new head.
+        notes: What was done to the network is appended, for the plan.
+        dry_run: Whether weights are left unread.
+
+    Returns:
+        The network, ready to be trained.
+    """
+    source, options, weights = networks.student, networks.student_args, networks.student_weights
+    _check_no_options(source, options, "student")
+    by_name = is_timm_name(source)
+    pretrained = False if dry_run or weights is not None else None
+    # other sources keep their own classes first: their weights need them
+    num_classes = info.num_classes if by_name else None
+    net = load_model(
+        source,
+        num_classes=num_classes,
+        role="student",
+        pretrained=pretrained,
+        **dict(options or {}),
     )
-    _no_options(spec, args, "student")
-    named = models.is_timm_name(spec)
-    load = False if dry or weights is not None else None
-    classes = (
-        facts.classes if named else None
-    )  # others keep their own first: their weights need them
-    net = models.load_model(
-        spec, num_classes=classes, role="student", pretrained=load, **dict(args or {})
-    )
-    held = (
-        config_of(net).get("num_classes")
-        if named and "." in spec
-        else getattr(net, "num_classes", None)
-    )
-    known = not isinstance(spec, nn.Module) and not (named and weights is not None)
-    if known and held not in (None, facts.classes):
-        notes.append(f"the student gets a new head of {facts.classes} classes in place of {held}")
-        if not named:
-            replace_head(plain(net, facts.image), facts.classes, given["seed"])
+    with_tag = by_name and "." in str(source)
+    held = config_of(net).get("num_classes") if with_tag else getattr(net, "num_classes", None)
+    classes_known = not isinstance(source, nn.Module) and not (by_name and weights is not None)
+    if classes_known and held not in (None, info.num_classes):
+        notes.append(
+            f"the student gets a new head of {info.num_classes} classes in place of {held}"
+        )
+        if not by_name:
+            replace_head(untapped(net, info.image_size), info.num_classes, seed)
     if weights is not None:
-        notes.append(models.load_weights(net, weights, role="student", load=not dry))
-    return trainable(net, facts)
+        notes.append(load_weights(net, weights, role="student", load=not dry_run))
+    return check_trainable(net, info)
 
 
 @contextlib.contextmanager
-def unharmed(net: Any) -> Iterator[None]:
-    """The caller's module keeps its weights where what follows is refused; None and names have none."""
+def weights_restored_on_error(net: Any) -> Iterator[None]:
+    """The caller's module keeps its weights if what follows raises; names and None have none."""
     if not isinstance(net, nn.Module):
         yield
         return
-    before, table = copy.deepcopy(net.state_dict()), getattr(net, "pretrained_cfg", None)
+    before, pretrained_cfg = copy.deepcopy(net.state_dict()), getattr(net, "pretrained_cfg", None)
     try:
         yield
     except BaseException:
         net.load_state_dict(before)
-        if table is not None:
-            net.pretrained_cfg = table
+        if pretrained_cfg is not None:
+            net.pretrained_cfg = pretrained_cfg  # type: ignore[assignment]
         raise
 
 
-def trainable(net: nn.Module, facts: Any) -> nn.Module:
-    """`net`, if it can be trained on the data."""
+def check_trainable(net: nn.Module, info: DataInfo) -> nn.Module:
+    """Check that a network can be trained on the data.
+
+    Args:
+        net: The network.
+        info: The data.
+
+    Returns:
+        The network itself.
+
+    Raises:
+        ValueError: If all of it is frozen, it is not float32, or its input channels or classes are not those of the
+            data.
+    """
     if not any(p.requires_grad for p in net.parameters()):
         raise ValueError(
             "every parameter of the student is frozen (requires_grad=False): nothing can be trained"
         )
-    kinds = {
-        str(p.dtype) for p in net.parameters() if p.is_floating_point() and p.dtype != torch.float32
-    }
-    if kinds:
+    floating = [p for p in net.parameters() if p.is_floating_point()]
+    other_types = sorted({str(p.dtype) for p in floating if p.dtype != torch.float32})
+    if other_types:
         raise ValueError(
-            f"the student has weights of {', '.join(sorted(kinds))}; trained are those of torch.float32: pass "
+            f"the student has weights of {', '.join(other_types)}; trained are those of torch.float32: pass "
             'student.float(), and mixed_precision="bf16" for speed'
         )
-    colours(net, "student")
-    held = num_outputs(plain(net, facts.image))
-    if held != facts.classes:
+    check_input_channels(net, "student")
+    held = num_outputs(untapped(net, info.image_size))
+    if held != info.num_classes:
         raise ValueError(
-            f"the student has {held} classes, the data {facts.classes}: build it with num_classes={facts.classes}"
+            f"the student has {held} classes, the data {info.num_classes}: build it with num_classes={info.num_classes}"
         )
     return net
 
 
-def colours(net: nn.Module, role: str) -> None:
-    """ValueError unless the network takes images of three channels, which all data here has."""
+def check_input_channels(net: nn.Module, role: str) -> None:
+    """Check that a network takes images of three channels, which all data has.
+
+    Args:
+        net: The network.
+        role: "student" or "teacher", for the message.
+
+    Raises:
+        ValueError: If it takes another number of channels.
+    """
     channels = input_shape(net)[0]
     if channels != 3:
         raise ValueError(
@@ -111,81 +148,101 @@ def colours(net: nn.Module, role: str) -> None:
         )
 
 
-def _no_options(spec: Any, args: Any, role: str) -> None:
-    if args and isinstance(spec, nn.Module):
+def _check_no_options(source: Any, options: Any, role: str) -> None:
+    if options and isinstance(source, nn.Module):
         raise ValueError(
-            f"{role}_args={dict(args)} has no effect on a network that is already built: pass its name"
+            f"{role}_args={dict(options)} has no effect on a network that is already built: pass its name"
         )
 
 
-# ------------------------------------------------------------------------------------------------------------ teachers
-def heads(given: Mapping[str, Any]) -> list[str | None]:
-    """What is done to each teacher: teacher_head, given once for all or as a list."""
-    count, asked = len(several(given["teacher"])), given["teacher_head"]
-    each = list(asked) if isinstance(asked, (list, tuple)) else [asked] * max(count, 1)
-    if isinstance(asked, (list, tuple)) and len(asked) != count:
+# ------------------------------------------------------------------------------------ teachers
+def check_head_names(networks: NetworksConfig) -> list[str | None]:
+    """What is done to each teacher.
+
+    Args:
+        networks: `teacher_head` says it once for all teachers, or as a list.
+
+    Returns:
+        One entry a teacher (one where there is none).
+
+    Raises:
+        ValueError: For an unknown choice, or a list of another length.
+    """
+    count, heads = len(as_list(networks.teacher)), networks.teacher_head
+    one_each = isinstance(heads, (list, tuple))
+    each: list[str | None] = list(heads) if one_each else [heads] * max(count, 1)  # type: ignore[list-item, arg-type]
+    if one_each and len(each) != count:
         raise ValueError(
-            f"teacher_head is a list of {len(asked)} for {count} teachers: one for each, None for none"
+            f"teacher_head is a list of {len(each)} for {count} teachers: one for each, None for none"
         )
-    wrong = [head for head in each if head is not None and head not in HEADS]
+    wrong = [head for head in each if head is not None and head not in TEACHER_HEADS]
     if wrong:
-        raise ValueError(
-            f"teacher_head={wrong[0]!r}; allowed: {', '.join(map(repr, HEADS))}, or a list, one a teacher"
-        )
+        allowed = ", ".join(map(repr, TEACHER_HEADS))
+        raise ValueError(f"teacher_head={wrong[0]!r}; allowed: {allowed}, or a list, one a teacher")
     return each
 
 
-def teachers(
+def build_teachers(
     frozen: list[Frozen],
-    given: Mapping[str, Any],
-    losses: Mapping[str, Any],
-    facts: Any,
-    trained: Any,
+    networks: NetworksConfig,
+    info: DataInfo,
+    losses: Sequence[str],
     student: nn.Module,
     notes: list[str],
+    *,
+    seed: int,
+    dry_run: bool,
+    finetuned: Sequence[nn.Module] | None = None,
 ) -> list[int]:
-    """Fills `frozen`; returns the numbers of those that are trained first. The caller's own module is never changed: a
-    copy.
+    """Build the teachers of a run. A module that the caller passed is never changed: a copy is.
 
-    trained  teachers that are ready, in place of given["teacher"]
+    Args:
+        frozen: The teachers are appended, so that the caller can restore those that exist if this raises.
+        networks: Where they come from.
+        info: The data.
+        losses: Names of the losses, to tell whether they read a teacher's logits.
+        student: Shares no parameter with a teacher.
+        notes: What was done to the networks is appended, for the plan.
+        seed: Of new heads.
+        dry_run: Whether weights are left unread.
+        finetuned: Teachers whose heads are trained, in place of those that `networks` names.
+
+    Returns:
+        Numbers of the teachers that must be fine-tuned before they teach.
     """
-    fresh = []
-    specs = trained or several(given["teacher"])
-    same = {
-        name: [None] * len(specs) if trained else _each(given, name, len(specs))
-        for name in PER_TEACHER
-    }
-    for number, spec in enumerate(specs):
-        label = "the teacher" if len(specs) == 1 else f"teacher {number}"
-        net = _teacher(
-            spec, given, facts, same["teacher_args"][number], same["teacher_weights"][number], notes
-        )
-        apart(net, student)
-        colours(net, "teacher")
-        held = num_outputs(plain(net, facts.image))
-        head = heads(given)[number]
-        if head in TRAINED and not trained:
-            net = copy.deepcopy(net) if net is spec else net
-            if held != facts.classes:
-                replace_head(plain(net, facts.image), facts.classes, given["seed"])
-            fresh.append(number)
-            notes.append(_told(label, held, facts.classes, head))
-        pre = Preprocess.of(net, facts.image)
-        teacher = Frozen(net, None, pre.size or facts.image, preprocess=pre)
+    to_finetune: list[int] = []
+    sources = list(finetuned) if finetuned else as_list(networks.teacher)
+    heads = check_head_names(networks)
+    none = [None] * len(sources)
+    options = none if finetuned else _each(networks.teacher_args, "teacher_args", len(sources))
+    weights = (
+        none if finetuned else _each(networks.teacher_weights, "teacher_weights", len(sources))
+    )
+    for number, source in enumerate(sources):
+        label = "the teacher" if len(sources) == 1 else f"teacher {number}"
+        head = heads[number]
+        net = _load_teacher(source, options[number], weights[number], info, notes, dry_run=dry_run)
+        check_no_shared_parameters(net, student)
+        check_input_channels(net, "teacher")
+        held = num_outputs(untapped(net, info.image_size))
+        if head in TRAINED_HEADS and not finetuned:
+            net = copy.deepcopy(net) if net is source else net
+            if held != info.num_classes:
+                replace_head(untapped(net, info.image_size), info.num_classes, seed)
+            to_finetune.append(number)
+            notes.append(_head_note(label, held, info.num_classes, head))
+        preprocess = Preprocess.of(net, info.image_size)
+        teacher = Frozen(net, None, preprocess.size or info.image_size, preprocess=preprocess)
         frozen.append(teacher)
         held = num_outputs(teacher)
-        if held != facts.classes:
-            _check_other(label, held, facts.classes, head, losses)
-            teacher.scored = False  # type: ignore[attr-defined]
-    return fresh
+        if held != info.num_classes:
+            _check_features_only(label, held, info.num_classes, head, losses)
+            teacher.scored = False
+    return to_finetune
 
 
-PER_TEACHER = ("teacher_args", "teacher_weights")
-
-
-def _each(given: Mapping[str, Any], name: str, count: int) -> list[Any]:
-    """The argument for each teacher: a list of as many, or options that all of them get."""
-    value = given[name]
+def _each(value: Any, name: str, count: int) -> list[Any]:
+    """An argument for each teacher: a list of as many, or options that all of them get."""
     if isinstance(value, (list, tuple)):
         if len(value) != count:
             raise ValueError(
@@ -199,39 +256,53 @@ def _each(given: Mapping[str, Any], name: str, count: int) -> list[Any]:
     return [value] * count
 
 
-def _teacher(
-    spec: Any, given: Mapping[str, Any], facts: Any, args: Any, weights: Any, notes: list[str]
+def _load_teacher(
+    source: Any,
+    options: Mapping[str, Any] | None,
+    weights: Any,
+    info: DataInfo,
+    notes: list[str],
+    *,
+    dry_run: bool,
 ) -> nn.Module:
-    _no_options(spec, args, "teacher")
-    dry, named = given["dry_run"], models.is_timm_name(spec)
-    # weights of a name without a tag are those of the data in a dry run: what is downloaded then is not known here
-    classes = {"num_classes": facts.classes} if dry and named and "." not in spec else {}
-    load = False if dry or weights is not None else True if named else None
-    net = models.load_model(spec, role="teacher", pretrained=load, **classes, **dict(args or {}))
+    _check_no_options(source, options, "teacher")
+    by_name = is_timm_name(source)
+    # weights of a name without a tag are those of the data in a dry run: what a download brings is not known then
+    unknown_classes = dry_run and by_name and "." not in source
+    classes = {"num_classes": info.num_classes} if unknown_classes else {}
+    if dry_run or weights is not None:
+        pretrained: bool | None = False
+    else:
+        pretrained = True if by_name else None
+    net = load_model(
+        source, role="teacher", pretrained=pretrained, **classes, **dict(options or {})
+    )
     if weights is not None:
-        net = copy.deepcopy(net) if net is spec else net
-        notes.append(models.load_weights(net, weights, role="teacher", keep_head=True))
+        net = copy.deepcopy(net) if net is source else net
+        notes.append(load_weights(net, weights, role="teacher", keep_head=True))
     return net
 
 
-def _told(label: str, held: int, classes: int, head: str) -> str:
-    if held == classes:
-        return f"{label} keeps its head of {classes} classes, and is trained first ({head})"
-    return f"{label} gets a new head of {classes} classes in place of {held}, which is trained first ({head})"
+def _head_note(label: str, held: int | None, num_classes: int, head: str | None) -> str:
+    if held == num_classes:
+        return f"{label} keeps its head of {num_classes} classes, and is trained first ({head})"
+    return (
+        f"{label} gets a new head of {num_classes} classes in place of {held}, "
+        f"which is trained first ({head})"
+    )
 
 
-def _check_other(
-    label: str, held: int, classes: int, head: str | None, losses: Mapping[str, Any]
+def _check_features_only(
+    label: str, held: int | None, num_classes: int, head: str | None, losses: Sequence[str]
 ) -> None:
     """ValueError for a teacher of other classes, unless only its features are used."""
     if head != "feature-only":
+        choices = " | ".join(f'teacher_head="{h}"' for h in TEACHER_HEADS if h != head)
+        as_is = "" if head == "as-is" else '; "as-is" insists that the classes are the same'
         raise ValueError(
-            f"{label} has {held or 'no'} classes, the data {classes}: pass "
-            + " | ".join(f'teacher_head="{h}"' for h in HEADS if h != head)
-            + ' ("feature-only" goes with losses on features, such as fitnet, at and sp; "finetune" and '
-            + '"linear-probe" train a new head first'
-            + ("" if head == "as-is" else '; "as-is" insists that the classes are the same')
-            + ")"
+            f"{label} has {held or 'no'} classes, the data {num_classes}: pass {choices} "
+            '("feature-only" goes with losses on features, such as fitnet, at and sp; "finetune" and "linear-probe" '
+            f"train a new head first{as_is})"
         )
     if "kd/branch" in losses:
         raise ValueError(
@@ -245,8 +316,12 @@ def _check_other(
         )
 
 
-def apart(teacher: nn.Module, student: nn.Module) -> None:
-    """ValueError if the two have a parameter in common: it would be frozen and trained."""
+def check_no_shared_parameters(teacher: nn.Module, student: nn.Module) -> None:
+    """Check that teacher and student have no parameter in common, which would be frozen and trained.
+
+    Raises:
+        ValueError: If they have.
+    """
     trained = {id(p) for p in student.parameters()}
     shared = [name for name, p in teacher.named_parameters() if id(p) in trained]
     if shared:

@@ -37,7 +37,14 @@ def parse_pairs(words: list[str]) -> dict[str, Any]:
     return found
 
 
-class ShellValue:
+class _AnyValue(type):
+    """Every value is an instance: a default may be None, a number or text."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return True
+
+
+class ShellValue(metaclass=_AnyValue):
     """A value that the command line reads from one word, or from several.
 
     Attributes:
@@ -56,6 +63,8 @@ class ShellValue:
     @staticmethod
     def show(value: Any) -> list[str]:
         """The words that give a value, for defaults in `--help`."""
+        if value is None:
+            return ["none"]
         if isinstance(value, Mapping):
             return [f"{name}={item}" for name, item in value.items()]
         if isinstance(value, (list, tuple)):

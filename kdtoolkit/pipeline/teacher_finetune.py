@@ -1,189 +1,232 @@
-"""Teachers of other classes: a new head is trained on the data once, and found again by every run that needs the same.
+"""Teachers of other classes are fine-tuned once, and found again by every run that needs the same.
 
 A fine-tuned teacher lies in a folder named after a digest of all it depends on: the network and its weights without the
-old head, teacher_head, the data, the settings and the seed. The student, the method and places are no part of it.
+old head, `teacher_head`, the data, the configuration of its training and the seed. The student, the method and places
+are no part of it.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import sys
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from kdtoolkit import models
-from kdtoolkit.core.config import SHARED, TrainerConfig
+from kdtoolkit.models.describe import describe_model
 from kdtoolkit.models.head import classifier_names
 from kdtoolkit.pipeline import fingerprint
-from kdtoolkit.pipeline.networks import TRAINED, heads, plain
+from kdtoolkit.pipeline.build import RunParts
+from kdtoolkit.pipeline.config import DistillConfig, check_keywords
+from kdtoolkit.pipeline.data_info import DataInfo
+from kdtoolkit.pipeline.networks import TRAINED_HEADS, check_head_names, untapped
 from kdtoolkit.utils.checkpoint import CheckpointError, OutputDirNotEmpty
 from kdtoolkit.utils.io import write_json
-from kdtoolkit.utils.registry import suggestion
 
-ALLOWED = [*SHARED, "layer_decay", "freeze"]  # what teacher_training may say
-SHOWN = ("report_to", "progress", "log_every", "eval_test")  # change nothing of the teacher
-DONE = "finetuned.json"
+if TYPE_CHECKING:
+    from kdtoolkit.pipeline.result import DistillResult
+
+TrainFunction = Callable[[DistillConfig], "DistillResult"]
+
+logger = logging.getLogger(__name__)
+
+# fields that a run shares with those that it starts: a baseline, the fine-tuning of a teacher
+SHARED_FIELDS = (
+    "epochs", "max_steps", "batch_size", "optimizer", "lr", "weight_decay", "scheduler", "warmup_epochs", "report_to",
+    "mixed_precision", "grad_accum", "compile", "channels_last", "grad_clip", "seed", "progress", "momentum",
+    "milestones", "gamma", "log_every", "eval_every", "eval_test",
+)  # fmt: skip
+ALLOWED_FIELDS = (*SHARED_FIELDS, "layer_decay", "freeze")  # what teacher_training may set
+WITHOUT_EFFECT = ("report_to", "progress", "log_every", "eval_test")  # on the teacher itself
+RESULT_FILE = "finetuned.json"
+RESULT_KEYS = ("top1", "split", "epoch", "chosen")
 
 
-def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of distill() with which teachers are fine-tuned: those of this run, changed by teacher_training.
+def finetuning_fields(config: DistillConfig) -> dict[str, Any]:
+    """The fields with which teachers are fine-tuned: those of this run, changed by `teacher_training`.
 
-    freeze and layer_decay are not taken over, they are the student's. An optimizer of its own brings its own lr and
-    weight_decay, a length of its own replaces the run's. ValueError for what is unknown or has no effect.
+    `freeze` and `layer_decay` are the student's and are not taken over. An optimizer of its own brings its own default
+    learning rate and weight decay; a length of its own replaces the run's.
+
+    Args:
+        config: The configuration of the run.
+
+    Returns:
+        Field -> value.
+
+    Raises:
+        ValueError: For a field that is unknown or has no effect.
     """
-    own = dict(given["teacher_training"] or {})
-    asked = [head for head in heads(given) if head in TRAINED]
-    if own and not asked:
+    own = dict(config.networks.teacher_training or {})
+    heads = [head for head in check_head_names(config.networks) if head in TRAINED_HEADS]
+    if own and not heads:
+        choices = " or ".join(f"teacher_head={head!r}" for head in TRAINED_HEADS)
         raise ValueError(
-            f"teacher_training has no effect with teacher_head={given['teacher_head']!r}: pass "
-            + " or ".join(f"teacher_head={head!r}" for head in TRAINED)
+            f"teacher_training has no effect with teacher_head={config.networks.teacher_head!r}: pass {choices}"
         )
-    for name in own:
-        if name not in ALLOWED:
-            raise ValueError(
-                f"teacher_training: unknown {name!r}{suggestion(name, ALLOWED) or '.'} Allowed: {', '.join(ALLOWED)}"
-            )
-    probe = "linear-probe" in asked
-    if probe and own.get("freeze") is not None:
+    check_keywords(own, ALLOWED_FIELDS, "teacher_training")
+    head_only = "linear-probe" in heads
+    if head_only and own.get("freeze") is not None:
         raise ValueError(
             "teacher_training: freeze has no effect, teacher_head='linear-probe' trains the head alone"
         )
-    same = {name: given[name] for name in SHARED} | {
-        "layer_decay": None,
-        "freeze": "backbone" if probe else None,
-    }
+    values = config.flat()
+    same = {name: values[name] for name in SHARED_FIELDS}
+    same |= {"layer_decay": None, "freeze": "backbone" if head_only else None}
     if own.get("optimizer", same["optimizer"]) != same["optimizer"]:
         same |= {"lr": None, "weight_decay": None}
     if {"epochs", "max_steps"} & own.keys():
         same |= {"epochs": None, "max_steps": None}
     found = same | own
-    TrainerConfig.of({**given, **found})
+    DistillConfig.from_keywords(**found)  # a wrong value is an error before anything is loaded
     return found
 
 
-def told(given: Mapping[str, Any]) -> str:
-    """For the plan: how teachers are fine-tuned."""
-    s = TrainerConfig.of({**given, **settings_of(given)})
+def describe_finetuning(config: DistillConfig) -> str:
+    """How teachers are fine-tuned, in a line for the plan."""
+    s = DistillConfig.from_keywords(**finetuning_fields(config)).trainer
     length = f"{s.max_steps} steps" if s.max_steps else f"{s.epochs} epochs"
     decay = f", layer_decay {s.layer_decay:g}" if s.layer_decay is not None else ""
     return f"fine-tuning of a teacher: {length}, batch_size {s.batch_size}, {s.optimizer}, lr {s.lr:g}{decay}"
 
 
-def adapted(
-    given: Mapping[str, Any],
-    parts: Any,
-    facts: Any,
-    train: Callable[..., Any],
+def finetune_teachers(
+    config: DistillConfig,
+    parts: RunParts,
+    info: DataInfo,
     accelerator: Accelerator,
+    train: TrainFunction,
 ) -> tuple[list[nn.Module], dict[str, Any], list[str]]:
-    """The teachers, those with a new head trained on the data; their numbers, and lines for the plan.
+    """Fine-tune the teachers that need it, or find them in their folders.
 
-    train  distill()
+    Args:
+        config: The configuration of the run.
+        parts: Its networks; their hooks are taken off.
+        info: The data.
+        accelerator: Of the run.
+        train: Runs a configuration.
+
+    Returns:
+        All teachers, the numbers of those that were fine-tuned, and lines for the plan.
     """
     parts.release()
     nets: list[nn.Module] = [teacher.model for teacher in parts.teachers]
+    heads = check_head_names(config.networks)
     numbers: dict[str, Any] = {}
-    notes = []
-    for number in parts.to_adapt:
-        name, head = "teacher" if number == 0 else f"teacher/{number}", heads(given)[number]
+    notes: list[str] = []
+    for number in parts.to_finetune:
+        name = "teacher" if number == 0 else f"teacher/{number}"
+        head = heads[number]
+        assert head is not None
         nets[number].float()  # what is trained is float32
-        own = {**given, "teacher_head": head, "teacher": nets[number]}
-        own["mixed_precision"] = given["mixed_precision"] or accelerator.mixed_precision
-        row = _ready(nets[number], own, facts, name, train, accelerator)
-        numbers |= {f"{name}_finetuned_{k}": v for k, v in row.items()}
-        told = (
-            f"top1 {row['top1']:.2f} on {row['split']}"
-            if row.get("top1") is not None
-            else "not evaluated"
-        )
-        where = (
-            f"found in {row['folder']}" if row["reused"] else f"kept in {row['folder'] or 'memory'}"
-        )
-        notes.append(f"{name}: fine-tuned ({head}), {told}, {where}")
+        row = _finetune(nets[number], head, config, info, name, accelerator, train)
+        numbers |= {f"{name}_finetuned_{key}": value for key, value in row.items()}
+        score = "not evaluated"
+        if row.get("top1") is not None:
+            score = f"top1 {row['top1']:.2f} on {row['split']}"
+        where = f"kept in {row['folder'] or 'memory'}"
+        if row["reused"]:
+            where = f"found in {row['folder']}"
+        notes.append(f"{name}: fine-tuned ({head}), {score}, {where}")
     return nets, numbers, notes
 
 
-def _ready(
-    net: nn.Module, given: Mapping[str, Any], facts: Any, name: str, train: Callable[..., Any],
+def _finetune(
+    net: nn.Module,
+    head: str,
+    config: DistillConfig,
+    info: DataInfo,
+    name: str,
     accelerator: Accelerator,
-) -> dict[str, Any]:  # fmt: skip
-    """Give `net` its fine-tuned weights, from its folder or by training; what is told of it."""
-    options = settings_of(given)
-    folder = place(net, given, facts)
-    done = folder is not None and (folder / DONE).exists()
+    train: TrainFunction,
+) -> dict[str, Any]:
+    """Give `net` its fine-tuned weights, from its folder or by training; the numbers of its result."""
+    own_networks = replace(config.networks, teacher_head=head, teacher=net)
+    precision = config.loop.mixed_precision or accelerator.mixed_precision
+    config = replace(config, networks=own_networks).updated(mixed_precision=precision)
+    options = finetuning_fields(config)
+    folder = finetuned_folder(net, config, info)
+    done = folder is not None and (folder / RESULT_FILE).exists()
     accelerator.wait_for_everyone()  # every rank has looked before one writes
     if done:
         assert folder is not None
-        return _found(net, folder) | {"folder": str(folder), "reused": True}
-    _switch_on(net, classifier_names(plain(net, facts.image)))
-    same = {
-        "method": "none",
-        "output_dir": folder,
-        "label": f"{name} {given['teacher_head']}",
+        return _load_finetuned(net, folder) | {"folder": str(folder), "reused": True}
+    _unfreeze(net, classifier_names(untapped(net, info.image_size)))
+    training = DistillConfig.from_keywords(
+        student=net, train_data=info.data, method="none", output_dir=folder, label=f"{name} {head}",
         **options,
-    }
-    start = copy.deepcopy(net.state_dict())
+    )  # fmt: skip
+    first_weights = copy.deepcopy(net.state_dict())
     try:
-        result = train(None, net, facts.data, resume="auto" if folder else False, **same)
-    except (
-        CheckpointError,
-        SafetensorError,
-        OutputDirNotEmpty,
-    ) as error:  # what is there is damaged: a cache is made anew
-        print(f"kdtoolkit: {error}; the teacher is fine-tuned anew", file=sys.stderr)
-        net.load_state_dict(start)
-        result = train(None, net, facts.data, overwrite=True, **same)
-    row = {k: result.metrics.get(k) for k in ("top1", "split", "epoch", "chosen")}
+        result = train(training.updated(resume="auto" if folder else False))
+    except (CheckpointError, SafetensorError, OutputDirNotEmpty) as error:
+        logger.warning("%s; the teacher is fine-tuned again from the start", error)
+        net.load_state_dict(first_weights)
+        result = train(training.updated(overwrite=True))
+    row = {key: result.metrics.get(key) for key in RESULT_KEYS}
     if folder is not None and accelerator.is_main_process:
-        write_json(
-            folder / DONE, row | {"teacher_head": given["teacher_head"], "training": options}
-        )
+        write_json(folder / RESULT_FILE, row | {"teacher_head": head, "training": options})
     accelerator.wait_for_everyone()
     return row | {"folder": str(folder) if folder else None, "reused": False}
 
 
-def _switch_on(net: nn.Module, head: list[str]) -> None:
-    """A teacher that came frozen is trained whole; of others what its owner froze stays so, but for the head."""
-    everything = not any(
-        p.requires_grad for n, p in net.named_parameters() if n.rpartition(".")[0] not in head
-    )
+def _unfreeze(net: nn.Module, head: Sequence[str]) -> None:
+    """A teacher that came frozen is trained whole; of others what its owner froze stays so, except the head."""
+
+    def in_head(name: str) -> bool:
+        return name.rpartition(".")[0] in head
+
+    everything = not any(p.requires_grad for n, p in net.named_parameters() if not in_head(n))
     for name, p in net.named_parameters():
-        if everything or name.rpartition(".")[0] in head:
+        if everything or in_head(name):
             p.requires_grad_(True)
 
 
-def place(net: nn.Module, given: Mapping[str, Any], facts: Any) -> Path | None:
-    """The folder of this teacher in teacher_dir, by default in output_dir/finetuned; None where nothing is written."""
-    root = given["teacher_dir"]
-    if root is None and given["output_dir"] is not None:
-        root = Path(given["output_dir"]) / "finetuned"
+def finetuned_folder(net: nn.Module, config: DistillConfig, info: DataInfo) -> Path | None:
+    """The folder of a fine-tuned teacher.
+
+    Args:
+        net: The teacher before it is fine-tuned.
+        config: The configuration; `teacher_head` is that of this teacher.
+        info: The data.
+
+    Returns:
+        A folder in `teacher_dir`, by default in output_dir/finetuned; None where nothing is written.
+
+    Raises:
+        ValueError: If `teacher_dir` is a file.
+    """
+    root = config.networks.teacher_dir
+    if root is None and config.output.output_dir is not None:
+        root = Path(config.output.output_dir) / "finetuned"
     if root is None:
         return None
-    spec = {k: v for k, v in models.spec_of(net).items() if k != "source"}
-    if Path(root).expanduser().is_file():
+    root = Path(root).expanduser()
+    if root.is_file():
         raise ValueError(f"teacher_dir {root} is a file: give a folder")
+    spec = {key: value for key, value in describe_model(net).items() if key != "source"}
     weights = fingerprint.of_network(net)
-    training = {k: v for k, v in settings_of(given).items() if k not in SHOWN}
-    key = fingerprint.of_plain(
-        [spec, weights, given["teacher_head"], training, fingerprint.of_data(facts.data)]
-    )
-    return Path(root).expanduser() / f"{spec['architecture'] or type(net).__name__}-{key}"
+    fields = finetuning_fields(config)
+    training = {key: value for key, value in fields.items() if key not in WITHOUT_EFFECT}
+    data = fingerprint.of_data(info.loaded)
+    key = fingerprint.of_plain([spec, weights, config.networks.teacher_head, training, data])
+    return root / f"{spec['architecture'] or type(net).__name__}-{key}"
 
 
-def _found(net: nn.Module, folder: Path) -> dict[str, Any]:
+def _load_finetuned(net: nn.Module, folder: Path) -> dict[str, Any]:
     try:
         net.load_state_dict(load_file(folder / "student" / "model.safetensors"))
-        row = dict(json.loads((folder / DONE).read_text(encoding="utf-8")))
+        row: Mapping[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
     except Exception as error:  # a missing or damaged file, each in the words of its library
         raise ValueError(
             f"the fine-tuned teacher in {folder} cannot be loaded ({type(error).__name__}: {error}): delete the "
             "folder, it is made again"
         ) from error
-    return {k: row.get(k) for k in ("top1", "split", "epoch", "chosen")}
+    return {key: row.get(key) for key in RESULT_KEYS}

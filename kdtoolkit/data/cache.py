@@ -1,4 +1,7 @@
-"""Images that fit in memory: decoded once into one uint8 tensor, so that a batch is one tensor index."""
+"""Images that fit in memory: decoded once into one uint8 tensor.
+
+A batch is then one index into that tensor.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,42 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kdtoolkit.data.tables import SizesDiffer, Table, to_uint8
+from kdtoolkit.data.images import to_uint8
+from kdtoolkit.data.sampling import split_repeats
+from kdtoolkit.data.tables import Table
 
-LIMIT = 4 * 2**30  # bytes
-CHUNK = 256  # rows decoded by one call
-
-
-def fits(rows: int, size: tuple[int, int]) -> bool:
-    """True when rows * 3 * H * W bytes are at most 4 GiB and at most this rank's part of half the free memory."""
-    ranks = int(
-        os.environ.get("LOCAL_WORLD_SIZE", 1)
-    )  # set by torchrun: each rank holds its own copy
-    return rows * 3 * size[0] * size[1] <= min(
-        LIMIT, psutil.virtual_memory().available // 2 // ranks
-    )
+MAX_CACHE_BYTES = 4 * 2**30
+ROWS_PER_CALL = 256  # rows decoded by one call of a thread
+MAX_THREADS = 8
 
 
-class Cached(Dataset):
-    """Rows of one split in memory. Items and batches are dict(x uint8 (B, 3, H, W), y (B,), index (B,)), on the CPU."""
+class SizesDifferError(Exception):
+    """An image is not of the size of the others, so that the split cannot be one tensor.
+
+    Args:
+        row: Number of the row.
+        size: Its (H, W) in pixels.
+        expected: The (H, W) of the others.
+    """
+
+    def __init__(self, row: int, size: tuple[int, ...], expected: tuple[int, int]) -> None:
+        super().__init__(
+            f"row {row} is {size[0]}x{size[1]}, others are {expected[0]}x{expected[1]}"
+        )
+
+
+class CachedDataset(Dataset[dict[str, Tensor]]):
+    """Rows of one split in memory; an item or a batch is a dict of x, y and index, on the CPU.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        labels: Class ids, (N,) int64, -1 for a row without one.
+        index: Numbers of the rows, (N,) int64.
+    """
 
     def __init__(self, images: Tensor, labels: Tensor, index: Tensor) -> None:
         self.images, self.labels, self.index = images, labels, index
@@ -38,46 +54,79 @@ class Cached(Dataset):
         return len(self.index)
 
     def row_labels(self) -> np.ndarray:
-        """(N,) int64, -1 for a row without one."""
+        """Return the class ids, (N,) int64, -1 for a row without one."""
         return self.labels.numpy()
 
-    def __getitems__(self, ids: Sequence[int]) -> dict[str, Tensor]:
-        at, draw = apart(ids, len(self))
+    def num_unlabelled(self) -> int:
+        """Return how many rows have no label."""
+        return int((self.labels < 0).sum())
+
+    def __getitems__(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        at, draw = split_repeats(positions, len(self))
         return {"x": self.images[at], "y": self.labels[at], "index": self.index[at], **draw}
 
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"x": self.images[i], "y": self.labels[i], "index": self.index[i]}
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        return {
+            "x": self.images[position],
+            "y": self.labels[position],
+            "index": self.index[position],
+        }
 
 
-def apart(ids: Sequence[int], rows: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Positions, of which i + k * rows is draw k of row i (see `sampling.Draws`) -> rows (B,) and {"draw": (B,)}; the
-    latter is empty where all are first draws."""
-    at = torch.as_tensor(ids, dtype=torch.int64)
-    if not len(at) or int(at.max()) < rows:
-        return at, {}
-    return at % rows, {"draw": at // rows}
+def fits_in_memory(num_rows: int, size: tuple[int, int]) -> bool:
+    """Whether images fit in memory.
+
+    They may take 4 GiB, and at most this rank's part of half the free memory.
+
+    Args:
+        num_rows: Number of images.
+        size: (H, W) in pixels; an image takes 3 * H * W bytes.
+
+    Returns:
+        Whether they fit.
+    """
+    import psutil
+
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun: each rank has its own copy
+    free = int(psutil.virtual_memory().available) // 2 // ranks
+    return num_rows * 3 * size[0] * size[1] <= min(MAX_CACHE_BYTES, free)
 
 
-def decode(table: Table, rows: np.ndarray, size: tuple[int, int], resize: bool = False) -> Cached:
-    """Decode `rows` of the table. Raises SizesDiffer at the first image that is not `size`, unless `resize`."""
+def cache_rows(
+    table: Table, rows: np.ndarray, size: tuple[int, int], resize: bool = False
+) -> CachedDataset:
+    """Decode rows of a table into memory.
+
+    Args:
+        table: The table.
+        rows: Numbers of the rows, (N,) integers.
+        size: (H, W) in pixels.
+        resize: Resize images to `size`; otherwise all must have it.
+
+    Returns:
+        The rows in memory.
+
+    Raises:
+        SizesDifferError: At the first image that is not of `size`, unless `resize`.
+    """
     images = np.empty((len(rows), 3, *size), np.uint8)
     labels = np.empty(len(rows), np.int64)
 
-    def chunk(start: int) -> None:
-        items = table.read(rows[start : start + CHUNK])
-        for at, (row, image, label) in enumerate(items, start):
+    def decode_from(start: int) -> None:
+        found = table.read(rows[start : start + ROWS_PER_CALL])
+        for at, (row, image, label) in enumerate(found, start):
             pixels = to_uint8(image, size if resize else None)
             if pixels.shape[1:] != size:
-                raise SizesDiffer(row, pixels.shape[1:], size)
+                raise SizesDifferError(row, pixels.shape[1:], size)
             images[at], labels[at] = pixels, label
 
-    starts = range(0, len(rows), CHUNK)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1) if table.threads else 1) as pool:
-        futures = [pool.submit(chunk, start) for start in starts]
+    threads = min(MAX_THREADS, os.cpu_count() or 1) if table.is_thread_safe else 1
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(decode_from, s) for s in range(0, len(rows), ROWS_PER_CALL)]
         try:
             for future in futures:
                 future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return Cached(torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(rows))
+    return CachedDataset(torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(rows))

@@ -5,69 +5,94 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-import datasets
-import numpy as np
+ColumnNames = tuple[str | None, str | None]
+"""(image, label) columns; None for one that is to be found by its type."""
+
+ENCODE_HINT = "For a column of strings call dataset.class_encode_column(name)."
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The two columns in use, the class names where the features carry them, and why these two."""
+    """The two columns in use.
+
+    Attributes:
+        image: Name of the image column.
+        label: Name of the label column.
+        class_names: Names of the classes, where the features have them.
+        reason: Why these two, in words.
+    """
 
     image: str
     label: str
     class_names: tuple[str, ...] | None
-    note: str
+    reason: str
 
 
 def find_columns(
-    features: Mapping[str, Any] | None, columns: tuple[str | None, str | None] | None = None
+    features: Mapping[str, object] | None, columns: ColumnNames | None = None
 ) -> Columns:
-    """Features of an HF data set -> Columns. `columns` = (image, label) overrides; None in it means "find it"."""
+    """Find the image and the label column of an HF data set.
+
+    Args:
+        features: The data set's features, by column.
+        columns: (image, label) columns to use; None in it means to find that one.
+
+    Returns:
+        The columns.
+
+    Raises:
+        ValueError: If there are no features, or a column is missing, ambiguous or of another type.
+    """
+    import datasets
+
     if not features:
         raise ValueError(
             "the data set has no features, so its columns cannot be found by type: "
-            "call .cast(datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[...])))"
+            "call .cast(datasets.Features(image=datasets.Image(), "
+            "label=datasets.ClassLabel(names=[...])))"
         )
-    want_image, want_label = columns or (None, None)
-    for want in (want_image, want_label):
-        if want is not None and want not in features:
+    given_image, given_label = columns or (None, None)
+    for name in (given_image, given_label):
+        if name is not None and name not in features:
             raise ValueError(
-                f"no column {want!r}; the columns are {_listed(features)}.{_near(want, features)}"
+                f"no column {name!r}; the columns are "
+                f"{_list_columns(features)}.{_suggest(name, features)}"
             )
-    image, image_note = (want_image, "given") if want_image else _image(features)
-    label, label_note = (want_label, "given") if want_label else _label(features)
+    image, image_reason = (given_image, "given") if given_image else _find_image_column(features)
+    label, label_reason = (given_label, "given") if given_label else _find_label_column(features)
     feature = features[label]
-    names = (
-        tuple(feature.names) if isinstance(feature, datasets.ClassLabel) and feature.names else None
-    )
-    if not isinstance(feature, datasets.ClassLabel) and not _is_integer(feature):
+    names: tuple[str, ...] | None = None
+    if isinstance(feature, datasets.ClassLabel):
+        names = tuple(feature.names) if feature.names else None
+    elif not _is_integer(feature):
         raise ValueError(
-            f"label column {label!r} has type {feature}: expected ClassLabel or integers. {ENCODE}"
+            f"label column {label!r} has type {feature}: expected ClassLabel or integers. "
+            f"{ENCODE_HINT}"
         )
-    return Columns(
-        image, label, names, f"image {image!r} ({image_note}), label {label!r} ({label_note})"
-    )
+    reason = f"image {image!r} ({image_reason}), label {label!r} ({label_reason})"
+    return Columns(image, label, names, reason)
 
 
-ENCODE = "For a column of strings call dataset.class_encode_column(name)."
+def _is_image(feature: object) -> bool:
+    """Whether it is `datasets.Image`, or its bare storage {"bytes", "path"}.
+
+    Parquet files without metadata hold the latter.
+    """
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return True
+    return isinstance(feature, Mapping) and set(feature) == {"bytes", "path"}
 
 
-def is_image(feature: Any) -> bool:
-    """True for datasets.Image and for its bare storage {"bytes", "path"}, which parquet files without metadata hold."""
-    return isinstance(feature, datasets.Image) or (
-        isinstance(feature, Mapping) and set(feature) == {"bytes", "path"}
-    )
-
-
-def _image(features: Mapping[str, Any]) -> tuple[str, str]:
-    found = [name for name, feature in features.items() if is_image(feature)]
+def _find_image_column(features: Mapping[str, object]) -> tuple[str, str]:
+    found = [name for name, feature in features.items() if _is_image(feature)]
     if len(found) == 1:
         return found[0], "the only Image column"
     if not found:
         raise ValueError(
-            f"no column of type datasets.Image; the columns are {_listed(features)}. "
+            f"no column of type datasets.Image; the columns are {_list_columns(features)}. "
             "Cast one with dataset.cast_column(name, datasets.Image())."
         )
     raise ValueError(
@@ -75,17 +100,20 @@ def _image(features: Mapping[str, Any]) -> tuple[str, str]:
     )
 
 
-def _label(features: Mapping[str, Any]) -> tuple[str, str]:
-    classes = {n: f.num_classes for n, f in features.items() if isinstance(f, datasets.ClassLabel)}
-    if classes:
-        best = max(classes, key=lambda name: classes[name] or 0)
-        others = ", ".join(name for name in classes if name != best)
-        return (
-            best,
-            f"the most classes, {classes[best]}; not {others}"
-            if others
-            else "the only ClassLabel column",
-        )
+def _find_label_column(features: Mapping[str, object]) -> tuple[str, str]:
+    import datasets
+
+    num_classes = {
+        name: feature.num_classes or 0
+        for name, feature in features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    if len(num_classes) == 1:
+        return next(iter(num_classes)), "the only ClassLabel column"
+    if num_classes:
+        most = max(num_classes, key=lambda name: num_classes[name])
+        others = ", ".join(name for name in num_classes if name != most)
+        return most, f"the most classes, {num_classes[most]}; not {others}"
     integers = [name for name, feature in features.items() if _is_integer(feature)]
     if len(integers) == 1:
         return integers[0], "the only integer column"
@@ -95,48 +123,24 @@ def _label(features: Mapping[str, Any]) -> tuple[str, str]:
             "Say which with columns=(None, label)."
         )
     raise ValueError(
-        f"no label column: neither ClassLabel nor integers among {_listed(features)}. {ENCODE}"
+        f"no label column: neither ClassLabel nor integers among {_list_columns(features)}. "
+        f"{ENCODE_HINT}"
     )
 
 
-def _is_integer(feature: Any) -> bool:
+def _is_integer(feature: object) -> bool:
+    import datasets
+
     return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
 
 
-def _listed(features: Mapping[str, Any]) -> str:
+def _list_columns(features: Mapping[str, object]) -> str:
     return ", ".join(
-        f"{name}: {getattr(f, 'dtype', None) or type(f).__name__}" for name, f in features.items()
+        f"{name}: {getattr(feature, 'dtype', None) or type(feature).__name__}"
+        for name, feature in features.items()
     )
 
 
-def _near(name: str, names: Iterable[str]) -> str:
+def _suggest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(names), 1)
     return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def check_labels(
-    labels: np.ndarray,
-    num_classes: int,
-    split: str,
-    rows: np.ndarray | None = None,
-    *,
-    unlabelled: bool = False,
-) -> None:
-    """Raise ValueError naming the first row whose label is not in 0 .. num_classes - 1, or -1 with `unlabelled`.
-
-    rows  the rows' numbers
-    """
-    bad = np.flatnonzero((labels < (-1 if unlabelled else 0)) | (labels >= num_classes))
-    if len(bad):
-        row = int(bad[0] if rows is None else rows[bad[0]])
-        more = f" ({len(bad)} such rows)" if len(bad) > 1 else ""
-        label = int(labels[bad[0]])
-        advice = (
-            "It is a row without a label: only rows to train on may be that, in a map-style data set that tells its "
-            "labels before they are read (a label column, targets). Remove it."
-            if label == -1 and not unlabelled
-            else "Correct the labels, or pass the right num_classes=."
-        )
-        raise ValueError(
-            f"split {split!r}, row {row}: label {label} is outside 0 .. {num_classes - 1}{more}. {advice}"
-        )

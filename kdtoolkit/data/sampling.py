@@ -1,197 +1,301 @@
-"""Which rows make a batch, where that is not left to chance: labelled ones beside others, several of one class.
+"""Samplings: which rows make a batch.
 
-A sampling is a callable `(labels (N,) int64, batch_size, seed) -> batches`, with label -1 for a row without one: an
-iterable of lists of `batch_size` positions 0 .. N - 1, with `len()` and `set_epoch(epoch)`. Their order depends on
-(seed, epoch) alone, so that a resumed run sees the batches that it would have seen.
+For methods that need labelled rows beside others, or several rows of one class. A sampling is
+called with the labels, the batch size and the seed and returns the batches of an epoch as lists of
+row positions. The order depends on (seed, epoch) alone, so a resumed run gets the batches that it
+would have got.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
-MASK = (1 << 64) - 1
+from kdtoolkit.data.seeding import MASK_64
+from kdtoolkit.utils.validation import check_number, check_whole_number
 
 
-class Batches:
-    """`count` batches of positions, drawn anew from (seed, epoch) by `draw(generator)`."""
+class BatchOrder(Protocol):
+    """The batches of an epoch: lists of positions 0 .. N - 1, `batch_size` in each."""
 
-    def __init__(
-        self, count: int, seed: int, draw: Callable[[np.random.Generator], Iterator[list[int]]]
-    ) -> None:
-        self.count, self.seed, self.draw, self.epoch = count, seed, draw, 0
+    def __len__(self) -> int: ...
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.draw(np.random.default_rng([self.seed & MASK, self.epoch]))
+    def __iter__(self) -> Iterator[list[int]]: ...
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose batches are drawn next."""
+
+
+Sampling = Callable[[np.ndarray, int, int], BatchOrder]
+"""(labels (N,) int64 with -1 for a row without a label, batch_size, seed) -> batches."""
+
+
+class EpochBatches:
+    """Batches of positions that depend on the seed and the epoch.
+
+    Args:
+        num_batches: How many batches an epoch has.
+        seed: Seed of the run.
+        draw: Draws the batches of one epoch with the generator that it is given.
+    """
+
+    def __init__(
+        self,
+        num_batches: int,
+        seed: int,
+        draw: Callable[[np.random.Generator], Iterator[list[int]]],
+    ) -> None:
+        self.num_batches, self.seed, self.draw = num_batches, seed, draw
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.draw(np.random.default_rng([self.seed & MASK_64, self.epoch]))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose batches are drawn next."""
         self.epoch = epoch
 
 
-class Draws:
-    """Batches as DataLoader and accelerate want them. The second time that an epoch draws row i it is N + i, the third
-    2 N + i, and so on: the data set takes it apart, so that each draw has an augmentation of its own."""
+class RepeatBatchSampler:
+    """A batch sampler that numbers the repeats of a row within an epoch.
+
+    The second time that an epoch draws row i, the position is N + i, the third time 2 N + i, and so
+    on; `split_repeats` takes it apart again, so that each repeat has an augmentation of its own.
+
+    Args:
+        sampler: The batches of an epoch; accelerate calls its `set_epoch`.
+        num_rows: Number of rows N.
+        batch_size: Rows in every batch.
+    """
 
     drop_last = True
 
-    def __init__(self, sampler: Any, rows: int, batch_size: int) -> None:
-        self.sampler, self.rows, self.batch_size = (
-            sampler,
-            rows,
-            batch_size,
-        )  # accelerate calls sampler.set_epoch
+    def __init__(self, sampler: BatchOrder, num_rows: int, batch_size: int) -> None:
+        self.sampler, self.num_rows, self.batch_size = sampler, num_rows, batch_size
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[list[int]]:
-        drawn = np.zeros(self.rows, np.int64)
+        repeats = np.zeros(self.num_rows, np.int64)
         for batch in self.sampler:
             if len(batch) != self.batch_size:
                 raise ValueError(
-                    f"the sampling made a batch of {len(batch)} rows, asked for {self.batch_size}"
+                    f"the sampling made a batch of {len(batch)} rows, expected {self.batch_size}: "
+                    "correct the sampling"
                 )
-            numbered = []
-            for i in map(int, batch):
-                numbered.append(i + self.rows * int(drawn[i]))
-                drawn[i] += 1
-            yield numbered
+            positions = []
+            for row in map(int, batch):
+                positions.append(row + self.num_rows * int(repeats[row]))
+                repeats[row] += 1
+            yield positions
+
+
+def split_repeats(positions: Sequence[int], num_rows: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Take the positions of a `RepeatBatchSampler` apart.
+
+    Args:
+        positions: Positions, of which i + k * num_rows is repeat k of row i.
+        num_rows: Number of rows.
+
+    Returns:
+        Rows (B,) int64, and `{"draw": (B,) int64}` with the number of the repeat, 0 for the first
+        draw; an empty dict where all are first draws.
+    """
+    found = torch.as_tensor(positions, dtype=torch.int64)
+    if not len(found) or int(found.max()) < num_rows:
+        return found, {}
+    return found % num_rows, {"draw": found // num_rows}
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixed:
-    """A share of labelled rows in every batch: the two streams of Mean Teacher (Tarvainen & Valpola 2017).
+    """A fixed share of labelled rows in every batch.
 
-    labelled  share of a batch, 0 to 1, rounded to at least one row of either kind
+    As Mean Teacher needs it (Tarvainen & Valpola 2017, arXiv 1703.01780). One epoch is one pass
+    over the rows without a label; labelled rows are repeated in shuffled passes. Labelled rows are
+    spread over the batch: of equal parts for several processes each has its share, to one row.
+    Where all rows are labelled it is plain shuffling. Rows that do not fill the last batch are left
+    out.
 
-    A pass is one over the rows without a label; labelled ones are drawn again and again, in shuffled passes. They are
-    spread over the batch: of equal parts for several processes each has its share, to one row. Where all rows are
-    labelled it is plain shuffling. What does not fill the last batch is left out.
+    Attributes:
+        labelled: Share of labelled rows in a batch, between 0 and 1; rounded to at least one row of
+            either kind.
+
+    Raises:
+        ValueError: If `labelled` is not between 0 and 1, or, when called, if the rows do not fill a
+            batch.
     """
 
     labelled: float = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.labelled, bool) or not 0 < self.labelled < 1:
-            raise ValueError(
-                f"Mixed(labelled={self.labelled!r}): the share of labelled rows in a batch, between 0 and 1"
-            )
+        meaning = "share of labelled rows in a batch"
+        check_number("labelled of Mixed", self.labelled, above=0, below=1, meaning=meaning)
 
-    def __call__(self, labels: np.ndarray, batch_size: int, seed: int) -> Batches:
-        known, others = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)
-        if not len(known):
+    def __call__(self, labels: np.ndarray, batch_size: int, seed: int) -> EpochBatches:
+        """Draw the batches.
+
+        Args:
+            labels: Class ids, (N,) int64; -1 for a row without a label.
+            batch_size: Rows in a batch.
+            seed: Seed of the run.
+
+        Returns:
+            The batches of an epoch.
+        """
+        labelled_rows, other_rows = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)
+        if not len(labelled_rows):
             raise ValueError(
-                f"none of {len(labels)} training rows has a label, Mixed puts some into every batch"
+                f"none of {len(labels)} training rows has a label, Mixed puts some into every "
+                "batch: "
+                "pass labelled rows"
             )
-        if not len(others):
-            return _shuffled(known, batch_size, seed)
+        if not len(other_rows):
+            return _shuffled_batches(labelled_rows, batch_size, seed)
         if batch_size < 2:
             raise ValueError(
-                f"batch_size {batch_size} has no room for rows with and without a label: 2 or more"
+                f"batch_size is {batch_size}; rows with and without a label need 2 or more"
             )
-        share = min(max(round(batch_size * self.labelled), 1), batch_size - 1)
-        count = _count(len(others), batch_size - share, "rows without a label")
-        places = (
-            np.arange(1, batch_size + 1) * share // batch_size
-            > np.arange(batch_size) * share // batch_size
-        )
+        num_labelled = min(max(round(batch_size * self.labelled), 1), batch_size - 1)
+        num_other = batch_size - num_labelled
+        num_batches = _num_full_batches(len(other_rows), num_other, "rows without a label")
+        is_labelled = _spread_evenly(num_labelled, batch_size)
 
         def draw(generator: np.random.Generator) -> Iterator[list[int]]:
-            second = generator.permutation(others)
-            passes = -(-count * share // len(known))
-            first = np.concatenate([generator.permutation(known) for _ in range(passes)])
-            for n in range(count):
-                batch = np.empty(batch_size, np.int64)
-                batch[places] = first[n * share : (n + 1) * share]
-                batch[~places] = second[n * (batch_size - share) : (n + 1) * (batch_size - share)]
-                yield batch.tolist()
+            others = generator.permutation(other_rows).tolist()
+            num_passes = -(-num_batches * num_labelled // len(labelled_rows))  # rounded up
+            passes = [generator.permutation(labelled_rows) for _ in range(num_passes)]
+            next_labelled, next_other = iter(np.concatenate(passes).tolist()), iter(others)
+            for _ in range(num_batches):
+                yield [next(next_labelled if known else next_other) for known in is_labelled]
 
-        return Batches(count, seed, draw)
+        return EpochBatches(num_batches, seed, draw)
 
 
 @dataclasses.dataclass(frozen=True)
 class SameClass:
-    """Anchors, each followed by other rows of its class, as BAKE (Ge et al. 2021) needs them.
+    """Anchors, each followed by other rows of its class, as BAKE needs them (Ge et al. 2021).
 
-    partners  rows of the same class behind each anchor; a class with fewer others repeats them, a row that is alone in
-              its class is its own partner
+    In an epoch every row is an anchor once, so an epoch covers 1 + partners times the rows. Rows
+    that do not fill the last batch are left out. Parts of a batch for several processes keep groups
+    whole where 1 + partners divides the size of a part.
 
-    In a pass every row is an anchor once, so it covers 1 + partners times the rows. What does not fill the last batch
-    is left out. Parts of a batch for several processes keep groups whole where 1 + partners divides the part's size.
+    Attributes:
+        partners: Rows of the same class behind each anchor, from 0. A class with fewer others
+            repeats them; a row that is alone in its class is its own partner.
+
+    Raises:
+        ValueError: If `partners` is not a whole number from 0, or, when called, if `batch_size`
+            does not divide by 1 + partners, a row has no label, or the rows do not fill a batch.
     """
 
     partners: int = 3
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.partners, bool)
-            or not isinstance(self.partners, int)
-            or self.partners < 0
-        ):
-            raise ValueError(
-                f"SameClass(partners={self.partners!r}): rows of the same class, a whole number from 0"
-            )
+        meaning = "rows of the same class behind each anchor"
+        check_whole_number("partners of SameClass", self.partners, minimum=0, meaning=meaning)
 
-    def __call__(self, labels: np.ndarray, batch_size: int, seed: int) -> Batches:
+    def __call__(self, labels: np.ndarray, batch_size: int, seed: int) -> EpochBatches:
+        """Draw the batches.
+
+        Args:
+            labels: Class ids, (N,) int64.
+            batch_size: Rows in a batch, anchors and partners together.
+            seed: Seed of the run.
+
+        Returns:
+            The batches of an epoch.
+        """
+        self._check(labels, batch_size)
+        num_anchors = batch_size // (1 + self.partners)
+        num_batches = _num_full_batches(len(labels), num_anchors, "anchors")
+        classes = _RowsByClass(labels)
+
+        def draw(generator: np.random.Generator) -> Iterator[list[int]]:
+            order = generator.permutation(len(labels)).tolist()
+            for anchors in _chunks(order, num_anchors, num_batches):
+                batch = []
+                for anchor in anchors:
+                    batch += [anchor, *classes.draw_others(anchor, self.partners, generator)]
+                yield batch
+
+        return EpochBatches(num_batches, seed, draw)
+
+    def _check(self, labels: np.ndarray, batch_size: int) -> None:
         group = 1 + self.partners
         if batch_size % group:
             raise ValueError(
-                f"batch_size {batch_size} does not divide by {group}: an anchor and {self.partners} partners of its "
-                "class; take another batch_size or another number of partners"
+                f"batch_size {batch_size} does not divide by {group}: an anchor and "
+                f"{self.partners} partners of its class; take another batch_size or another number "
+                "of partners"
             )
         if (labels < 0).any():
             raise ValueError(
-                f"{int((labels < 0).sum())} training rows have no label, SameClass needs that of every row"
+                f"{int((labels < 0).sum())} training rows have no label, SameClass needs that of "
+                "every row: "
+                "remove them"
             )
-        anchors = batch_size // group
-        count = _count(len(labels), anchors, "anchors")
-        order = np.argsort(labels, kind="stable")  # rows class by class
-        first, size = _runs(labels[order])
-        place = np.empty(len(labels), np.int64)  # of a row in `order`
-        place[order] = np.arange(len(labels))
-
-        def others(i: int, generator: np.random.Generator) -> list[int]:
-            start, many = first[place[i]], size[place[i]] - 1
-            if many == 0:
-                return [i] * self.partners
-            chosen = generator.choice(many, self.partners, replace=many < self.partners) + start
-            return order[chosen + (chosen >= place[i])].tolist()
-
-        def draw(generator: np.random.Generator) -> Iterator[list[int]]:
-            rows = generator.permutation(len(labels))[: count * anchors].tolist()
-            for n in range(count):
-                here = rows[n * anchors : (n + 1) * anchors]
-                yield [row for i in here for row in [i, *others(i, generator)]]
-
-        return Batches(count, seed, draw)
 
 
-def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each place in sorted labels: where its class begins, and how many it has."""
-    _, inverse, counts = np.unique(ordered, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - counts)[inverse], counts[inverse]
+class _RowsByClass:
+    """Rows sorted by class, and where the class of each row begins in that order."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self.order = np.argsort(labels, kind="stable")
+        self.place = np.empty(len(labels), np.int64)  # of a row in `order`
+        self.place[self.order] = np.arange(len(labels))
+        _, inverse, counts = np.unique(labels[self.order], return_inverse=True, return_counts=True)
+        self.class_start = (np.cumsum(counts) - counts)[inverse]  # (N,) by place in `order`
+        self.class_size = counts[inverse]
+
+    def draw_others(self, row: int, count: int, generator: np.random.Generator) -> list[int]:
+        """Draw other rows of the row's class.
+
+        Rows are repeated where there are fewer than `count`; a row that is alone is its own.
+        """
+        place = self.place[row]
+        num_others = self.class_size[place] - 1
+        if num_others == 0:
+            return [row] * count
+        drawn = generator.choice(num_others, count, replace=bool(num_others < count))
+        places = drawn + self.class_start[place]
+        skip_self = places >= place
+        return [int(other) for other in self.order[places + skip_self]]
 
 
-def _shuffled(rows: np.ndarray, batch_size: int, seed: int) -> Batches:
-    count = _count(len(rows), batch_size, "rows")
+def _spread_evenly(count: int, size: int) -> list[bool]:
+    """`size` flags of which `count` are set, at even distances."""
+    return [(place + 1) * count // size > place * count // size for place in range(size)]
+
+
+def _shuffled_batches(rows: np.ndarray, batch_size: int, seed: int) -> EpochBatches:
+    num_batches = _num_full_batches(len(rows), batch_size, "rows")
 
     def draw(generator: np.random.Generator) -> Iterator[list[int]]:
-        order = generator.permutation(rows)
-        for n in range(count):
-            yield order[n * batch_size : (n + 1) * batch_size].tolist()
+        yield from _chunks(generator.permutation(rows).tolist(), batch_size, num_batches)
 
-    return Batches(count, seed, draw)
+    return EpochBatches(num_batches, seed, draw)
 
 
-def _count(rows: int, each: int, what: str) -> int:
-    if rows < each:
+def _chunks(rows: list[int], size: int, count: int) -> Iterable[list[int]]:
+    """The first `count` pieces of `size` rows each."""
+    for start in range(0, count * size, size):
+        yield rows[start : start + size]
+
+
+def _num_full_batches(num_rows: int, per_batch: int, what: str) -> int:
+    if num_rows < per_batch:
         raise ValueError(
-            f"{rows} {what} do not fill one batch, which takes {each}: use a smaller batch_size"
+            f"{num_rows} {what} do not fill one batch, which takes {per_batch}: use a smaller "
+            "batch_size"
         )
-    return rows // each
+    return num_rows // per_batch

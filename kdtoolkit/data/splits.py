@@ -1,69 +1,112 @@
-"""Which rows are trained on, which choose the model, which test it."""
+"""Drawing rows by class, and the option `validation`."""
 
 from __future__ import annotations
 
 import numpy as np
 
-TRAIN = ("train", "training")
-VAL = ("validation", "valid", "val", "dev")
-TEST = ("test", "testing", "eval")
-AUTO_SHARE, AUTO_ROWS, TEST_SHARE = (
-    0.1,
-    5000,
-    0.2,
-)  # validation: 10 % of train, at most 5,000 rows; test: 20 %
+from kdtoolkit.data.seeding import MASK_64
+
+AUTO_VALIDATION_SHARE = 0.1  # of the training rows
+AUTO_VALIDATION_ROWS = 5000  # at most
+TEST_SHARE = 0.2  # of the training rows, where there is no test split
+
+Validation = str | int | float
+"""`"auto"`, `"none"`, `"test"`, a share of the training rows or a number of rows."""
 
 
 def draw_stratified(
     n: int, size: int, labels: np.ndarray | None, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Split the positions 0 .. n - 1 into (rest, drawn), both sorted; `drawn` has `size`, each class in proportion.
+    """Draw some of n positions, each class in proportion.
 
-    Shares are rounded by largest remainder. Without labels the draw is plain random.
+    Shares are rounded by largest remainder; between equal remainders chance decides.
+
+    Args:
+        n: Number of positions.
+        size: How many are drawn.
+        labels: Class ids, (n,) integers; None: the draw is plain random.
+        seed: Seed of the draw.
+
+    Returns:
+        The rest and those drawn, both sorted.
     """
-    generator = np.random.default_rng([seed & (2**64 - 1), n])
+    generator = np.random.default_rng([seed & MASK_64, n])
     order = generator.permutation(n)
     if labels is None:
         drawn = order[:size]
     else:
         classes, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
-        exact = counts * (size / n)
-        take = np.floor(exact).astype(int)
-        remainder = generator.permutation(len(classes))  # equal remainders: no class is preferred
-        remainder = remainder[np.argsort(-(exact - take)[remainder], kind="stable")]
-        take[remainder[: size - take.sum()]] += 1
-        drawn = np.concatenate([order[inverse[order] == c][: take[c]] for c in range(len(classes))])
-    kept = np.ones(n, bool)
-    kept[drawn] = False
-    return np.flatnonzero(kept), np.sort(drawn)
+        quota = _round_shares(counts * (size / n), size, generator)
+        of_class = inverse[order]
+        drawn = np.concatenate([order[of_class == c][: quota[c]] for c in range(len(classes))])
+    is_rest = np.ones(n, bool)
+    is_rest[drawn] = False
+    return np.flatnonzero(is_rest), np.sort(drawn)
 
 
-def check_validation(validation: object) -> str | int | float:
-    """ "auto", "none", "test", a share in (0, 1) or a number of rows; 0 and None mean "none"."""
-    if (
-        validation is None
-        or (validation == 0 and not isinstance(validation, bool))
-        or validation == "none"
-    ):
+def _round_shares(exact: np.ndarray, total: int, generator: np.random.Generator) -> np.ndarray:
+    """Round shares to whole numbers of the given sum, by largest remainder."""
+    rounded: np.ndarray = np.floor(exact).astype(int)
+    shuffled = generator.permutation(len(exact))  # equal remainders: no class is preferred
+    remainders = (exact - rounded)[shuffled]
+    by_remainder = shuffled[np.argsort(-remainders, kind="stable")]
+    rounded[by_remainder[: total - rounded.sum()]] += 1
+    return rounded
+
+
+def check_validation(validation: object) -> Validation:
+    """Check the option `validation`.
+
+    Args:
+        validation: What the user gave.
+
+    Returns:
+        `"auto"`, `"none"`, `"test"`, a share in (0, 1) or a number of rows; 0 and None become
+        `"none"`.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    if validation is None:
         return "none"
-    if validation in ("auto", "test") and isinstance(validation, str):
+    if isinstance(validation, str) and validation in ("auto", "test", "none"):
         return validation
-    if isinstance(validation, int) and not isinstance(validation, bool) and validation > 0:
-        return validation
-    if isinstance(validation, float) and 0 < validation < 1:
-        return validation
+    if isinstance(validation, (int, float)) and not isinstance(validation, bool):
+        if validation == 0:
+            return "none"
+        is_share = isinstance(validation, float) and 0 < validation < 1
+        is_count = isinstance(validation, int) and validation > 0
+        if is_share or is_count:
+            return validation
     raise ValueError(
-        f"validation={validation!r}: allowed are 'auto', a share of train such as 0.1, a number of rows, "
+        f"validation={validation!r}: allowed are 'auto', a share of train such as 0.1, a number of "
+        "rows, "
         "'test' (choose on the test set) and 'none'"
     )
 
 
-def validation_rows(validation: str | int | float, n: int) -> int:
-    """How many of n training rows are held out."""
-    size = min(max(round(AUTO_SHARE * n), 1), AUTO_ROWS) if validation == "auto" else validation
-    size = max(round(size * n), 1) if isinstance(size, float) else int(size)
-    if size >= n:
+def num_validation_rows(validation: Validation, num_rows: int) -> int:
+    """How many training rows are held out for validation.
+
+    Args:
+        validation: `"auto"`, a share or a number of rows, from `check_validation`.
+        num_rows: Number of training rows.
+
+    Returns:
+        Number of rows, at least 1.
+
+    Raises:
+        ValueError: If no row would be left to train on.
+    """
+    if validation == "auto":
+        size = min(max(round(AUTO_VALIDATION_SHARE * num_rows), 1), AUTO_VALIDATION_ROWS)
+    elif isinstance(validation, float):
+        size = max(round(validation * num_rows), 1)
+    else:
+        size = int(validation)
+    if size >= num_rows:
         raise ValueError(
-            f"validation={validation!r} holds out {size} of {n} training rows: leave some to train on"
+            f"validation={validation!r} holds out {size} of {num_rows} training rows: leave some "
+            "to train on"
         )
     return size

@@ -19,11 +19,12 @@ from torchvision.datasets import FakeData, ImageFolder
 from torchvision.transforms import v2
 
 from kdtoolkit import data as kd
-from kdtoolkit.data.augment import BatchAugment, crop_flip, hash_bits, hash_uniform, key, mix
-from kdtoolkit.data.cache import Cached
-from kdtoolkit.data.presets import digits
+from kdtoolkit.data.augment import BatchAugment, crop_flip
+from kdtoolkit.data.cache import CachedDataset
+from kdtoolkit.data.presets import load_digits
+from kdtoolkit.data.rows import RowDataset
+from kdtoolkit.data.seeding import derive_seed, hash_bits, hash_uniform, mix_bits, seeded_generators
 from kdtoolkit.data.splits import draw_stratified
-from kdtoolkit.data.workers import Rows, seeded
 
 SHARED = Path(os.environ.get("KDTOOLKIT_SHARED", Path(__file__).parents[2] / ".." / "shared"))
 CIFAR = SHARED / "data" / "cifar10"
@@ -45,7 +46,7 @@ def _quiet(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def small():
     """300 digits to train on and 100 to test, as an HF DatasetDict."""
-    both = digits()
+    both = load_digits()
     return datasets.DatasetDict(
         train=both["train"].select(range(300)), test=both["test"].select(range(100))
     )
@@ -140,8 +141,8 @@ def test_every_source_gives_the_same_batches(kind, small, tmp_path):
         torch.cat([b["index"] for b in train])
     ) == list(range(300))
     assert data.train.stable_index == (kind != "stream")
-    assert data.train.len == (None if kind == "stream" else 300) and bool(data.train)
-    finished = data.finish(train[0], epoch=0, train=True)
+    assert data.train.num_rows == (None if kind == "stream" else 300) and bool(data.train)
+    finished = data.prepare_batch(train[0], epoch=0, train=True)
     assert (
         finished["x"].dtype == torch.float32
         and finished["x"].min() >= 0
@@ -149,7 +150,7 @@ def test_every_source_gives_the_same_batches(kind, small, tmp_path):
     )
     described = data.describe()
     assert (
-        described["rows"] == {"train": data.train.len, "test": data.test.len}
+        described["rows"] == {"train": data.train.num_rows, "test": data.test.num_rows}
         and described["augmentation"]
     )
 
@@ -176,21 +177,21 @@ def test_path_kinds_and_names(small, tmp_path):
 def test_torch_datasets_of_many_kinds(small, tmp_path):
     folder = write_images(small, tmp_path)
     plain = kd.load(ImageFolder(folder / "train"), ImageFolder(folder / "test"))
-    assert isinstance(plain.train.dataset, Cached) and plain.class_names[3] == "class3"
+    assert isinstance(plain.train.dataset, CachedDataset) and plain.class_names[3] == "class3"
     own = ImageFolder(folder / "train", transform=v2.Compose([v2.RandomCrop(12), v2.PILToTensor()]))
     data = kd.load(
         own,
         ImageFolder(folder / "test", v2.Compose([v2.CenterCrop(12), v2.PILToTensor()])),
         num_workers=0,
     )
-    assert isinstance(data.train.dataset, Rows) and data.image_size == (12, 12)
+    assert isinstance(data.train.dataset, RowDataset) and data.image_size == (12, 12)
     assert torch.equal(
         batch_of(data)["x"], batch_of(data)["x"]
     )  # seeded by (seed, epoch, row), also in there
     x, y = tensors(small["train"])
     floats = kd.load(TensorDataset(x / 255, y), num_workers=0)
     assert floats.augment is None and batch_of(floats)["x"].dtype == torch.float32
-    assert floats.notes["augmentation"].startswith("none (float images; transforms='crop-flip'")
+    assert floats.details["augmentation"].startswith("none (float images; transforms='crop-flip'")
     shifted = kd.load(TensorDataset(x / 255, y), num_workers=0, transforms="crop-flip")
     moved = shifted.augment(batch_of(shifted)["x"], torch.arange(32), seed=0, epoch=0)
     assert moved.dtype == torch.float32 and not torch.equal(moved, batch_of(shifted)["x"])
@@ -198,7 +199,7 @@ def test_torch_datasets_of_many_kinds(small, tmp_path):
         [v2.RandomCrop(12), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
     )
     inside = kd.load(ImageFolder(folder / "train", inside), num_workers=0, validation="none")
-    assert inside.notes["augmentation"] == "the data set's own"
+    assert inside.details["augmentation"] == "the data set's own"
     subset = kd.load(Subset(TensorDataset(x, y), list(range(200))))
     assert len(subset.train) + len(subset.val) + len(subset.test) == 200
     transformed = small["train"].with_transform(
@@ -244,7 +245,7 @@ def test_user_loaders_keep_their_rows_and_batch_forms(small):
 
 def table(n=40, **columns):
     """n digits under the given extra columns: name -> (feature, values)."""
-    part = digits()["train"].select(range(n)).remove_columns("label")
+    part = load_digits()["train"].select(range(n)).remove_columns("label")
     for name, (feature, values) in columns.items():
         part = part.add_column(name, values, feature=feature)
     return part
@@ -283,7 +284,7 @@ def test_digits_split_is_fixed_and_stratified():
     assert not np.array_equal(rows_of(a.val), rows_of(b.val))
     counts = a.test.dataset.labels.bincount()
     assert counts.min() >= 48 and counts.max() <= 51
-    raw = digits()["train"]
+    raw = load_digits()["train"]
     for split in (a.train, a.val):  # held-out rows keep their numbers in train
         batch = next(iter(split.loader(8)))
         for x, index in zip(batch["x"], batch["index"], strict=True):
@@ -318,7 +319,7 @@ def test_validation(small, validation, sizes):
         share = np.bincount(np.array(small["train"]["label"])) * sizes[1] / 300
         assert np.abs(data.val.dataset.labels.bincount().numpy() - share).max() < 1
         batch = next(iter(data.val.loader(8)))
-        assert torch.equal(data.finish(batch, epoch=1, train=False)["x"], batch["x"] / 255)
+        assert torch.equal(data.prepare_batch(batch, epoch=1, train=False)["x"], batch["x"] / 255)
 
 
 def test_own_validation_split_and_missing_test(small):
@@ -385,9 +386,13 @@ def test_hash_is_uniform_and_independent():
     assert correlation.abs().max() < 0.015  # 4.7 standard deviations
     assert hash_bits(0, 0, index, [0]).unique().numel() > 99_000
     big = hash_uniform(2**70 + 1, 0, torch.tensor([0, 2**32, 2**40]), 0)
-    assert big.unique().numel() == 3 and key(1) != key(1 + 2**32) and key(-1) != key(1)
-    assert mix(0xFFFFFFFF) == int(
-        mix(torch.tensor([0xFFFFFFFF]))
+    assert (
+        big.unique().numel() == 3
+        and derive_seed(1) != derive_seed(1 + 2**32)
+        and derive_seed(-1) != derive_seed(1)
+    )
+    assert mix_bits(0xFFFFFFFF) == int(
+        mix_bits(torch.tensor([0xFFFFFFFF]))
     )  # Python integers and tensors agree
 
 
@@ -409,7 +414,7 @@ def test_offsets_and_flips_are_uniform():
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])
 @pytest.mark.parametrize("shape", [(16, 16), (12, 16)])
 def test_crop_flip_equals_a_slow_loop(mode, shape):
-    x = tensors(digits()["test"].select(range(60)))[0][:, :, : shape[0]]
+    x = tensors(load_digits()["test"].select(range(60)))[0][:, :, : shape[0]]
     dy, dx, flip = BatchAugment(padding=3).draw(torch.arange(60), seed=1, epoch=1)
     got = crop_flip(x, dy, dx, flip, 3, mode)
     for i in range(60):
@@ -428,7 +433,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(small):
     def epoch(number, **options):
         images = {}
         for batch in data.train.loader(**options):
-            out = data.finish(batch, epoch=number, train=True)
+            out = data.prepare_batch(batch, epoch=number, train=True)
             images.update(zip(out["index"].tolist(), out["x"], strict=True))
         return images
 
@@ -442,19 +447,19 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(small):
 def test_views(small):
     data = kd.load(small, transforms="crop-flip")
     batch = batch_of(data)
-    out = data.finish(batch, epoch=0, train=True, views=3)
+    out = data.prepare_batch(batch, epoch=0, train=True, views=3)
     assert out["views"].shape == (32, 3, 3, 16, 16) and torch.equal(out["views"][:, 0], out["x"])
-    assert torch.equal(out["x"], data.finish(batch, epoch=0, train=True)["x"])
+    assert torch.equal(out["x"], data.prepare_batch(batch, epoch=0, train=True)["x"])
     assert not torch.equal(out["views"][:, 1], out["views"][:, 2])
-    assert "views" not in data.finish(batch, epoch=0, train=False, views=3)
+    assert "views" not in data.prepare_batch(batch, epoch=0, train=False, views=3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_gives_the_same_bits(small):
     data = kd.load(small, transforms="crop-flip")
     batch = batch_of(data)
-    there = data.finish({k: v.cuda() for k, v in batch.items()}, epoch=1, train=True)
-    assert torch.equal(there["x"].cpu(), data.finish(batch, epoch=1, train=True)["x"])
+    there = data.prepare_batch({k: v.cuda() for k, v in batch.items()}, epoch=1, train=True)
+    assert torch.equal(there["x"].cpu(), data.prepare_batch(batch, epoch=1, train=True)["x"])
     assert torch.equal(
         hash_uniform(1, 2, batch["index"].cuda(), 3).cpu(), hash_uniform(1, 2, batch["index"], 3)
     )
@@ -471,7 +476,7 @@ def test_user_transforms_are_seeded_per_sample_and_leave_no_trace(small):
     data = kd.load(
         small, transforms=(noisy, v2.Compose([v2.Resize(20), v2.PILToTensor()])), num_workers=0
     )
-    assert data.image_size == (20, 20) and isinstance(data.train.dataset, Rows)
+    assert data.image_size == (20, 20) and isinstance(data.train.dataset, RowDataset)
     torch.manual_seed(0)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     data.set_epoch(1)
@@ -493,7 +498,7 @@ def test_user_transforms_are_seeded_per_sample_and_leave_no_trace(small):
         assert all(torch.equal(first[int(i)], x) for i, x in zip(b["index"], b["x"], strict=True))
     data.set_epoch(2)
     assert not torch.equal(first[int(rows_of(data.train)[0])], batch_of(data)["x"][0])
-    out = data.finish(batch_of(data), epoch=2, train=True)
+    out = data.prepare_batch(batch_of(data), epoch=2, train=True)
     assert (
         torch.equal(out["x"], batch_of(data)["x"])
         and next(iter(data.test.loader(4)))["x"].dtype == torch.uint8
@@ -504,7 +509,7 @@ def odd_sizes(n=20):
     """Digits of two widths."""
     images = [
         row["image"].resize((20 + 4 * (i % 2), 20))
-        for i, row in enumerate(digits()["train"].select(range(n)))
+        for i, row in enumerate(load_digits()["train"].select(range(n)))
     ]
     rows = {"image": images, "label": [i % 2 for i in range(n)]}
     return datasets.Dataset.from_dict(rows, datasets.Features(image=datasets.Image(), label=COARSE))
@@ -513,7 +518,7 @@ def odd_sizes(n=20):
 def test_different_sizes_are_read_row_by_row():
     data = kd.load(odd_sizes(), image_size=16, num_workers=0)
     assert (
-        isinstance(data.train.dataset, Rows)
+        isinstance(data.train.dataset, RowDataset)
         and "RandomResizedCrop" in data.describe()["augmentation"]
     )
     assert (
@@ -536,25 +541,27 @@ def test_one_image_of_another_size_is_noticed_while_decoding(small):
         datasets.Dataset.from_dict(rows, small["train"].features), num_workers=0, image_size=None
     )
     assert (
-        isinstance(data.train.dataset, Rows)
+        isinstance(data.train.dataset, RowDataset)
         and "row 301 is 18x18" in data.describe()["augmentation"]
     )
     resized = kd.load(datasets.Dataset.from_dict(rows, small["train"].features), image_size=16)
-    assert isinstance(resized.train.dataset, Cached)
+    assert isinstance(resized.train.dataset, CachedDataset)
 
 
 def test_too_large_for_memory_keeps_the_batched_augmentation(small, monkeypatch):
     cached = kd.load(small)
-    monkeypatch.setattr("kdtoolkit.data.cache.LIMIT", 1000)
+    monkeypatch.setattr("kdtoolkit.data.cache.MAX_CACHE_BYTES", 1000)
     data = kd.load(small, num_workers=0)
-    assert isinstance(data.train.dataset, Rows) and data.augment == cached.augment
+    assert isinstance(data.train.dataset, RowDataset) and data.augment == cached.augment
     assert torch.equal(batch_of(data)["x"], batch_of(cached)["x"])
     assert kd.load(small).train.num_workers == min(8, os.cpu_count() or 1)
 
 
 def test_streams_shuffle_by_epoch(small):
     data = kd.load(as_stream(small, None), num_workers=0)
-    assert data.val is None and data.test.len is None and data.augment == BatchAugment(padding=2)
+    assert (
+        data.val is None and data.test.num_rows is None and data.augment == BatchAugment(padding=2)
+    )
     loader = data.train.loader(300, shuffle=True)
     orders = []
     for epoch in (0, 0, 1):
@@ -631,7 +638,9 @@ def test_cifar10():
 
 
 def corrupt(at=7, payload=b"\x89PNG\r\n\x1a\nbroken"):
-    rows = digits()["train"].select(range(30)).cast_column("image", datasets.Image(decode=False))
+    rows = (
+        load_digits()["train"].select(range(30)).cast_column("image", datasets.Image(decode=False))
+    )
     broken = rows.map(
         lambda row, i: {"image": {"bytes": payload, "path": None}} if i == at else row,
         with_indices=True,
@@ -750,7 +759,7 @@ ERRORS = {
         lambda s, p: kd.load(as_stream(s, p), validation=0.1),
         r"validation=0\.1: rows of a stream",
     ),
-    "train_limit": (lambda s, p: kd.load(s, train_limit=0), r"train_limit=0: a number of rows"),
+    "train_limit": (lambda s, p: kd.load(s, train_limit=0), r"train_limit is 0; allowed: a whole number from 1"),
     "transforms": (
         lambda s, p: kd.load(s, transforms="flip"),
         r"transforms='flip': allowed are None",
@@ -764,7 +773,7 @@ ERRORS = {
         lambda s, p: kd.load(s, transforms=lambda i: torch.zeros(4, 8, 8)),
         r"shape \(4, 8, 8\)",
     ),
-    "num_workers": (lambda s, p: kd.load(s, num_workers=-1), r"num_workers=-1: 'auto' or"),
+    "num_workers": (lambda s, p: kd.load(s, num_workers=-1), r"num_workers is -1; allowed: a whole number from 0 .*or 'auto'"),
     "image_size": (lambda s, p: kd.load(s, image_size=0), r"image_size=0: a number of pixels"),
     "normalised tensors": (lambda s, p: kd.load(TensorDataset(X - 2, Y)), r"remove Normalize"),
     "unlabelled loader": (lambda s, p: kd.load(loader_of(X), num_classes=2), r"labels are needed"),
@@ -794,19 +803,19 @@ ERRORS = {
         r"no effect on a DataLoader",
     ),
     "views": (
-        lambda s, p: (lambda d: d.finish(batch_of(d), epoch=0, train=True, views=2))(
+        lambda s, p: (lambda d: d.prepare_batch(batch_of(d), epoch=0, train=True, views=2))(
             kd.load(s, transforms="none")
         ),
         r"2 views need a batched augmentation",
     ),
     "reflect too far": (
-        lambda s, p: (lambda d: d.finish(batch_of(d), epoch=0, train=True))(
+        lambda s, p: (lambda d: d.prepare_batch(batch_of(d), epoch=0, train=True))(
             kd.load(s, transforms=BatchAugment(16, "reflect"))
         ),
         r"reflect padding of 16 px needs images larger than 16x16",
     ),
-    "mode": (lambda s, p: BatchAugment(mode="edge"), r"allowed are 'zeros' and 'reflect'"),
-    "flip": (lambda s, p: BatchAugment(flip=2), r"a probability from 0 to 1"),
+    "mode": (lambda s, p: BatchAugment(mode="edge"), r"mode of BatchAugment is 'edge'; allowed: 'zeros', 'reflect'"),
+    "flip": (lambda s, p: BatchAugment(flip=2), r"flip of BatchAugment is 2; allowed: a finite number from 0 up to 1"),
     "sizes of a batch": (
         lambda s, p: batches(
             kd.load(odd_sizes(), transforms=v2.PILToTensor(), num_workers=0).train
@@ -854,7 +863,7 @@ def test_misspelt_preset_never_asks_the_hub(monkeypatch, name, meant):
 
 def test_seeded_restores_after_an_error():
     before = torch.get_rng_state()
-    with pytest.raises(RuntimeError), seeded(1):
+    with pytest.raises(RuntimeError), seeded_generators(1):
         torch.rand(3)
         raise RuntimeError
     assert torch.equal(before, torch.get_rng_state())

@@ -1,4 +1,4 @@
-"""Rows without a label, and batches whose rows a method chooses: real digits throughout."""
+"""RowDataset without a label, and batches whose rows a method chooses: real digits throughout."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 
 import datasets
 import numpy as np
+import paper_totals
 import pytest
 import timm
 import torch
@@ -17,7 +18,7 @@ from torchvision.transforms import v2
 
 from kdtoolkit import data as kd
 from kdtoolkit import functional
-from kdtoolkit.data.presets import digits
+from kdtoolkit.data.presets import load_digits
 from kdtoolkit.data.sampling import Mixed, SameClass
 from kdtoolkit.methods.peers import Peers
 from kdtoolkit.types import Clock
@@ -33,7 +34,7 @@ def _quiet(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def small():
     """300 digits to train on and 100 to test, as an HF DatasetDict."""
-    both = digits()
+    both = load_digits()
     return datasets.DatasetDict(
         train=both["train"].select(range(300)), test=both["test"].select(range(100))
     )
@@ -104,7 +105,7 @@ def test_rows_without_a_label_are_kept_to_train_on_alone(small, kind, transforms
     data = kd.load(train, test, validation=40, transforms=transforms, num_workers=0)
     got = whole(data.train)
     known = HIDDEN[got["index"]]
-    assert data.num_classes == 10 and data.unlabelled == 100 == int((got["y"] < 0).sum())
+    assert data.num_classes == 10 and data.num_unlabelled == 100 == int((got["y"] < 0).sum())
     assert (got["y"].numpy() == np.where(known, -1, truth[got["index"]])).all()
     held = whole(data.val)
     assert (
@@ -115,16 +116,16 @@ def test_rows_without_a_label_are_kept_to_train_on_alone(small, kind, transforms
     share = np.bincount(truth[~HIDDEN]) * 40 / 200
     assert np.abs(held["y"].bincount().numpy() - share).max() < 1
     assert "100 of 260 training rows have no label" in data.describe()["labels"]
-    assert kd.load(small).unlabelled == 0 and "labels" not in kd.load(small).describe()
+    assert kd.load(small).num_unlabelled == 0 and "labels" not in kd.load(small).describe()
 
 
 def test_limits_and_held_out_test_rows_cope_with_rows_without_a_label(small):
     source, _ = partly(small, "null")
     limited = kd.load(source, validation=40, train_limit=130)
-    assert limited.unlabelled == 50 and len(limited.train) == 130  # as many as in the whole
+    assert limited.num_unlabelled == 50 and len(limited.train) == 130  # as many as in the whole
     alone = kd.load(source["train"])
     assert (
-        len(alone.test) == 40 and len(alone.val) == 16 and alone.unlabelled == 100
+        len(alone.test) == 40 and len(alone.val) == 16 and alone.num_unlabelled == 100
     )  # shares of the 200 labelled ones
     assert whole(alone.test)["y"].min() >= 0 and whole(alone.val)["y"].min() >= 0
 
@@ -142,7 +143,7 @@ def test_labelled_hides_the_other_labels_by_class(small, labelled, kind):
     kept = got["y"] >= 0
     assert (
         int(kept.sum()) == 50
-        and data.unlabelled == 200
+        and data.num_unlabelled == 200
         and torch.equal(got["y"][kept], truth["y"][kept])
     )
     assert np.abs(got["y"][kept].bincount().numpy() - truth["y"].bincount().numpy() / 5).max() < 1
@@ -166,11 +167,11 @@ def test_labelled_hides_the_other_labels_by_class(small, labelled, kind):
 
 def test_labelled_counts_after_the_limit_and_takes_all(small):
     data = kd.load(small, validation="none", train_limit=200, labelled=0.1)
-    assert len(data.train) == 200 and data.unlabelled == 180
-    assert kd.load(small, validation="none", labelled=300).unlabelled == 0
+    assert len(data.train) == 200 and data.num_unlabelled == 180
+    assert kd.load(small, validation="none", labelled=300).num_unlabelled == 0
     source, _ = partly(small, "null")
     assert (
-        kd.load(source, validation="none", labelled=0.5).unlabelled == 200
+        kd.load(source, validation="none", labelled=0.5).num_unlabelled == 200
     )  # a share of those that have a label
 
 
@@ -258,8 +259,8 @@ ERRORS = {
         lambda s: sampled(kd.load(DataLoader(TensorDataset(X, Y), 8)), SameClass()),
         r"is a DataLoader of your own.*pass a map-style data set",
     ),
-    "share": (lambda s: Mixed(1.0), r"Mixed\(labelled=1\.0\): the share"),
-    "partners": (lambda s: SameClass(-1), r"SameClass\(partners=-1\)"),
+    "share": (lambda s: Mixed(1.0), r"labelled of Mixed is 1\.0; allowed: .* above 0 below 1"),
+    "partners": (lambda s: SameClass(-1), r"partners of SameClass is -1; allowed: a whole number from 0"),
     "groups": (lambda s: SameClass(3)(np.zeros(64), 30, 0), r"batch_size 30 does not divide by 4"),
     "partners without": (
         lambda s: SameClass(1)(np.array([0, -1, 0]), 2, 0),
@@ -277,10 +278,10 @@ ERRORS = {
         lambda s: Mixed()(np.full(8, -1), 4, 0),
         r"none of 8 training rows has a label",
     ),
-    "one": (lambda s: Mixed()(np.array([0, -1]), 1, 0), r"batch_size 1 has no room"),
+    "one": (lambda s: Mixed()(np.array([0, -1]), 1, 0), r"batch_size is 1; .* need 2 or more"),
     "uneven": (
         lambda s: list(sampled(kd.load(s), lambda labels, size, seed: [[0, 1], [2]], 2)),
-        r"made a batch of 1 rows, asked for 2",
+        r"made a batch of 1 rows, expected 2",
     ),
 }
 
@@ -436,7 +437,7 @@ def test_a_row_that_is_drawn_again_is_augmented_anew(small):
     for kind in (data, each):
         seen: dict[int, list] = {}
         for batch in kind.train.loader(32, sampling=SameClass(3)):
-            finished = kind.finish(batch, epoch=0, train=True)
+            finished = kind.prepare_batch(batch, epoch=0, train=True)
             assert set(finished) == {"x", "y", "index"}
             for row, x in zip(finished["index"].tolist(), finished["x"], strict=True):
                 seen.setdefault(row, []).append(x)
@@ -446,11 +447,11 @@ def test_a_row_that_is_drawn_again_is_augmented_anew(small):
         first = {r: xs[0] for r, xs in seen.items()}
         plain = next(iter(kind.train.loader(300)))
         assert "draw" not in plain
-        evenly = kind.finish(plain, epoch=0, train=True)["x"]
+        evenly = kind.prepare_batch(plain, epoch=0, train=True)["x"]
         assert all(
             torch.equal(evenly[r], x) for r, x in first.items()
         )  # the first draw is that of any other loader
-    views = data.finish(
+    views = data.prepare_batch(
         next(iter(data.train.loader(32, sampling=SameClass(3)))), epoch=0, train=True, views=2
     )
     assert views["views"].shape == (32, 2, 3, 16, 16)
@@ -507,7 +508,7 @@ def test_ranks_share_every_batch(small, sampling):
 def test_peers_with_rows_without_a_label(small, smoothing):
     net = timm.create_model("cifar_resnet8", num_classes=10).eval()
     data = kd.load(small, validation="none", labelled=60)
-    batch = data.finish(
+    batch = data.prepare_batch(
         next(iter(data.train.loader(64, sampling=Mixed(0.25)))), epoch=0, train=True
     )
     plain, semi = (Peers([net], label_smoothing=smoothing, unlabelled=u) for u in (False, True))
@@ -518,7 +519,7 @@ def test_peers_with_rows_without_a_label(small, smoothing):
     want = functional.ce(z[known], batch["y"][known], label_smoothing=smoothing) * known.sum() / 64
     torch.testing.assert_close(step.losses["ce"], want)
     if not smoothing:
-        torch.testing.assert_close(step.losses["ce"], functional.mean_teacher(z, z, batch["y"]))
+        torch.testing.assert_close(step.losses["ce"], paper_totals.mean_teacher(z, z, batch["y"]))
     batch["y"] = torch.arange(64) % 10
     torch.testing.assert_close(
         semi(batch, Clock()).losses["ce"], plain(batch, Clock()).losses["ce"]

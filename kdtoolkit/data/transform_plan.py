@@ -1,0 +1,232 @@
+"""What is done to an image, and where.
+
+In memory, row by row in workers, or batched on the training device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from kdtoolkit.data.augment import BatchAugment
+from kdtoolkit.data.cache import fits_in_memory
+from kdtoolkit.data.images import image_size as size_of
+from kdtoolkit.data.images import to_tensor
+from kdtoolkit.data.open_splits import OpenSplits, SplitSource
+from kdtoolkit.data.options import TransformOption
+from kdtoolkit.data.seeding import seeded_generators
+from kdtoolkit.data.stream import StreamDataset
+from kdtoolkit.data.tables import Table, TorchTable
+from kdtoolkit.data.transforms import (
+    ImageTransform,
+    eval_transform,
+    resize_transform,
+    train_transform,
+)
+from kdtoolkit.data.user_loader import first_batch
+
+MAX_SMALL_SIDE = (
+    96  # pixels; up to here images of equal size are shifted and flipped, larger ones are cropped
+)
+DEFAULT_SIDE = 224  # pixels
+PROBED_ROWS = 64  # images whose size is looked at
+PROBED_ROWS_RANDOM = 8  # the same, where reading a row is not the same each time
+MAX_TEXT = 200  # characters of a transform's description
+
+
+@dataclasses.dataclass
+class TransformPlan:
+    """What is done to an image.
+
+    Attributes:
+        size: (H, W) of a batch in pixels.
+        augment: Batched augmentation of training batches on the device, or None.
+        for_train: Transform of each training image; None: as decoded.
+        for_eval: Transform of each other image; None: as decoded.
+        cache: Whether images are decoded into memory.
+        description: All this in words.
+        resize: Whether the cache resizes images to `size`; otherwise all must have it.
+    """
+
+    size: tuple[int, int]
+    augment: BatchAugment | None
+    for_train: ImageTransform | None
+    for_eval: ImageTransform | None
+    cache: bool
+    description: str
+    resize: bool = False
+
+
+def plan_transforms(
+    splits: OpenSplits,
+    option: TransformOption,
+    preset: BatchAugment | None,
+    image_size: tuple[int, int] | None,
+    *,
+    sizes_differ: bool = False,
+) -> TransformPlan:
+    """Choose which transforms run where.
+
+    Args:
+        splits: The splits, with their rows.
+        option: From `check_transforms`.
+        preset: Augmentation of a named data set, or None.
+        image_size: (H, W) in pixels that the user gave, or None.
+        sizes_differ: It is known that images differ in size.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If an option has no effect on a DataLoader, or images have a wrong form or
+            range.
+    """
+    train = splits.train
+    if isinstance(option, tuple):
+        return _plan_user_transforms(train, *option)
+    if isinstance(train, DataLoader):
+        return _plan_user_loader(train, option, image_size)
+    common_size = None if sizes_differ else _common_size(splits)
+    is_default = option is None and preset is None
+    keeps_floats = is_default and _gives_floats(train)  # the data set's own transforms made them
+    if common_size is not None:
+        size = image_size or common_size
+        if keeps_floats:
+            text = _describe_floats(train)
+            return _plan_batched(splits, common_size, image_size, None, text)
+        if not is_default or max(size) <= MAX_SMALL_SIDE:
+            augment = _choose_augment(option, preset, size)
+            return _plan_batched(splits, common_size, image_size, augment, str(augment or "none"))
+    size = image_size or (DEFAULT_SIDE, DEFAULT_SIDE)
+    for_eval = eval_transform(size)
+    if is_default:
+        text = (
+            f"RandomResizedCrop to {size[0]}x{size[1]} and flip, per sample; "
+            "evaluation: Resize and CenterCrop"
+        )
+        return TransformPlan(size, None, train_transform(size), for_eval, False, text)
+    augment = preset if option is None else _augment_of(option, size)
+    text = f"Resize and CenterCrop to {size[0]}x{size[1]}, then {augment or 'none'}"
+    return TransformPlan(size, augment, for_eval, for_eval, False, text)
+
+
+def _plan_batched(
+    splits: OpenSplits,
+    common_size: tuple[int, int],
+    image_size: tuple[int, int] | None,
+    augment: BatchAugment | None,
+    description: str,
+) -> TransformPlan:
+    """Images of equal size: augmented in batches, and held in memory where they fit."""
+    size = image_size or common_size
+    transform = None if size == common_size else resize_transform(size)
+    tables = splits.tables().values()
+    num_rows = sum(len(rows) for rows in splits.rows.values())
+    cache = bool(tables) and all(map(_is_cacheable, tables)) and fits_in_memory(num_rows, size)
+    resize = image_size is not None
+    return TransformPlan(size, augment, transform, transform, cache, description, resize)
+
+
+def _is_cacheable(table: Table) -> bool:
+    return table.is_cacheable and not _gives_floats(table)
+
+
+def _plan_user_transforms(
+    train: SplitSource, for_train: ImageTransform, for_eval: ImageTransform
+) -> TransformPlan:
+    if isinstance(train, DataLoader):
+        raise ValueError(
+            "transforms has no effect on a DataLoader: put the callable into its data set"
+        )
+    with seeded_generators(0):
+        image = to_tensor(for_train(_first_image(train)), "the output of transforms")
+    text = f"the user's, per sample: {_describe_transform(for_train)}"
+    size = (image.shape[1], image.shape[2])
+    return TransformPlan(size, None, for_train, for_eval, cache=False, description=text)
+
+
+def _plan_user_loader(
+    train: DataLoader[Any], option: str | BatchAugment | None, image_size: tuple[int, int] | None
+) -> TransformPlan:
+    if image_size is not None:
+        raise ValueError("image_size has no effect on a DataLoader: resize in its data set")
+    size = next(iter(_probe_sizes(train)))
+    augment = _augment_of(option, size)
+    text = str(augment) if augment else "the user's DataLoader's own"
+    return TransformPlan(size, augment, None, None, cache=False, description=text)
+
+
+def _choose_augment(
+    option: str | BatchAugment | None, preset: BatchAugment | None, size: tuple[int, int]
+) -> BatchAugment | None:
+    if option is None and preset is not None:
+        return preset
+    return _augment_of(option or "crop-flip", size)
+
+
+def _augment_of(option: str | BatchAugment | None, size: tuple[int, int]) -> BatchAugment | None:
+    """The augmentation of an option.
+
+    "crop-flip" pads an eighth of the shorter side: 4 pixels at 32, 8 at 64.
+    """
+    if isinstance(option, BatchAugment):
+        return option
+    return BatchAugment(padding=max(1, min(size) // 8)) if option == "crop-flip" else None
+
+
+def _describe_floats(train: SplitSource) -> str:
+    """What happens to float images; a TensorDataset has no transforms of its own."""
+    has_no_transforms = isinstance(train, TorchTable) and train.in_memory
+    if has_no_transforms:
+        return "none (float images; transforms='crop-flip' adds one)"
+    return "the data set's own"
+
+
+def _describe_transform(transform: ImageTransform) -> str:
+    text = getattr(transform, "__qualname__", None) or " ".join(repr(transform).split())
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 3] + "..."
+
+
+def _first_image(source: SplitSource) -> Any:
+    """The first image, before any transform of ours."""
+    if isinstance(source, StreamDataset):
+        first = next(source.read(), None)
+        if first is None:
+            raise ValueError(f"split {source.split!r}: the stream holds no rows")
+        return first.image
+    if isinstance(source, DataLoader):
+        return first_batch(source)["x"][0]
+    return source.read(np.array([0]))[0].image
+
+
+def _gives_floats(source: SplitSource) -> bool:
+    """Whether the data set itself gives float tensors; they must be in [0, 1]."""
+    with seeded_generators(0):
+        image = _first_image(source)
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        return False
+    to_tensor(image, "the first image")
+    return True
+
+
+def _common_size(splits: OpenSplits) -> tuple[int, int] | None:
+    """The (H, W) that all images looked at have, or None."""
+    train = splits.train
+    tables = [table for table in splits.tables().values() if table is not train]
+    found = set().union(*(_probe_sizes(source) for source in [train, *tables]))
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def _probe_sizes(source: SplitSource) -> set[tuple[int, int]]:
+    """The (H, W) of some images, spread over the split."""
+    with seeded_generators(0):
+        if isinstance(source, (StreamDataset, DataLoader)):
+            shape = to_tensor(_first_image(source), "the first image").shape
+            return {(shape[1], shape[2])}
+        most = PROBED_ROWS if source.is_cacheable else PROBED_ROWS_RANDOM
+        rows = np.linspace(0, len(source) - 1, min(most, len(source))).astype(int)
+        return {size_of(row.image) for row in source.read(rows)}

@@ -1,7 +1,7 @@
-"""Pages that are made when the site is built: tables of the registry, and files that lie outside docs/.
+"""What is made when the site is built: tables of the registry, pages of files outside docs/.
 
-A page asks for a table with a comment of its own: `<!-- table: losses -->`, `<!-- table: strategies -->` or
-`<!-- table: public names -->`. CONTRIBUTING.md, CHANGELOG.md and benchmarks/results/ become pages of the site.
+A page asks for a table with a comment: `<!-- table: losses -->`, `<!-- table: strategies -->` or
+`<!-- table: public names -->`. CONTRIBUTING.md, CHANGELOG.md and benchmarks/results/ become pages.
 """
 
 from __future__ import annotations
@@ -41,14 +41,19 @@ def title_of(page: Path) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in the tables, and turn links between files of the repository into links between pages."""
+    """Fill in the tables, and turn links between files into links between pages."""
     for name, table in TABLES.items():
         marker = f"<!-- table: {name} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, table())
     target = page.file.src_uri
     source = repository_path(target)
-    return LINK.sub(lambda m: m[1] + site_link(m[2], source, target) + (m[3] or "") + m[4], markdown)
+
+    def relink(match: re.Match[str]) -> str:
+        opening, link, anchor, closing = match.groups(default="")
+        return opening + site_link(link, source, target) + anchor + closing
+
+    return LINK.sub(relink, markdown)
 
 
 def repository_path(page: str) -> str:
@@ -62,7 +67,7 @@ def repository_path(page: str) -> str:
 
 
 def site_link(link: str, source: str, target: str) -> str:
-    """A link of the file `source` as the page `target` needs it; links to elsewhere stay as they are."""
+    """A link of the file `source` as the page `target` needs it; others stay as they are."""
     if "://" in link or link.startswith(("mailto:", "/")):
         return link
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
@@ -81,7 +86,7 @@ def site_link(link: str, source: str, target: str) -> str:
 
 # ------------------------------------------------------------------------------ tables
 def losses_table() -> str:
-    """One row a method that is a sum of losses: its name, its paper, its default sum, its options."""
+    """One row a method that is a sum of losses: name, paper, default sum, options."""
     from kdtoolkit.core.registries import LOSSES, METHODS
     from kdtoolkit.core.strategy import StrategySpec
     from kdtoolkit.methods.factory import list_methods
@@ -92,8 +97,10 @@ def losses_table() -> str:
         spec = METHODS[name]
         if isinstance(spec, StrategySpec):
             continue
-        options = sorted({o for loss in spec.losses for o in keyword_options(LOSSES[loss].__init__)})
-        rows.append([code(name), spec.title, weighted_sum(spec.losses), codes(options)])
+        options: set[str] = set()
+        for loss in spec.losses:
+            options.update(keyword_options(LOSSES[loss].__init__))
+        rows.append([code(name), spec.title, weighted_sum(spec.losses), codes(sorted(options))])
     return markdown_table(["method", "what it is", "default sum", "options"], rows)
 
 
@@ -109,13 +116,14 @@ def strategies_table() -> str:
         if isinstance(spec, StrategySpec):
             options = [f"{option}={default!r}" for option, default in spec.options.items()]
             teacher = "yes" if spec.needs_teacher else "no"
-            rows.append([code(name), spec.title, teacher, weighted_sum(spec.losses), codes(options)])
+            terms = weighted_sum(spec.losses)
+            rows.append([code(name), spec.title, teacher, terms, codes(options)])
     heads = ["method", "what it is", "teacher", "default sum", "options and defaults"]
     return markdown_table(heads, rows)
 
 
 def public_names_table() -> str:
-    """One row a name of `kdtoolkit`, with the first line of its docstring and a link to its page."""
+    """One row a name of `kdtoolkit`: the first line of its docstring, a link to its page."""
     import kdtoolkit
 
     rows = []
@@ -135,7 +143,7 @@ def first_line(value: object) -> str:
 
 
 def weighted_sum(losses: dict[str, object]) -> str:
-    """`{"ce": 0.1, "kd": 0.9}` -> "0.1 ce + 0.9 kd"; an arrow marks a weight that changes during the run."""
+    """`{"ce": 0.1, "kd": 0.9}` -> "0.1 ce + 0.9 kd"; an arrow marks a schedule."""
     return " + ".join(f"{weight_text(weight)} {name}" for name, weight in losses.items())
 
 
@@ -153,8 +161,8 @@ def code(text: str) -> str:
 
 
 def codes(texts: list[str]) -> str:
-    """Several texts as code, or a dash."""
-    return ", ".join(map(code, texts)) or "–"
+    """Several texts as code."""
+    return ", ".join(map(code, texts)) or "none"
 
 
 def markdown_table(heads: list[str], rows: list[list[str]]) -> str:

@@ -1,45 +1,58 @@
 """Batch knowledge ensembling, BAKE (Ge, Choi, Zhang, Tang, Xia, Zhang, Li 2021, arXiv 2104.13298).
 
-Loss     CE + T^2 KL(Q || softmax(z / T)), Q = (1 - w) (I - w A)^-1 softmax(z / T), constant; A the softmax over each
-         row of the similarities of the batch's embeddings, without the diagonal; T = 4, w = 0.5 (0.9 for fine-grained
-         classes). A batch is made of images with 3 others of their class each, so an epoch covers 4 times the images
-Differs  over several processes each ensembles its own part of the batch; the embedding is the classifier's input
+Loss: CE + T^2 KL(Q || softmax(z / T)), Q = (1 - w) (I - w A)^-1 softmax(z / T), a constant; A is
+the softmax over each row of the similarities of the batch's embeddings, without the diagonal; T =
+4, w = 0.5 (0.9 for fine-grained classes). A batch is made of images with 3 others of their class
+each, so an epoch covers 4 times the images.
+
+Differs: over several processes each ensembles its own part of the batch; the embedding is the
+classifier's input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from kdtoolkit import functional
 from kdtoolkit.core.method import Method, num_parameters
+from kdtoolkit.core.plan import MethodPlan, PlanRow
 from kdtoolkit.core.registries import register_strategy
 from kdtoolkit.core.strategy import StrategyInputs
 from kdtoolkit.data.sampling import SameClass
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.preprocess import Preprocess
-from kdtoolkit.models.subnetwork import Embedding
-from kdtoolkit.schedules import describe_weight, weight_at
+from kdtoolkit.methods.terms import describe_weights, merge_weights, weights_at
+from kdtoolkit.models.subnetwork import EmbeddingHook
 from kdtoolkit.types import Batch, Clock, LossWeight, Step
-from kdtoolkit.utils.validation import check_temperature
+from kdtoolkit.utils.validation import check_number, check_temperature
 
 TERMS: dict[str, LossWeight] = {"ce": 1.0, "bake": 1.0}
+TARGETS = {"ce": "labels", "bake": "logits of the batch, mixed by similarity"}
 
 
 class BAKE(Method):
     """One network whose targets are its own predictions, mixed among similar images of the batch.
 
-    student      Taps of any network with a classifier
-    weights      {"ce", "bake": number or schedule}; default 1 each
-    temperature  no unit, > 0
-    omega        share of the neighbours in a target, 0 to below 1
-    partners     further images of the same class for each image of a batch; 0 draws batches evenly. 1 + partners must
-                 divide the batch size
+    Args:
+        student: Taps of any network with a classifier.
+        weights: Weights of "ce" and "bake", numbers or schedules; default 1 each.
+        temperature: No unit, above 0.
+        omega: Share of the neighbours in a target, from 0 to below 1.
+        partners: Further images of the same class for each image of a batch, from 0, which draws
+            batches evenly. 1 + partners must divide the batch size.
+        preprocess: Input normalisation; default that of the network's `pretrained_cfg`.
+        image: Height and width of the data in pixels, where the network's own size is fixed and
+            differs.
+
+    Raises:
+        ValueError: For unknown weights, or numbers out of their range.
     """
 
-    no_compile_reason = "BAKE reads the classifier's input, which a compiled network does not give away"
+    no_compile_reason = (
+        "BAKE reads the classifier's input, which a compiled network does not expose"
+    )
 
     def __init__(
         self,
@@ -51,71 +64,87 @@ class BAKE(Method):
         partners: int = 3,
         preprocess: Preprocess | None = None,
         image: tuple[int, int] | None = None,
-    ):
+    ) -> None:
         super().__init__()
         check_temperature(temperature)
-        if not 0 <= omega < 1:
-            raise ValueError(
-                f"omega={omega!r}: the neighbours' share in a target, from 0 to below 1"
-            )
-        unknown = [term for term in weights or {} if term not in TERMS]
-        if unknown:
-            raise ValueError(f"BAKE has no loss {unknown[0]!r}; it has {', '.join(TERMS)}")
+        check_number(
+            "omega", omega, minimum=0, below=1, meaning="share of the neighbours in a target"
+        )
+        self.weights = merge_weights("BAKE", TERMS, weights)
         self.batch_sampler = SameClass(partners) if partners != 0 else None
-        self.weights = {**TERMS, **(weights or {})}
         self.temperature, self.omega, self.partners = temperature, omega, partners
-        self.preprocess = preprocess or Preprocess.of(student.model, image)
+        self.preprocess = preprocess or Preprocess.from_model(student.model, image)
         self.student, self.taps = student.model, student.select([])
-        student.rehearse()
-        self.embedding = Embedding.at(student)
+        student.check_training_forward()
+        self.embedding = EmbeddingHook.at(student)
 
     def forward(self, batch: Batch, clock: Clock) -> Step:
+        """Cross-entropy, and the KL divergence from the targets of the batch."""
         out, vectors = self.embedding.of(self.taps, self.preprocess(batch["x"]))
-        weights = {term: weight_at(weight, clock) for term, weight in self.weights.items()}
-        losses = {term: out.logits.float().sum() * 0.0 for term in weights}
+        weights = weights_at(self.weights, clock)
+        losses = dict.fromkeys(weights, out.logits.float().sum() * 0.0)
         if weights["ce"]:
             losses["ce"] = weights["ce"] * functional.ce(out.logits, batch["y"])
         if weights["bake"]:
-            given = {"temperature": self.temperature, "omega": self.omega}
-            targets = functional.bake_targets(out.logits, vectors, **given)
-            soft = functional.bake_kd(out.logits, targets, temperature=self.temperature)
-            losses["bake"] = weights["bake"] * soft
+            losses["bake"] = weights["bake"] * self._kd(out.logits, vectors)
         return Step(losses, {"student": out.logits})
 
+    def _kd(self, logits: Tensor, vectors: Tensor) -> Tensor:
+        targets = functional.bake_targets(
+            logits, vectors, temperature=self.temperature, omega=self.omega
+        )
+        return functional.bake_kd(logits, targets, temperature=self.temperature)
+
     def networks(self) -> dict[str, nn.Module]:
+        """The network, "student"."""
         return {"student": self.student}
 
     def logits(self, name: str, x: Tensor) -> Tensor:
-        return self.student(self.preprocess(x))
+        """Logits (B, C) for images in [0, 1]."""
+        logits: Tensor = self.student(self.preprocess(x))
+        return logits
 
     def release(self) -> None:
+        """Remove all hooks."""
         self.embedding.remove()
-        self.taps.remove()
+        self.taps.remove_hooks()
 
-    def plan(self) -> dict[str, Any]:
-        whom = {"ce": "labels", "bake": "logits of the batch, mixed by similarity"}
-        weights = {t: describe_weight(w) for t, w in self.weights.items()}
+    def plan(self) -> MethodPlan:
+        """Rows of losses, parameters, and what the sampling means for the length of an epoch."""
         rows = [
-            {"loss": t, "weight": w, "student": "logits", "teacher": whom[t]}
-            for t, w in weights.items()
+            PlanRow(loss=term, weight=weight, student="logits", teacher=TARGETS[term])
+            for term, weight in describe_weights(self.weights).items()
         ]
         group = 1 + self.partners
-        notes = (
-            [f"batches of groups of {group}: an epoch has {group} times the steps"]
-            if self.partners
-            else []
-        )
+        note = f"batches of groups of {group}: an epoch has {group} times the steps"
         return {
             "losses": rows,
             "parameters": {"student": num_parameters(self.student)},
-            "notes": notes,
+            "notes": [note] if self.partners else [],
         }
 
 
 @register_strategy("bake", losses=TERMS, title="Batch knowledge ensembling, BAKE (Ge et al. 2021)")
 def bake(
-    given: StrategyInputs, *, temperature: float = 4.0, omega: float = 0.5, partners: int = 3
+    inputs: StrategyInputs, *, temperature: float = 4.0, omega: float = 0.5, partners: int = 3
 ) -> Method:
-    """temperature: no unit; omega: share of the neighbours in a target; partners: of the same class for each image."""
-    options: dict[str, Any] = {"temperature": temperature, "omega": omega, "partners": partners}
-    return BAKE(given.student, given.weights, preprocess=given.preprocess, **options)
+    """Build batch knowledge ensembling of one network.
+
+    Args:
+        inputs: The student and weights.
+        temperature: Of targets and predictions, no unit, above 0.
+        omega: Share of the neighbours in a target, from 0 to below 1; 0.9 for fine-grained classes.
+        partners: Further images of the same class for each image of a batch, a whole number from 0;
+            1 + partners must divide the batch size.
+
+    Returns:
+        The method.
+    """
+    return BAKE(
+        inputs.student,
+        inputs.weights,
+        temperature=temperature,
+        omega=omega,
+        partners=partners,
+        preprocess=inputs.preprocess,
+    )

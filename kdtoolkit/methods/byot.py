@@ -1,11 +1,13 @@
-"""Be your own teacher, BYOT (Zhang, Song, Gao, Chen, Bao, Ma 2019, arXiv 1905.08094; the authors' code of 2021).
+"""Be your own teacher, BYOT (Zhang, Song, Gao, Chen, Bao, Ma 2019, arXiv 1905.08094).
 
-Loss     CE(z_0) + sum over exits i of [0.7 CE(z_i) + 0.3 soft CE(z_i, z_0)] + 0.03 sum of ||A_i f_i - f_0||_F, where
-         z_0 and f_0, the network's own logits and last feature, are constants for its exits; T = 3, no T^2, one
-         unsquared norm over the whole batch. f are pooled vectors
-Differs  an exit is a 1x1 convolution and pooling to the shape of the last stage and one separable convolution, for any
-         layout; the authors have up to three of these with attention. A_1, of the deepest exit, is exempt in their code
-         and not built here
+Loss: CE(z_0) + sum over exits i of [0.7 CE(z_i) + 0.3 soft CE(z_i, z_0)] + 0.03 times the sum of
+||A_i f_i - f_0||_F, where z_0 and f_0, the network's own logits and last feature, are constants for
+its exits; T = 3, no T^2, one unsquared norm over the whole batch. The f are pooled vectors. This is
+the authors' code of 2021.
+
+Differs: an exit is a 1x1 convolution, pooling to the shape of the last stage and one separable
+convolution, for any layout; the authors have up to three of these with attention. A_1, of the
+deepest exit, is exempt in their code and not built here.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ from torch import Tensor, nn
 from kdtoolkit import functional
 from kdtoolkit.core.loss import zero_loss
 from kdtoolkit.core.method import Method, num_parameters
+from kdtoolkit.core.plan import MethodPlan, PlanRow, describe_tap
 from kdtoolkit.core.registries import register_strategy
 from kdtoolkit.core.strategy import StrategyInputs
-from kdtoolkit.features.adapters import Adapter, as_map
+from kdtoolkit.features.adapters import Adapter
 from kdtoolkit.features.extractor import Taps
+from kdtoolkit.features.layout_conversion import as_map
 from kdtoolkit.features.preprocess import Preprocess
+from kdtoolkit.methods.terms import describe_weights, merge_weights, weights_at
 from kdtoolkit.models.head import num_outputs
-from kdtoolkit.schedules import describe_weight, weight_at
 from kdtoolkit.types import Batch, Clock, LossWeight, Out, Shape, Step
 from kdtoolkit.utils.validation import check_temperature
 
@@ -33,13 +37,17 @@ TERMS: dict[str, LossWeight] = {"ce": 1.0, "ce/exits": 0.7, "soft": 0.3, "featur
 
 
 class Exit(nn.Module):
-    """A classifier behind a stage: feature -> (vector to compare with the deepest (B, D), logits (B, C)).
+    """A classifier behind a stage.
 
-    shape, deepest  of this stage's and the last stage's feature, which has D channels
-    hint            whether a linear map A stands in front of the comparison; without it the vector is the pooled one
+    Args:
+        shape: Shape of this stage's feature.
+        deepest: Shape of the last stage's feature, which has D channels.
+        classes: C, the number of classes.
+        hint: Whether a linear map A stands in front of the comparison with the last stage; without
+            it the pooled vector is compared.
     """
 
-    def __init__(self, shape: Shape, deepest: Shape, classes: int, hint: bool):
+    def __init__(self, shape: Shape, deepest: Shape, classes: int, hint: bool) -> None:
         super().__init__()
         width = deepest.channels
         self.adapter = Adapter(shape, (width, *deepest.grid))
@@ -53,21 +61,31 @@ class Exit(nn.Module):
         self.hint = nn.Linear(width, width) if hint else nn.Identity()
 
     def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """The vector (B, D) to compare with the last stage, and logits (B, C)."""
         vector = self.separable(self.adapter(feature)).mean((2, 3))
         return self.hint(vector), self.classifier(vector)
 
 
 class BYOT(Method):
-    """One network that teaches the classifiers behind its earlier stages: "exit1" behind the first, and so on.
+    """One network that teaches classifiers behind its earlier stages, its exits.
 
-    student      Taps of any network with two stages or more
-    weights      {"ce", "ce/exits", "soft", "feature": number or schedule}; default the authors'
-    temperature  of "soft", no unit, > 0
-    exempt       which exit's feature is not compared, 1 is the deepest; None compares all
-    stages       "all" but the last, or their numbers: where the exits are
+    "exit1" stands behind the first stage, and so on. The bare network is exported. Exits and
+    "ensemble", the mean of all logits, are evaluated beside it; the exits' weights are in the
+    checkpoints.
 
-    The product is the bare network. Exits and "ensemble", the mean of all logits, are evaluated beside it; the exits'
-    weights are in the checkpoints.
+    Args:
+        student: Taps of any network with two stages or more.
+        weights: Weights of "ce", "ce/exits", "soft" and "feature", numbers or schedules; default
+            the authors'.
+        temperature: Of "soft", no unit, above 0.
+        exempt: Which exit's feature is not compared, 1 is the deepest; None compares all.
+        stages: Stages with exits: "all" but the last, or their numbers.
+        preprocess: Input normalisation; default that of the network's `pretrained_cfg`.
+        image: Height and width of the data in pixels, where the network's own size is fixed and
+            differs.
+
+    Raises:
+        ValueError: For unknown weights, or stages or exits that do not exist.
     """
 
     def __init__(
@@ -80,156 +98,172 @@ class BYOT(Method):
         stages: str | Sequence[int] = "all",
         preprocess: Preprocess | None = None,
         image: tuple[int, int] | None = None,
-    ):
+    ) -> None:
         super().__init__()
         check_temperature(temperature)
-        unknown = [term for term in weights or {} if term not in TERMS]
-        if unknown:
-            raise ValueError(f"BYOT has no loss {unknown[0]!r}; it has {', '.join(TERMS)}")
-        self.weights = {**TERMS, **(weights or {})}
+        self.weights = merge_weights("BYOT", TERMS, weights)
         self.temperature, self.exempt = temperature, exempt
-        self.preprocess = preprocess or Preprocess.of(student.model, image)
-        self.places = _numbers(stages, len(student.stages), type(student.model).__name__)
-        if exempt is not None and exempt not in range(1, len(self.places) + 1):
-            raise ValueError(
-                f"exempt={exempt!r}: number of an exit, 1 is the deepest of {len(self.places)}, or None to compare all"
-            )
-        self.student, self.taps, self.last = student.model, student, len(student.stages)
-        self.deepest, classes = student.end(-1).shape, num_outputs(student)
-        spared = None if exempt is None else self.places[-exempt]
-        self.exits = nn.ModuleDict(
-            {
-                f"exit{s}": Exit(student.end(s).shape, self.deepest, classes, s != spared)
-                for s in self.places
-            }
-        )
-        student.select([*self.places, self.last])
-        student.rehearse()
+        self.preprocess = preprocess or Preprocess.from_model(student.model, image)
+        self.exit_stages = _exit_stages(stages, len(student.stages), type(student.model).__name__)
+        _check_exempt(exempt, len(self.exit_stages))
+        self.student, self.taps = student.model, student
+        self.last_stage = len(student.stages)
+        self.deepest = student.boundary_of(-1).shape
+        self.exits = nn.ModuleDict(self._make_exits())
+        student.select([*self.exit_stages, self.last_stage])
+        student.check_training_forward()
+
+    def _make_exits(self) -> dict[str, Exit]:
+        classes = num_outputs(self.taps)
+        exempt_stage = None if self.exempt is None else self.exit_stages[-self.exempt]
+        return {
+            f"exit{s}": Exit(self.taps.boundary_of(s).shape, self.deepest, classes, s != exempt_stage)
+            for s in self.exit_stages
+        }
 
     def forward(self, batch: Batch, clock: Clock) -> Step:
-        out, y = self.taps(self.preprocess(batch["x"])), batch["y"]
-        vectors, logits = self._exits(out)
-        weights = {term: weight_at(weight, clock) for term, weight in self.weights.items()}
-        losses: dict[str, Tensor] = {}
-        if weights["ce"]:
-            losses["ce"] = functional.ce(out.logits, y)
-        if weights["ce/exits"]:
-            losses["ce/exits"] = torch.stack([functional.ce(z, y) for z in logits]).sum()
-        if weights["soft"]:
-            losses["soft"] = functional.byot_logits(
-                [out.logits, *logits], temperature=self.temperature
-            ).sum()
-        if weights["feature"] and len(vectors) > (self.exempt is not None):
-            deepest = as_map(out.feats[self.last], self.deepest).mean((2, 3))
-            losses["feature"] = functional.byot_features([deepest, *vectors], exempt=self.exempt)
-        weighted = {
-            t: w * losses[t] if t in losses else zero_loss(self.exits, out.logits)
-            for t, w in weights.items()
-        }
+        """The four terms; one of weight 0 still reads the exits' parameters, as DDP requires."""
+        out, labels = self.taps(self.preprocess(batch["x"])), batch["y"]
+        weights = weights_at(self.weights, clock)
+        losses = self._losses(out, labels, weights)
+        weighted: dict[str, Tensor] = {}
+        for term, weight in weights.items():
+            is_on = term in losses
+            weighted[term] = weight * losses[term] if is_on else zero_loss(self.exits, out.logits)
         return Step(weighted, {"student": out.logits})
 
-    def _exits(self, out: Out) -> tuple[list[Tensor], list[Tensor]]:
+    def _losses(self, out: Out, labels: Tensor, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """Unweighted terms whose weight is not 0."""
+        vectors, logits = self._run_exits(out)
+        losses: dict[str, Tensor] = {}
+        if weights["ce"]:
+            losses["ce"] = functional.ce(out.logits, labels)
+        if weights["ce/exits"]:
+            losses["ce/exits"] = torch.stack([functional.ce(z, labels) for z in logits]).sum()
+        if weights["soft"]:
+            all_logits = [out.logits, *logits]
+            soft = functional.byot_logits(all_logits, temperature=self.temperature)
+            losses["soft"] = soft.sum()
+        num_exempt = 0 if self.exempt is None else 1
+        if weights["feature"] and len(vectors) > num_exempt:
+            deepest = as_map(out.feats[self.last_stage], self.deepest).mean((2, 3))
+            losses["feature"] = functional.byot_features([deepest, *vectors], exempt=self.exempt)
+        return losses
+
+    def _run_exits(self, out: Out) -> tuple[list[Tensor], list[Tensor]]:
         """Vectors (B, D) and logits (B, C) of the exits, deepest first."""
-        found = [self.exits[f"exit{s}"](out.feats[s]) for s in reversed(self.places)]
-        return [v for v, _ in found], [z for _, z in found]
+        pairs = [self.exits[f"exit{s}"](out.feats[s]) for s in reversed(self.exit_stages)]
+        return [vector for vector, _ in pairs], [logits for _, logits in pairs]
 
     def networks(self) -> dict[str, nn.Module]:
+        """The bare network, "student"."""
         return {"student": self.student}
 
     def logits(self, name: str, x: Tensor) -> Tensor:
-        return self.student(self.preprocess(x)) if name == "student" else self.predict(x)[name]
+        """Logits (B, C) of the network, an exit or the ensemble for images in [0, 1]."""
+        if name != "student":
+            return self.predict(x)[name]
+        logits: Tensor = self.student(self.preprocess(x))
+        return logits
 
     def predict(self, x: Tensor) -> dict[str, Tensor]:
-        """Of the network, every exit and their ensemble."""
+        """Logits (B, C) of the network, of every exit and of their ensemble."""
         out = self.taps(self.preprocess(x))
-        answers = {
-            "student": out.logits,
-            **dict(zip(self.exits, reversed(self._exits(out)[1]), strict=True)),
-        }
-        return answers | {"ensemble": torch.stack(list(answers.values())).mean(0)}
+        _, exit_logits = self._run_exits(out)
+        logits = {"student": out.logits}
+        logits.update(zip(self.exits, reversed(exit_logits), strict=True))
+        return logits | {"ensemble": torch.stack(list(logits.values())).mean(0)}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the network; the exits are not."""
         self.taps.compile()
 
     def release(self) -> None:
-        self.taps.remove()
+        """Remove all hooks."""
+        self.taps.remove_hooks()
 
-    def plan(self) -> dict[str, Any]:
-        weights = {t: describe_weight(w) for t, w in self.weights.items()}
-        rows: list[dict[str, Any]] = [
-            {"loss": "ce", "weight": weights["ce"], "student": "logits", "teacher": "labels"}
-        ]
-        for number, s in enumerate(reversed(self.places), 1):
-            exit, place = f"exit{s} logits", self.taps.end(s)
-            rows.append(
-                {
-                    "loss": "ce/exits",
-                    "weight": weights["ce/exits"],
-                    "student": exit,
-                    "teacher": "labels",
-                }
-            )
-            rows.append(
-                {
-                    "loss": "soft",
-                    "weight": weights["soft"],
-                    "student": exit,
-                    "teacher": "its own logits",
-                }
-            )
-            if number != self.exempt:
-                its_own: dict[str, Any] = {
-                    "student": place.name,
-                    "student_shape": list(place.shape),
-                    "student_layout": place.shape.layout,
-                }
-                its: dict[str, Any] = {
-                    "teacher": self.taps.end(-1).name,
-                    "teacher_shape": list(self.deepest),
-                }
-                its["teacher_layout"] = self.deepest.layout
-                parts: dict[str, Any] = {
-                    "adapter": "Exit",
-                    "adapter_parameters": num_parameters(self.exits[f"exit{s}"]),
-                }
-                rows.append(
-                    {"loss": "feature", "weight": weights["feature"], **its_own, **its, **parts}
-                )
-        return {
-            "losses": rows,
-            "parameters": {
-                "student": num_parameters(self.student),
-                "exits": num_parameters(self.exits),
-            },
+    def plan(self) -> MethodPlan:
+        """Rows of losses for the network and every exit, deepest first; parameters."""
+        weights = describe_weights(self.weights)
+        rows = [PlanRow(loss="ce", weight=weights["ce"], student="logits", teacher="labels")]
+        for number, stage in enumerate(reversed(self.exit_stages), 1):
+            rows += self._exit_rows(stage, weights, compared=number != self.exempt)
+        counts = {
+            "student": num_parameters(self.student),
+            "exits": num_parameters(self.exits),
         }
+        return {"losses": rows, "parameters": counts}
+
+    def _exit_rows(
+        self, stage: int, weights: Mapping[str, float | str], compared: bool
+    ) -> list[PlanRow]:
+        logits, ce, soft = f"exit{stage} logits", weights["ce/exits"], weights["soft"]
+        rows = [
+            PlanRow(loss="ce/exits", weight=ce, student=logits, teacher="labels"),
+            PlanRow(loss="soft", weight=soft, student=logits, teacher="its own logits"),
+        ]
+        if compared:
+            feature = PlanRow(loss="feature", weight=weights["feature"])
+            feature.update(describe_tap("student", self.taps, stage))
+            feature.update(describe_tap("teacher", self.taps, -1))
+            feature["adapter"] = "Exit"
+            feature["adapter_parameters"] = num_parameters(self.exits[f"exit{stage}"])
+            rows.append(feature)
+        return rows
 
 
-def _numbers(stages: str | Sequence[int], count: int, model: str) -> list[int]:
+def _exit_stages(stages: str | Sequence[int], count: int, model: str) -> list[int]:
+    """Numbers of the stages with exits, in order."""
     if count < 2:
         raise ValueError(
-            f"{model} has {count} stages, and an exit stands behind one in front of the last: 2 or more"
+            f"{model} has {count} stages, and an exit stands behind one in front of the last: 2 or "
+            "more are needed"
         )
     if stages == "all":
         return list(range(1, count))
-    whole = isinstance(stages, (list, tuple)) and all(
-        isinstance(s, int) and 1 <= s < count for s in stages
-    )
-    if not whole or not stages or len(set(stages)) < len(stages):
+    is_list = isinstance(stages, (list, tuple))
+    numbers = [s for s in stages if isinstance(s, int) and 1 <= s < count] if is_list else []
+    if not numbers or len(numbers) < len(stages) or len(set(numbers)) < len(numbers):
         raise ValueError(
-            f"stages={stages!r}: 'all', or different numbers from 1 to {count - 1}; behind the last of {count} stages "
-            f"{model} has its own classifier"
+            f"stages={stages!r}: 'all', or different numbers from 1 to {count - 1}; behind the "
+            f"last of {count} stages {model} has its own classifier"
         )
-    return sorted(stages)  # type: ignore[arg-type]
+    return sorted(numbers)
+
+
+def _check_exempt(exempt: int | None, num_exits: int) -> None:
+    if exempt is not None and exempt not in range(1, num_exits + 1):
+        raise ValueError(
+            f"exempt={exempt!r}: number of an exit, 1 is the deepest of {num_exits}, or None to "
+            "compare all"
+        )
 
 
 @register_strategy("byot", losses=TERMS, title="Be your own teacher, BYOT (Zhang et al. 2019)")
 def byot(
-    given: StrategyInputs,
+    inputs: StrategyInputs,
     *,
     temperature: float = 3.0,
     exempt: int | None = 1,
     stages: str | Sequence[int] = "all",
 ) -> Method:
-    """temperature: no unit; exempt: exit whose feature is not compared, 1 the deepest, or None; stages: with exits."""
-    options: dict[str, Any] = {"temperature": temperature, "exempt": exempt, "stages": stages}
-    return BYOT(given.student, given.weights, preprocess=given.preprocess, **options)
+    """Build a network that teaches classifiers behind its earlier stages.
+
+    Args:
+        inputs: The student and weights.
+        temperature: Of the term "soft", no unit, above 0.
+        exempt: Number of the exit whose feature is not compared, from 1, the deepest; None compares
+            all.
+        stages: Stages with exits: "all" but the last, or a list of their numbers, from 1.
+
+    Returns:
+        The method.
+    """
+    return BYOT(
+        inputs.student,
+        inputs.weights,
+        temperature=temperature,
+        exempt=exempt,
+        stages=stages,
+        preprocess=inputs.preprocess,
+    )

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from kdtoolkit.core.loss import DistillationLoss
 from kdtoolkit.core.method import Method
-from kdtoolkit.core.registries import LOSSES, METHODS
-from kdtoolkit.core.strategy import StrategyInputs, StrategySpec
+from kdtoolkit.core.registries import METHODS
+from kdtoolkit.core.strategy import NetworkMaker, StrategyInputs, StrategySpec
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.features.stage_matching import pair_stages
-from kdtoolkit.methods.offline import OfflineDistillation, build_losses
+from kdtoolkit.methods.build_losses import build_losses
+from kdtoolkit.methods.offline import OfflineDistillation
 from kdtoolkit.methods.resolve import (
     MethodSelection,
     ResolvedLosses,
-    _check_loss_name,
-    _check_options,
-    _check_weight,
-    default_losses,
-    find_strategy,
-    loss_name,
     resolve_losses,
 )
 from kdtoolkit.models.reinit import reinitialised_copy
 from kdtoolkit.types import LossWeight, TapKey
-
-__all__ = ["create_method", "default_losses", "find_strategy", "list_methods", "resolve_losses"]
 
 LayerPairs = str | Sequence[tuple[TapKey, TapKey]]
 
@@ -49,30 +41,33 @@ def create_method(
     layers: LayerPairs = "auto",
     preprocess: Preprocess | None = None,
     image: tuple[int, int] | None = None,
-    another: Callable[..., nn.Module] | None = None,
+    make_network: NetworkMaker | None = None,
     **options: Any,
 ) -> Method:
     """Build the method that trains a student, from teachers or with further networks.
 
     Args:
-        method: A registered name, several names, losses that are already built, or what `resolve_losses` made of them.
+        method: A registered name, several names, losses that are already built, or what
+            `resolve_losses` made of them.
         student: The student with its taps.
         teachers: Frozen teachers; none for most strategies.
-        losses: Weight of each loss, a number or a schedule: the whole sum. Default the method's own.
-        layers: "auto" pairs stages by stride, then by depth; or pairs (student tap, teacher tap), stages or names of
-            modules.
+        losses: Weight of each loss, a number or a schedule: the whole sum. Default the method's
+            own.
+        layers: "auto" pairs stages by stride, then by depth; or pairs (student tap, teacher tap),
+            stages or names of modules.
         preprocess: Input normalisation of the student; default that of its `pretrained_cfg`.
-        image: Height and width of the data in pixels, where a network's own size is fixed and differs.
-        another: `(k, spec=None)` -> network k = 1, 2, ... of a strategy; default the student's architecture,
-            re-initialised.
+        image: Height and width of the data in pixels, where a network's own size is fixed and
+            differs.
+        make_network: `(k, spec=None)` -> network k = 1, 2, ... of a strategy; default the student's
+            architecture, re-initialised.
         **options: What the losses, or the strategy, take: temperature, reset, detach, hint, p, ...
 
     Returns:
         The method, not yet on a device.
 
     Raises:
-        ValueError: For unknown names and options, for `layers` that no loss reads, and without a teacher that is
-            needed.
+        ValueError: For unknown names and options, for `layers` that no loss reads, and without a
+            teacher that is needed.
 
     Example:
         >>> method = create_method("kd", Taps(student), [Frozen(teacher)], temperature=2.0)
@@ -81,7 +76,7 @@ def create_method(
     if resolved.strategy is not None:
         _check_strategy_call(resolved.strategy, teachers, layers)
         return _build_strategy(
-            resolved, resolved.strategy, student, teachers, preprocess, image, another
+            resolved, resolved.strategy, student, teachers, preprocess, image, make_network
         )
     _check_loss_call(resolved, teachers, layers)
 
@@ -96,7 +91,7 @@ def create_method(
         built.weights,
         preprocess=preprocess,
         image=image,
-        share_teacher=built.teacher_of,
+        teacher_of=built.teacher_of,
     )
 
 
@@ -109,7 +104,8 @@ def _resolved(
         return resolve_losses(method, losses, options)
     if losses is not None or options:
         raise ValueError(
-            "losses and options are resolved already: pass them to resolve_losses(), or pass a name as method"
+            "losses and options are resolved already: pass them to resolve_losses(), or pass a "
+            "name as method"
         )
     return method
 
@@ -119,7 +115,8 @@ def _check_strategy_call(
 ) -> None:
     if layers != "auto":
         raise ValueError(
-            f"layers={layers!r} has no effect: this method pairs no features of a student and a teacher"
+            f"layers={layers!r} has no effect: this method pairs no features of a student and a "
+            "teacher"
         )
     if strategy.needs_teacher and not teachers:
         raise ValueError(f"{strategy.title} needs a teacher, none was given")
@@ -130,8 +127,8 @@ def _check_loss_call(
 ) -> None:
     if layers != "auto" and not resolved.reads_features():
         raise ValueError(
-            f"layers={layers!r} has no effect: the losses {', '.join(resolved.weights)} read no features. Leave it "
-            "out, or add a loss that does, such as at, fitnet, sp or srkd"
+            f"layers={layers!r} has no effect: the losses {', '.join(resolved.weights)} read no "
+            "features. Leave it out, or add a loss that does, such as at, fitnet, sp or srkd"
         )
     own = [name for name, loss in resolved.loss_objects.items() if loss.needs_teacher]
     if own and not teachers:
@@ -145,34 +142,35 @@ def _build_strategy(
     teachers: Sequence[Frozen],
     preprocess: Preprocess | None,
     image: tuple[int, int] | None,
-    another: Callable[..., nn.Module] | None,
+    make_network: NetworkMaker | None,
 ) -> Method:
-    student.rehearse()
+    student.check_training_forward()
     weights = {name: resolved.weights.get(name, 0.0) for name in strategy.losses}
     inputs = StrategyInputs(
         student,
         teachers,
         weights,
         image,
-        preprocess or Preprocess.of(student.model, image),
-        another or _copies_of(student.model),
+        preprocess or Preprocess.from_model(student.model, image),
+        make_network or _copies_of(student.model),
     )
     return strategy.build(inputs, **resolved.options)
 
 
-def _copies_of(network: nn.Module) -> Callable[..., nn.Module]:
+def _copies_of(network: nn.Module) -> NetworkMaker:
     """Builds further networks of the same architecture, re-initialised."""
 
-    def another(k: int, spec: Any = None) -> nn.Module:
+    def make_network(k: int, spec: Any = None) -> nn.Module:
         if isinstance(spec, nn.Module):
             return spec
         if spec is not None:
             raise ValueError(
-                f"network {k} is given as {spec!r}: pass an nn.Module, only distill() builds by name"
+                f"network {k} is given as {spec!r}: pass an nn.Module, only distill() builds by "
+                "name"
             )
         return reinitialised_copy(network, k)
 
-    return another
+    return make_network
 
 
 def resolve_layer_pairs(
@@ -189,8 +187,8 @@ def resolve_layer_pairs(
         Pairs (student tap, teacher tap); stage numbers are positive.
 
     Raises:
-        ValueError: For a tap that does not exist, for what is no list of pairs, and with "auto" where no stages are
-            found.
+        ValueError: For a tap that does not exist, for what is no list of pairs, and with "auto"
+            where no stages are found.
     """
     if layers == "auto":
         found = pair_stages(student.stages, teacher.stages)
@@ -203,12 +201,13 @@ def resolve_layer_pairs(
         return list(found)
     if isinstance(layers, str) or not _is_list_of_pairs(layers):
         raise ValueError(
-            f"layers={layers!r}: 'auto' or a list of (student tap, teacher tap): stage numbers or names"
+            f"layers={layers!r}: 'auto' or a list of (student tap, teacher tap): stage numbers "
+            "or names"
         )
     for student_tap, teacher_tap in layers:
-        student.end(student_tap)
-        teacher.end(teacher_tap)
-    return [(student.key(s), teacher.key(t)) for s, t in layers]
+        student.boundary_of(student_tap)
+        teacher.boundary_of(teacher_tap)
+    return [(student.resolve_key(s), teacher.resolve_key(t)) for s, t in layers]
 
 
 def _is_list_of_pairs(layers: object) -> bool:
@@ -221,35 +220,3 @@ def _is_pair(taps: object) -> bool:
         and len(taps) == 2
         and all(isinstance(tap, (str, int)) for tap in taps)
     )
-
-
-# ------------------------------------------------------- replaced by resolve_losses; until all callers have switched
-def check_losses(
-    losses: Mapping[str, LossWeight],
-    given: Sequence[DistillationLoss] = (),
-    strategy: StrategySpec | None = None,
-) -> None:
-    """See `resolve_losses`."""
-    own = {loss_name(o) for o in given}
-    for name, weight in losses.items():
-        if name not in own:
-            _check_loss_name(name, strategy)
-        _check_weight(name, weight)
-    if all(not callable(w) and w == 0 for w in losses.values()):
-        raise ValueError(f"losses={dict(losses)}: every weight is zero, nothing would be trained")
-
-
-def check_options(
-    losses: Mapping[str, LossWeight],
-    options: Mapping[str, Any],
-    arguments: Sequence[str] = (),
-    strategy: StrategySpec | None = None,
-) -> None:
-    """See `resolve_losses`."""
-    _check_options(options, losses, strategy, arguments)
-
-
-def needs_teacher(losses: Iterable[str], given: Sequence[DistillationLoss] = ()) -> list[str]:
-    """See `ResolvedLosses.losses_with_teacher`."""
-    own = {loss_name(o): o for o in given}
-    return [n for n in losses if (own[n] if n in own else LOSSES[n]).needs_teacher]

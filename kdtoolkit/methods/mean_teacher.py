@@ -1,8 +1,11 @@
-"""Mean teacher (Tarvainen, Valpola 2017, arXiv 1703.01780): a network learns from its own moving average.
+"""Mean teacher (Tarvainen, Valpola 2017, arXiv 1703.01780): a network learns from its own average.
 
-Loss     sum of cross-entropies of the labelled images / B + w(e) * mean over B and C of (p_s - p_t)^2, p_t of the
-         average on another augmentation; w(e) = 100 exp(-5 (1 - e / 5)^2); alpha = min(1 - 1 / (n + 1), 0.99), n from 1
-Differs  no second head (the authors' symmetric distance of logits). Images without a label have y = -1
+Loss: sum of the cross-entropies of the labelled images / B + w(e) times the mean over B and C of
+(p_s - p_t)^2, p_t of the average on another augmentation; w(e) = 100 exp(-5 (1 - e / 5)^2);
+alpha = min(1 - 1 / (n + 1), 0.99), n from 1.
+
+Differs: no second head (the authors' symmetric distance of logits). Images without a label have
+y = -1.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from kdtoolkit.schedules import SigmoidRampUp, with_rampup
     title="Mean teacher (Tarvainen and Valpola 2017)",
 )
 def mean_teacher(
-    given: StrategyInputs,
+    inputs: StrategyInputs,
     *,
     loss: str = "mse",
     temperature: float = 1.0,
@@ -32,17 +35,42 @@ def mean_teacher(
     rampup_epochs: float | None = None,
     label_smoothing: float = 0.0,
 ) -> Method:
-    """loss: "mse" or "kl" of probabilities, or "kd" at `temperature`; ema_decay, count: see EMATeacher; mixed: share of
-    labelled rows in every batch (data.Mixed), None draws all rows evenly; rampup_epochs: 5 where none is given."""
-    weights = with_rampup(given.weights, ("consistency",), rampup_epochs)
+    """Build a network that learns from its exponential moving average, also without labels.
+
+    Args:
+        inputs: The student and weights.
+        loss: Distance from the average: "mse" or "kl" of probabilities, or "kd".
+        temperature: Of the loss "kd", no unit, above 0.
+        ema_decay: Share of the average in each of its updates, from 0 to 1.
+        count: How the first updates are weighted: "constant", "from 0" or "from 1"; see
+            `EMATeacher`.
+        mixed: Share of labelled rows in every batch, between 0 and 1; None draws all rows evenly.
+        rampup_epochs: Epochs over which the weight of "consistency" rises, from 0; None is 5.
+        label_smoothing: Of the cross-entropy, from 0 to below 1.
+
+    Returns:
+        The method; the average is exported.
+    """
+    weights = with_rampup(inputs.weights, ("consistency",), rampup_epochs)
     teacher = EMATeacher(
-        weights["consistency"], decay=ema_decay, count=count, loss=loss, temperature=temperature,
-        learn_from="own", view=1, product="mean teacher", term="consistency",
-    )  # fmt: skip
+        weights["consistency"],
+        decay=ema_decay,
+        count=count,
+        loss=loss,
+        temperature=temperature,
+        learn_from="own",
+        view=1,
+        export="mean teacher",
+        term="consistency",
+    )
     method = Peers(
-        [given.student.model], weight=given.weights["ce"], label_smoothing=label_smoothing, image=given.image,
-        spread=False, unlabelled=True,
-    )  # fmt: skip
+        [inputs.student.model],
+        weight=inputs.weights["ce"],
+        label_smoothing=label_smoothing,
+        image=inputs.image,
+        spread=False,
+        unlabelled=True,
+    )
     method.num_views = 2
     method.batch_sampler = None if mixed is None else Mixed(mixed)
     method.callbacks = (teacher,)

@@ -1,9 +1,12 @@
 """On-the-fly native ensemble, ONE (Lan, Zhu, Gong 2018, arXiv 1806.04606).
 
-Loss     sum over branches of CE(z_k), CE(z_e), and w(e) * sum over branches of T^2 KL(p(z_e) || p(z_k)), z_e detached
-         there; z_e = sum_k g_k z_k, T = 3, w(e) = exp(-5 (1 - e / 80)^2) in 300 epochs. The gate g learns from CE(z_e)
-         alone. 3 branches, each a copy of the last stage and the classifier
-Differs  the gate pools over all positions at the cut, whatever the layout; the release writes the pool's size (16)
+Loss: sum over branches k of CE(z_k), plus CE(z_e), plus w(e) times the sum over branches of T^2
+KL(p(z_e) || p(z_k)), where z_e = sum_k g_k z_k is detached; T = 3, w(e) = exp(-5 (1 - e / 80)^2) in
+300 epochs. The gate g learns from CE(z_e) alone. 3 branches, each a copy of the last stage and the
+classifier.
+
+Differs: the gate pools over all positions at the cut, whatever the layout; the release writes the
+size of the pooling window (16).
 """
 
 from __future__ import annotations
@@ -15,44 +18,52 @@ from kdtoolkit import functional
 from kdtoolkit.core.method import Method
 from kdtoolkit.core.registries import register_strategy
 from kdtoolkit.core.strategy import StrategyInputs
-from kdtoolkit.features.adapters import as_map
 from kdtoolkit.features.extractor import Taps
-from kdtoolkit.methods.branches import BranchJoin, build_branches
+from kdtoolkit.features.layout_conversion import as_map
+from kdtoolkit.methods.branch_join import BranchJoin, BranchOutputs
+from kdtoolkit.methods.build_branches import build_branches
 from kdtoolkit.schedules import SigmoidRampUp, with_rampup
 from kdtoolkit.types import Shape, TapKey
 from kdtoolkit.utils.validation import check_temperature
 
 
-class Gate(nn.Module):
-    """Shares of the branches, (B, K): pooled map at the cut -> Linear -> BatchNorm -> ReLU -> softmax.
+class GatedEnsemble(BranchJoin):
+    """An ensemble of the branches, weighted by a gate for every image.
 
-    shape        of the feature at the cut;  branches  K
-    temperature  no unit, > 0
+    The gate is: feature at the cut, average pooling, Linear, BatchNorm, ReLU, softmax.
+
+    Args:
+        shape: Shape of the feature at the cut.
+        branches: K, the number of branches.
+        temperature: No unit, above 0.
     """
 
     terms = ("ce/ensemble", "ensemble")
     reads_shared = True
 
-    def __init__(self, shape: Shape, branches: int, *, temperature: float = 3.0):
+    def __init__(self, shape: Shape, branches: int, *, temperature: float = 3.0) -> None:
         super().__init__()
-        self.shape, self.temperature = shape, temperature
         check_temperature(temperature)
+        self.shape, self.temperature = shape, temperature
         self.score = nn.Sequential(
             nn.Linear(shape.channels, branches), nn.BatchNorm1d(branches), nn.ReLU()
         )
 
     def gates(self, shared: Tensor) -> Tensor:
+        """Shares of the branches, (B, K), from the feature at the cut."""
         pooled = as_map(shared, self.shape).mean((2, 3))
         return torch.softmax(self.score(pooled), dim=1)
 
-    def ensemble(self, team: BranchJoin) -> Tensor:
-        assert team.shared is not None  # Branches refuses views
-        return functional.one_ensemble(team.logits, self.gates(team.shared))
+    def ensemble(self, outputs: BranchOutputs) -> Tensor:
+        """The gated sum of the branches' logits, (B, C)."""
+        assert outputs.shared is not None  # Branches refuses views
+        return functional.one_ensemble(outputs.logits, self.gates(outputs.shared))
 
-    def forward(self, team: BranchJoin, labels: Tensor) -> dict[str, Tensor]:
-        ensemble = self.ensemble(team)
-        soft = functional.kd_ensemble_eps(team.logits, ensemble, temperature=self.temperature)
-        return {"ce/ensemble": functional.ce(ensemble, labels), "ensemble": soft.sum()}
+    def forward(self, outputs: BranchOutputs, labels: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy of the ensemble, and what the branches learn from it."""
+        ensemble = self.ensemble(outputs)
+        kd = functional.kd_ensemble_eps(outputs.logits, ensemble, temperature=self.temperature)
+        return {"ce/ensemble": functional.ce(ensemble, labels), "ensemble": kd.sum()}
 
 
 @register_strategy(
@@ -61,17 +72,30 @@ class Gate(nn.Module):
     title="On-the-fly native ensemble, ONE (Lan et al. 2018)",
 )
 def one(
-    given: StrategyInputs,
+    inputs: StrategyInputs,
     *,
     branches: int = 3,
     temperature: float = 3.0,
     cut: TapKey = "auto",
     rampup_epochs: float | None = None,
 ) -> Method:
-    """branches: copies of what lies behind the cut; cut: a stage or a module's name; rampup_epochs: length of w."""
-    weights = with_rampup(given.weights, ["ensemble"], rampup_epochs)
+    """Build an on-the-fly native ensemble of branches with a gate.
 
-    def join(taps: Taps, stage: TapKey) -> Gate:
-        return Gate(taps.end(stage).shape, branches, temperature=temperature)
+    Args:
+        inputs: The student, weights, and what builds further networks.
+        branches: Number of branches, the student among them, from 2.
+        temperature: Of the ensemble's and the branches' probabilities, no unit, above 0.
+        cut: Stage number or module name behind which the branches part; "auto" is the last boundary
+            in front of the last stage.
+        rampup_epochs: Epochs over which the weight of "ensemble" rises, from 0; None is 80 in runs
+            of 300 epochs and more, and the same share of shorter ones.
 
-    return build_branches(given, join, branches=branches, cut=cut, weights=weights)
+    Returns:
+        The method.
+    """
+    weights = with_rampup(inputs.weights, ["ensemble"], rampup_epochs)
+
+    def make_join(taps: Taps, stage: TapKey) -> GatedEnsemble:
+        return GatedEnsemble(taps.boundary_of(stage).shape, branches, temperature=temperature)
+
+    return build_branches(inputs, make_join, branches=branches, cut=cut, weights=weights)

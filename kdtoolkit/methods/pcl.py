@@ -1,9 +1,12 @@
 """Peer collaborative learning, PCL (Wu, Gong 2021, arXiv 2006.04147).
 
-Loss     CE(z_e) + sum over branches of CE(z_k) + w(e) KD(z_k, z_e) + w(e) mean_{j != k} KD(z_k, m_j), targets detached;
-         z_e classifies the branches' concatenated embeddings, m_j is branch j of an EMA of the whole network (0.999);
-         T = 3, w(e) = exp(-5 (1 - e / 80)^2) in 300 epochs. Every branch, and its average, sees a view of its own
-Differs  nothing from the paper; the published reproduction has e / weight in w, which is 0 for most of 80 epochs
+Loss: CE(z_e) + sum over branches k of CE(z_k) + w(e) KD(z_k, z_e) + w(e) mean_{j != k} KD(z_k,
+m_j), targets detached; z_e classifies the branches' concatenated embeddings, m_j is branch j of an
+exponential moving average (EMA) of the whole network, decay 0.999; T = 3, w(e) = exp(-5 (1 - e /
+80)^2) in 300 epochs. Every branch, and its average, sees its own view.
+
+Differs: nothing from the paper; the published reproduction has e / weight in w, which is 0 for most
+of 80 epochs.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from kdtoolkit.core.method import Method
 from kdtoolkit.core.registries import register_strategy
 from kdtoolkit.core.strategy import StrategyInputs
 from kdtoolkit.features.extractor import Taps
-from kdtoolkit.methods.branches import Branches, BranchJoin, build_branches
+from kdtoolkit.methods.branch_join import BranchJoin, BranchOutputs
+from kdtoolkit.methods.branches import Branches
+from kdtoolkit.methods.build_branches import build_branches
 from kdtoolkit.models.head import num_outputs
 from kdtoolkit.models.subnetwork import embedding_size
 from kdtoolkit.schedules import SigmoidRampUp, with_rampup
@@ -27,47 +32,66 @@ from kdtoolkit.types import LossWeight, TapKey
 from kdtoolkit.utils.validation import check_temperature
 
 
-class EnsembleClassifier(nn.Module):
-    """One Linear on the embeddings of all branches side by side, (B, K D) -> (B, C).
+class EnsembleClassifier(BranchJoin):
+    """One linear classifier of the concatenated embeddings of all branches, (B, K D) -> (B, C).
 
-    size, branches, classes  D, K and C;  temperature  no unit, > 0
+    Args:
+        size: D, of each embedding.
+        branches: K, the number of branches.
+        classes: C, the number of classes.
+        temperature: No unit, above 0.
     """
 
     terms = ("ce/ensemble", "ensemble")
     reads_embeddings = True
 
-    def __init__(self, size: int, branches: int, classes: int, *, temperature: float = 3.0):
+    def __init__(self, size: int, branches: int, classes: int, *, temperature: float = 3.0) -> None:
         super().__init__()
         check_temperature(temperature)
-        self.classifier, self.temperature = nn.Linear(size * branches, classes), temperature
+        self.classifier = nn.Linear(size * branches, classes)
+        self.temperature = temperature
 
-    def ensemble(self, team: BranchJoin) -> Tensor:
-        return self.classifier(torch.cat(team.embeddings, dim=1))
+    def ensemble(self, outputs: BranchOutputs) -> Tensor:
+        """Logits (B, C) of the classifier."""
+        logits: Tensor = self.classifier(torch.cat(outputs.embeddings, dim=1))
+        return logits
 
-    def forward(self, team: BranchJoin, labels: Tensor) -> dict[str, Tensor]:
-        ensemble = self.ensemble(team)
-        soft = functional.kd_ensemble(team.logits, ensemble, temperature=self.temperature)
-        return {"ce/ensemble": functional.ce(ensemble, labels), "ensemble": soft.sum()}
+    def forward(self, outputs: BranchOutputs, labels: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy of the ensemble, and what the branches learn from it."""
+        ensemble = self.ensemble(outputs)
+        kd = functional.kd_ensemble(outputs.logits, ensemble, temperature=self.temperature)
+        return {"ce/ensemble": functional.ce(ensemble, labels), "ensemble": kd.sum()}
 
 
 def pcl_branches(
-    given: StrategyInputs,
+    inputs: StrategyInputs,
     weights: Mapping[str, LossWeight],
     *,
     branches: int = 3,
     temperature: float = 3.0,
     cut: TapKey = "auto",
 ) -> Branches:
-    """Branches that see views of their own, joined by an ensemble classifier; `weights` of "ce", "ce/ensemble" and
-    "ensemble" are read."""
+    """Build branches that see their own views, joined by an ensemble classifier.
 
-    def join(taps: Taps, stage: TapKey) -> EnsembleClassifier:
+    Args:
+        inputs: The student, and what builds further networks.
+        weights: Weights, of which those of "ce", "ce/ensemble" and "ensemble" are read.
+        branches: Number of branches, the student among them, from 2.
+        temperature: Of the ensemble's and the branches' probabilities, no unit, above 0.
+        cut: Stage number or module name behind which the branches part; "auto" is the last boundary
+            in front of the last stage.
+
+    Returns:
+        The method, without its EMA teacher.
+    """
+
+    def make_join(taps: Taps, stage: TapKey) -> EnsembleClassifier:
         return EnsembleClassifier(
             embedding_size(taps), branches, num_outputs(taps), temperature=temperature
         )
 
     own = {term: weights[term] for term in ("ce", *EnsembleClassifier.terms)}
-    return build_branches(given, join, branches=branches, cut=cut, weights=own, views=True)
+    return build_branches(inputs, make_join, branches=branches, cut=cut, weights=own, views=True)
 
 
 @register_strategy(
@@ -81,7 +105,7 @@ def pcl_branches(
     title="Peer collaborative learning, PCL (Wu & Gong 2021)",
 )
 def pcl(
-    given: StrategyInputs,
+    inputs: StrategyInputs,
     *,
     branches: int = 3,
     temperature: float = 3.0,
@@ -89,12 +113,26 @@ def pcl(
     ema_decay: float | None = None,
     rampup_epochs: float | None = None,
 ) -> Method:
-    """branches: copies of what lies behind the cut; cut: a stage or a module's name; ema_decay: share of the average in
-    each of its updates; rampup_epochs: length of w."""
-    weights = with_rampup(given.weights, ["ensemble", "ema"], rampup_epochs)
-    method = pcl_branches(given, weights, branches=branches, temperature=temperature, cut=cut)
+    """Build peer collaborative learning of branches, their ensemble and their averages.
+
+    Args:
+        inputs: The student, weights, and what builds further networks.
+        branches: Number of branches, the student among them, from 2.
+        temperature: Of targets and predictions, no unit, above 0.
+        cut: Stage number or module name behind which the branches part; "auto" is the last boundary
+            in front of the last stage.
+        ema_decay: Share of the average in each of its updates, from 0 to 1; None is 0.999, less in
+            short runs.
+        rampup_epochs: Epochs over which the weights of "ensemble" and "ema" rise, from 0; None is
+            80 in runs of 300 epochs and more, and the same share of shorter ones.
+
+    Returns:
+        The method; a branch of the average is exported.
+    """
+    weights = with_rampup(inputs.weights, ["ensemble", "ema"], rampup_epochs)
+    method = pcl_branches(inputs, weights, branches=branches, temperature=temperature, cut=cut)
     if weights["ema"] != 0:
         method.callbacks = (
-            EMATeacher(weights["ema"], decay=ema_decay, temperature=temperature, product="PCL"),
+            EMATeacher(weights["ema"], decay=ema_decay, temperature=temperature, export="PCL"),
         )
     return method

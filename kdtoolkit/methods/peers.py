@@ -1,4 +1,4 @@
-"""Peers: several networks trained in one run, each on the labels; what they teach each other is added by callbacks."""
+"""Peers: several networks trained in one run; callbacks add what they learn from each other."""
 
 from __future__ import annotations
 
@@ -6,37 +6,56 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdtoolkit import functional
+from kdtoolkit.core.callback import ExportCandidates
 from kdtoolkit.core.method import Method, num_parameters
-from kdtoolkit.core.strategy import StrategyInputs
+from kdtoolkit.core.plan import MethodPlan, PlanRow
 from kdtoolkit.features.preprocess import Preprocess
+from kdtoolkit.methods.network_checks import (
+    check_different_weights,
+    check_separate_parameters,
+    parameter_shapes,
+)
+from kdtoolkit.methods.placement import NetworkPlacement
 from kdtoolkit.schedules import check_loss_weight, describe_weight, weight_at
 from kdtoolkit.types import Batch, Clock, LossWeight, Step
 from kdtoolkit.utils import distributed
+from kdtoolkit.utils.validation import check_choice, check_number
 
-PRODUCT = "student"
+FIRST = "student"
 
 
 class Peers(Method):
-    """K networks of one or several architectures, each with weights, normalisation and image size of its own.
+    """Networks of one or several architectures, each with its own weights, normalisation and size.
 
-    networks         nn.Modules that map images (B, 3, H, W) to logits (B, C): "student", "peer1", "peer2", ...
-    weight           of every cross-entropy, number or schedule
-    views            True gives every network an augmentation of its own of the same images
-    label_smoothing  of the cross-entropy, in [0, 1)
-    image            (H, W) of the data, where a network's own size is fixed and differs
-    spread           True trains networks k, k + P, ... on process k of P, each on the whole batch, and exchanges logits
-                     after every forward: what one process does, bit for bit, at the cost of one network each. False
-                     trains all on every process, each on its share of the batch. "auto" spreads where P divides K
-    unlabelled       takes rows without a label (-1): they count in the batch that a cross-entropy is divided by, and
-                     add nothing to it
+    Its losses are "ce" of the student and "ce/peer1", ... of the others. Without a callback between
+    them every network trains as it would alone, to the last digit. Of networks of one architecture
+    the best on the validation split is exported, of several the first.
 
-    Losses "ce" of the student and "ce/peer1", ... of the others. Without anything that joins them, every network trains
-    as it would alone, to the last digit. Of networks of one architecture the best on the validation split is the
-    product, of others the first.
+    Args:
+        networks: Networks that map images (B, 3, H, W) to logits (B, C), one or more. They are
+            named "student", "peer1", "peer2", ...
+        weight: Weight of every cross-entropy, a number or a schedule.
+        views: Whether every network has its own augmentation of an image.
+        label_smoothing: Of the cross-entropy, from 0 to below 1.
+        image: Height and width of the data in pixels, where a network's own size is fixed and
+            differs.
+        spread: Over P processes, True trains networks k, k + P, ... on process k, each on the whole
+            batch, and exchanges logits after every forward pass: bit for bit what one process does,
+            at the cost of one network each. False trains all on every process, each on its share of
+            the batch. "auto" spreads where P divides the number of networks.
+        unlabelled: Whether rows without a label (-1) are taken: they count in the batch size that a
+            cross-entropy is divided by, and add nothing to it.
+
+    Raises:
+        ValueError: Without a network, for networks that share parameters, or for equal networks
+            that see the same images and so would stay equal.
+
+    Example:
+        >>> networks = [timm.create_model("resnet18", num_classes=10) for _ in range(2)]
+        >>> result = distill(None, None, "digits", method=Peers(networks), callbacks=[MutualKL()])
     """
 
     def __init__(
@@ -49,185 +68,155 @@ class Peers(Method):
         image: tuple[int, int] | None = None,
         spread: bool | str = "auto",
         unlabelled: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         networks = list(networks)
         if not networks:
             raise ValueError("Peers([]): give at least one network")
-        shared = {id(p) for p in networks[0].parameters()}
-        for number, net in enumerate(networks[1:], 1):
-            if any(id(p) in shared for p in net.parameters()):
-                raise ValueError(
-                    f"network {number} of Peers has parameters in common with an earlier one: each must have its own "
-                    "weights, build it again or use copy.deepcopy and other initial weights"
-                )
-            shared |= {id(p) for p in net.parameters()}
-        for option, given in (("views", views), ("spread", spread)):
-            if given not in (True, False, *(["auto"] if option == "spread" else [])):
-                raise ValueError(
-                    f"{option} is {given!r}; allowed: True, False{', auto' * (option == 'spread')}"
-                )
+        check_separate_parameters(networks)
+        check_choice("views", views, (True, False))
+        check_choice("spread", spread, (True, False, "auto"))
         check_loss_weight(weight)
         if not views:
-            _check_twins(networks)
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing is {label_smoothing}, it must be in [0, 1)")
+            check_different_weights(networks)
+        check_number("label_smoothing", label_smoothing, minimum=0, below=1)
         self.peers = nn.ModuleDict({name_of(k): net for k, net in enumerate(networks)})
-        self.weight, self.label_smoothing, self.spread = weight, label_smoothing, spread
-        self.num_views, self.uses_unlabelled = len(networks) if views else 1, bool(unlabelled)
-        self.preprocess = {name: Preprocess.of(net, image) for name, net in self.networks().items()}
+        self.weight, self.label_smoothing = weight, label_smoothing
+        self.placement = NetworkPlacement(len(networks), spread)
+        self.num_views = len(networks) if views else 1
+        self.uses_unlabelled = bool(unlabelled)
+        self.preprocess = {
+            name: Preprocess.from_model(net, image) for name, net in self.networks().items()
+        }
 
+    # -------------------------------------------------------------------------------- training
     def forward(self, batch: Batch, clock: Clock) -> Step:
-        logits, weight = self.train_logits(batch), weight_at(self.weight, clock)
+        """Cross-entropy of every network."""
+        logits = self.train_logits(batch)
+        weight = weight_at(self.weight, clock)
         losses = {loss_of(name): weight * self._ce(z, batch["y"]) for name, z in logits.items()}
         return Step(losses, logits)
 
     def _ce(self, logits: Tensor, labels: Tensor) -> Tensor:
         if not self.uses_unlabelled:
             return functional.ce(logits, labels, label_smoothing=self.label_smoothing)
-        z, smoothing = functional.at_least_float32(logits), self.label_smoothing
-        return F.cross_entropy(
-            z, labels, ignore_index=-1, reduction="sum", label_smoothing=smoothing
-        ) / len(labels)
+        return functional.ce_partly_labelled(logits, labels, label_smoothing=self.label_smoothing)
 
     def train_logits(self, batch: Batch) -> dict[str, Tensor]:
-        """Logits (B, C) of every network, in order, each from the same random state; those of other processes'
-        networks without gradient."""
-        seed, found = torch.initial_seed(), {}
-        for k, name in enumerate(self.peers):
-            if self._mine(k):
-                torch.manual_seed(seed)  # dropout as if it were alone
-                found[name] = self.logits(
-                    name, batch["x"] if self.num_views == 1 else batch["views"][:, k]
-                )
-        return self._gathered(found) if self.networks_per_process else found
+        """Logits (B, C) of every network in training, each on its own view.
 
+        Args:
+            batch: Images, with views where every network has its own.
+
+        Returns:
+            Logits in the order of the networks, each computed from the same random state; those of
+            other processes' networks without gradient.
+        """
+        seed = torch.initial_seed()
+        logits: dict[str, Tensor] = {}
+        for k, name in enumerate(self.peers):
+            if self.placement.is_local(k):
+                torch.manual_seed(seed)  # dropout as if the network were alone
+                x = batch["x"] if self.num_views == 1 else batch["views"][:, k]
+                logits[name] = self.logits(name, x)
+        return self.placement.gather(logits, list(self.peers))
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        """One group for each network of this process."""
+        networks = enumerate(self.peers.values())
+        return [list(net.parameters()) for k, net in networks if self.placement.is_local(k)]
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile every network."""
+        for net in self.peers.values():
+            net.compile()
+
+    # ------------------------------------------------------------------------------ evaluation
     def networks(self) -> dict[str, nn.Module]:
+        """The networks by name: "student", "peer1", ..."""
         return dict(self.peers)
 
-    def export_candidates(self) -> tuple[list[str], str]:
-        kinds = {
-            tuple((n, tuple(p.shape)) for n, p in net.named_parameters())
-            for net in self.peers.values()
-        }
-        if len(self.peers) > 1 and len(kinds) == 1:
+    def export_candidates(self) -> ExportCandidates:
+        """All networks where they have one architecture, else the first."""
+        first, *others = (parameter_shapes(net) for net in self.peers.values())
+        if others and all(list(shapes.items()) == list(first.items()) for shapes in others):
             return list(self.peers), "its peers have the same architecture"
         return super().export_candidates()
 
     def logits(self, name: str, x: Tensor) -> Tensor:
-        return self.peers[name](self.preprocess[name](x))
+        """Logits (B, C) of one network for images in [0, 1]."""
+        logits: Tensor = self.peers[name](self.preprocess[name](x))
+        return logits
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        for net in self.peers.values():
-            net.compile()
-
-    def plan(self) -> dict[str, Any]:
-        same = {"weight": describe_weight(self.weight), "teacher": "labels"}
-        rows = [{"loss": loss_of(name), "student": f"{name} logits", **same} for name in self.peers]
+    def plan(self) -> MethodPlan:
+        """One row of losses for each network, its parameters, and where it is trained."""
+        weight = describe_weight(self.weight)
+        rows = [
+            PlanRow(loss=loss_of(name), student=f"{name} logits", weight=weight, teacher="labels")
+            for name in self.peers
+        ]
         counts = {name: num_parameters(net) for name, net in self.peers.items()}
-        many, notes = distributed.world_size(), []
-        if many > 1 and not self.networks_per_process:
-            notes = [
-                f"every one of {many} processes trains all networks, each on its share of the batch"
-            ]
-        elif many > 1:
-            notes = [
-                f"the networks are spread over {many} processes, each trains its own on the whole batch"
-            ]
-        return {"losses": rows, "parameters": counts, "notes": notes}
+        return {"losses": rows, "parameters": counts, "notes": self._placement_notes()}
 
-    def clip_groups(self) -> list[list[nn.Parameter]]:
+    def _placement_notes(self) -> list[str]:
+        processes = distributed.world_size()
+        if processes == 1:
+            return []
+        if self.placement.is_spread:
+            return [
+                f"the networks are spread over {processes} processes, each trains its own on the "
+                "whole batch"
+            ]
         return [
-            list(net.parameters()) for k, net in enumerate(self.peers.values()) if self._mine(k)
+            f"every one of {processes} processes trains all networks, each on its share of the "
+            "batch"
         ]
 
-    # ------------------------------------------------------------------------------------------- over several processes
-    def place_teachers(self, *args: Any, **kwargs: Any) -> None:
-        super().place_teachers(*args, **kwargs)
-        processes, count = distributed.world_size(), len(self.peers)
-        if self.spread is True and count % processes:
-            raise ValueError(
-                f"spread=True: {count} networks cannot be shared out equally among {processes} processes; launch a "
-                f"number of processes that divides {count}, or pass spread=False"
-            )
+    # ------------------------------------------------------------------- several processes
+    def place_teachers(
+        self,
+        device: torch.device,
+        memory_format: torch.memory_format = torch.preserve_format,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        """Check that the networks can be spread over the processes of the run."""
+        super().place_teachers(device, memory_format, autocast)
+        self.placement.check()
 
     @property
     def networks_per_process(self) -> bool:  # type: ignore[override]
-        processes = distributed.world_size()
-        return processes > 1 and self.spread is not False and len(self.peers) % processes == 0
-
-    def _mine(self, k: int) -> bool:
-        return not self.networks_per_process or k % distributed.world_size() == distributed.rank()
+        """Whether every process trains networks of its own."""
+        return self.placement.is_spread
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        mine = {name for k, name in enumerate(self.peers) if self._mine(k)}
-        return {name: p for name, p in self.named_parameters() if name.split(".")[1] in mine}
-
-    def _gathered(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
-        all_logits = distributed.all_gather(
-            torch.stack([z.detach() for z in mine.values()])
-        )  # by process, (K / P, B, C)
-        processes = distributed.world_size()
-        each = {
-            name: all_logits[k % processes][k // processes] for k, name in enumerate(self.peers)
+        """Parameters of this process's networks."""
+        local = {name for k, name in enumerate(self.peers) if self.placement.is_local(k)}
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.split(".")[1] in local  # "peers.<network>.<parameter>"
         }
-        return {name: mine.get(name, z) for name, z in each.items()}
 
     def sync(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Broadcast every network, and its optimizer state, from the process that trains it.
+
+        Args:
+            optimizer: The optimizer whose state is exchanged; None exchanges networks alone.
+        """
         if not self.networks_per_process:
             return
         for k, net in enumerate(self.peers.values()):
-            source = k % distributed.world_size()
+            source = self.placement.process_of(k)
             distributed.broadcast_parameters(source, [*net.parameters(), *net.buffers()])
             if optimizer is not None:
                 distributed.broadcast_optimizer_state(source, optimizer, list(net.parameters()))
 
 
-def build_peers(
-    given: StrategyInputs, peers: Any, *, views: bool, label_smoothing: float, spread: bool | str
-) -> Peers:
-    """The student and further networks: `peers` in all, of its architecture, or those of a list."""
-    networks = [given.student.model, *_others(given, peers)]
-    return Peers(
-        networks, weight=given.weights["ce"], views=views, label_smoothing=label_smoothing, image=given.image,
-        spread=spread,
-    )  # fmt: skip
-
-
-def _others(given: StrategyInputs, peers: Any) -> list[nn.Module]:
-    if isinstance(peers, (list, tuple)) and peers:
-        return [given.another(k, spec) for k, spec in enumerate(peers, 1)]
-    if isinstance(peers, bool) or not isinstance(peers, int) or peers < 2:
-        raise ValueError(
-            f"peers is {peers!r}: a number of networks from 2, the student among them, or a list of further networks "
-            "(names or modules)"
-        )
-    return [given.another(k) for k in range(1, peers)]
-
-
-def _check_twins(networks: Sequence[nn.Module]) -> None:
-    """ValueError for two networks with equal weights: on the same images they would stay one."""
-    for number, net in enumerate(networks):
-        own = dict(net.named_parameters())
-        for other, before in enumerate(dict(n.named_parameters()) for n in networks[:number]):
-            same = own.keys() == before.keys() and all(
-                p.shape == before[k].shape for k, p in own.items()
-            )
-            if (
-                same
-                and own
-                and all(not p.is_meta and torch.equal(p, before[k]) for k, p in own.items())
-            ):
-                raise ValueError(
-                    f"networks {other} and {number} of Peers have equal first weights, and on the same images they "
-                    "would stay twins: pass views=True, networks without loaded weights, or others (peers=[...]; by "
-                    "hand kdtoolkit.models.reinit.reinitialised_copy(net, seed) draws weights anew)"
-                )
-
-
 def name_of(k: int) -> str:
-    return PRODUCT if k == 0 else f"peer{k}"
+    """Name of network k: "student", "peer1", ..."""
+    return FIRST if k == 0 else f"peer{k}"
 
 
 def loss_of(name: str) -> str:
-    return "ce" if name == PRODUCT else f"ce/{name}"
+    """Name of a network's cross-entropy: "ce" of the student, "ce/peer1", ..."""
+    return "ce" if name == FIRST else f"ce/{name}"

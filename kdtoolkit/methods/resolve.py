@@ -25,8 +25,8 @@ class ResolvedLosses:
     """The losses of a run with their weights and options, all checked.
 
     Attributes:
-        weights: Name of a loss (of a strategy: of one of its terms) and its weight, a number or a schedule. The total
-            is their weighted sum.
+        weights: Name of a loss (of a strategy: of one of its terms) and its weight, a number or a
+            schedule. The total is their weighted sum.
         options: Options by name; each is taken by at least one of the losses, or by the strategy.
         strategy: The strategy, or None for losses between one student and its teachers.
         loss_objects: Losses that were given as objects, by name.
@@ -79,8 +79,9 @@ def resolve_losses(
         The losses, ready for `create_method`.
 
     Raises:
-        ValueError: For an unknown method, loss or option (with the nearest names), for a weight that is no number from
-            0 and no schedule, if all weights are 0, or if a strategy stands beside other names.
+        ValueError: For an unknown method, loss or option (with the nearest names), for a weight
+            that is no number from 0 and no schedule, if all weights are 0, or if a strategy stands
+            beside other names.
     """
     strategy = find_strategy(method)
     loss_objects = _loss_objects(method)
@@ -105,8 +106,8 @@ def default_losses(method: MethodSelection) -> dict[str, LossWeight]:
         method: A registered name, several names, or losses that are already built.
 
     Returns:
-        Weights by loss; of several names all their losses, one that two names share with the weight of the first. A
-        loss that is already built has weight 1, beside a cross-entropy of weight 1.
+        Weights by loss; of several names all their losses, one that two names share with the weight
+        of the first. A loss that is already built has weight 1, beside a cross-entropy of weight 1.
 
     Raises:
         ValueError: For an unknown name, with the nearest ones, or an empty list.
@@ -144,8 +145,8 @@ def find_strategy(method: MethodSelection) -> StrategySpec | None:
             continue
         if len(parts) > 1:
             raise ValueError(
-                f"method={parts!r}: {part!r} is a strategy, which builds several networks of its own and cannot be "
-                "combined with other names; add further losses between its networks as callbacks=[...]"
+                f"method={parts!r}: {part!r} is a strategy, which builds its own networks and "
+                "cannot be combined with other names; pass what else joins them as callbacks=[...]"
             )
         return spec
     return None
@@ -183,7 +184,8 @@ def _check_weight(name: str, weight: LossWeight) -> None:
     if callable(weight) or (is_number and not weight < 0):
         return
     raise ValueError(
-        f"the weight of loss {name!r} is {weight!r}: a number >= 0, or a schedule (kdtoolkit.schedules)"
+        f"the weight of loss {name!r} is {weight!r}: a number >= 0, or a schedule "
+        "(kdtoolkit.schedules)"
     )
 
 

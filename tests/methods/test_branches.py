@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import paper_totals
 import pytest
 import timm
 import torch
@@ -12,13 +13,20 @@ from torch import nn
 
 from kdtoolkit import functional
 from kdtoolkit.features.extractor import Taps
-from kdtoolkit.methods.branches import Branches, BranchJoin
-from kdtoolkit.methods.cl import Others
+from kdtoolkit.methods.branch_join import BranchOutputs
+from kdtoolkit.methods.branches import Branches
+from kdtoolkit.methods.cl import OthersMean
 from kdtoolkit.methods.factory import create_method
-from kdtoolkit.methods.okddip import Attention
-from kdtoolkit.methods.one import Gate
+from kdtoolkit.methods.okddip import PeerAttention
+from kdtoolkit.methods.one import GatedEnsemble
 from kdtoolkit.methods.pcl import EnsembleClassifier
-from kdtoolkit.models.subnetwork import Embedding, Tail, boundary, embedding_size, last_boundary
+from kdtoolkit.models.subnetwork import (
+    EmbeddingHook,
+    Tail,
+    boundary_taps,
+    embedding_size,
+    find_last_cut,
+)
 from kdtoolkit.schedules import Linear, SigmoidRampUp, with_rampup
 from kdtoolkit.types import Clock
 
@@ -64,7 +72,7 @@ def strategy(name, family="cifar_resnet8", **options):
     size = FAMILIES[family][2]
     taps = Taps(others[0], None, size)
     return create_method(
-        name, taps, image=(size, size), another=lambda k, spec=None: others[k], **options
+        name, taps, image=(size, size), make_network=lambda k, spec=None: others[k], **options
     )
 
 
@@ -148,8 +156,10 @@ def test_a_boundary_of_several_tensors():
     with torch.device("meta"):
         net = timm.create_model("nasnetalarge", num_classes=10)
     taps = Taps(net, None, 96)
-    assert last_boundary(taps) == 4 and boundary(taps, 4) == [p.name for p in taps.end(4).boundary]
-    assert len(boundary(taps, 4)) == 2 and boundary(taps, -5) == [1]
+    assert find_last_cut(taps) == 4 and boundary_taps(taps, 4) == [
+        p.name for p in taps.boundary_of(4).read_tensors
+    ]
+    assert len(boundary_taps(taps, 4)) == 2 and boundary_taps(taps, -5) == [1]
 
 
 def test_trunk_statistics_move_once_a_forward():
@@ -249,7 +259,7 @@ def test_branches_that_nothing_joins_are_alone(family):
 def test_share_gradient_divides_what_enters_the_trunk(views):
     found = []
     for share in (False, True):
-        method = Branches(nets(3), join=Others(), views=views, share_gradient=share).double()
+        method = Branches(nets(3), join=OthersMean(), views=views, share_gradient=share).double()
         batch = {
             k: v.double() if v.is_floating_point() else v for k, v in batch_of(views=3).items()
         }
@@ -289,20 +299,22 @@ def test_the_sum_is_the_papers(name, weight):
     y = batch["y"]
     step = method(batch, LATE)
     total = sum(step.losses.values())
-    team = copy.deepcopy(method)._team(batch) if name == "pcl" else method._team(batch)
+    team = (
+        copy.deepcopy(method)._run_branches(batch) if name == "pcl" else method._run_branches(batch)
+    )
     z = list(step.logits.values())
     if name == "one":
-        want = functional.one(z, method.join.ensemble(team), y, weight=weight)
+        want = paper_totals.one(z, method.join.ensemble(team), y, weight=weight)
     elif name == "pcl":
         ensemble = method.join.ensemble(team)
         mean = [torch.randn_like(t) for t in z]
         total = total + weight * functional.kd_other_teachers(z, mean).sum()  # EMATeacher's part
-        want = functional.pcl(z, ensemble, mean, y, weight=weight)
+        want = paper_totals.pcl(z, ensemble, mean, y, weight=weight)
     elif name == "okddip":
         attention = method.join.attention(team.embeddings[1:])
-        want = functional.okddip([*z[1:], z[0]], attention, y, weight=weight)
+        want = paper_totals.okddip([*z[1:], z[0]], attention, y, weight=weight)
     else:
-        want = functional.cl_paper(z, y, beta=weight)
+        want = paper_totals.cl_paper(z, y, beta=weight)
     torch.testing.assert_close(total, want, rtol=1e-5, atol=1e-6)
     terms = {"ce", *(f"ce/{n}" for n in method.networks() if n != "student"), *losses} - {"ema"}
     assert set(step.losses) == terms == {row["loss"] for row in method.plan()["losses"]}
@@ -342,7 +354,8 @@ def test_thirty_steps_overfit(name):
 def test_products_and_callbacks():
     assert strategy("one").export_candidates()[0] == ["student", "branch1", "branch2"]
     assert (
-        strategy("okddip").export_candidates()[0] == ["student"] and len(strategy("okddip").networks()) == 4
+        strategy("okddip").export_candidates()[0] == ["student"]
+        and len(strategy("okddip").networks()) == 4
     )
     (teacher,) = strategy("pcl").callbacks
     assert (teacher.decay, teacher.learn_from, teacher.weight) == (
@@ -383,7 +396,7 @@ class ConvolutionalHead(nn.Module):
 def test_embeddings_are_the_classifiers_input():
     net = nets(1)[0].eval()
     taps, x = Taps(net, None, 32), batch_of()["x"]
-    embedding = Embedding.at(taps)
+    embedding = EmbeddingHook.at(taps)
     logits, h = embedding.of(net, x)
     assert h.shape == (8, embedding_size(taps)) and torch.equal(net.fc(h), logits)
     embedding.remove()
@@ -405,7 +418,7 @@ def test_embeddings_are_the_classifiers_input():
 def test_an_embedding_of_a_copy_is_the_copys():
     holder = nn.Module()
     holder.net = nets(1)[0].eval()
-    holder.embedding = Embedding.at(Taps(holder.net, None, 32))
+    holder.embedding = EmbeddingHook.at(Taps(holder.net, None, 32))
     twin, x = copy.deepcopy(holder), batch_of()["x"]
     nn.init.constant_(twin.net.conv1.weight, 0.1)
     _, mine = holder.embedding.of(holder.net, x)
@@ -422,8 +435,8 @@ def own(**options):
 
 @pytest.mark.parametrize("make, message", [
     (lambda: Branches(nets(1)), "Branches of 1 networks: give two or more of one architecture"),
-    (lambda: Branches(nets(1) * 2), "networks 0 and 1 .* stay twins"),
-    (lambda: Branches([*nets(2), nets(2)[1]]), "networks 1 and 2 .* stay twins; build each anew"),
+    (lambda: Branches(nets(1) * 2), "networks 0 and 1 .* equal weights behind the cut"),
+    (lambda: Branches([*nets(2), nets(2)[1]]), "networks 1 and 2 .* would stay equal: re-initialise them"),
     (lambda: Branches([*nets(1), timm.create_model("cifar_resnet14")]), "network 1 of Branches .* other parameters"),
     (lambda: Branches([*nets(1), timm.create_model("cifar_resnet8", num_classes=5)]), "use Peers"),
     (lambda: own(cut="layer9"), "tap 'layer9' is not a module of"),
@@ -431,17 +444,17 @@ def own(**options):
     (lambda: own(cut=9), "3 stages, stage 9 is none of them|stage 9 is none"),
     (lambda: own(label_smoothing=1.0), "label_smoothing is 1.0"),
     (lambda: own(weights={"cee": 1}), "unknown loss 'cee'; did you mean 'ce'"),
-    (lambda: own(join=Gate(Taps(nets(1)[0], None, 32).end(2).shape, 2), views=True), "Gate reads the one map"),
+    (lambda: own(join=GatedEnsemble(Taps(nets(1)[0], None, 32).boundary_of(2).shape, 2), views=True), "GatedEnsemble reads the one feature map"),
     (lambda: own().compile(), "compile=True: branches are run from the feature"),
-    (lambda: strategy("one", branches=1), "branches is 1: a whole number from 2"),
+    (lambda: strategy("one", branches=1), "branches is 1; allowed: a whole number from 2"),
     (lambda: strategy("okddip", branches=2), "a leader and two peers"),
-    (lambda: strategy("one", temperature=0), "temperature is 0, it must be positive"),
+    (lambda: strategy("one", temperature=0), "temperature is 0; allowed: a finite number above 0"),
     (lambda: strategy("cl", losses={"c": 1.0}), "unknown loss 'c'"),
     (lambda: strategy("one", rampup_epochs=5, losses={"ensemble": Linear(0, 1)}), "rampup_epochs=5 and a schedule"),
-    (lambda: last_boundary(Taps(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(3600, 10)), None, 32)),
+    (lambda: find_last_cut(Taps(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(3600, 10)), None, 32)),
      "Sequential has . stages, and none in front of the last"),
-    (lambda: Attention(8, temperature=-1), "it must be positive"),
-    (lambda: EnsembleClassifier(8, 2, 10, temperature=-1), "it must be positive"),
+    (lambda: PeerAttention(8, temperature=-1), "temperature is .*; allowed: a finite number above 0"),
+    (lambda: EnsembleClassifier(8, 2, 10, temperature=-1), "temperature is .*; allowed: a finite number above 0"),
 ])  # fmt: skip
 def test_messages(make, message):
     with pytest.raises(ValueError, match=message):
@@ -460,10 +473,10 @@ def test_a_join_of_ones_own():
     class Mean(nn.Module):
         terms = ("close",)
 
-        def ensemble(self, team: BranchJoin):
+        def ensemble(self, team: BranchOutputs):
             return torch.stack(team.logits).mean(0)
 
-        def forward(self, team: BranchJoin, labels):
+        def forward(self, team: BranchOutputs, labels):
             assert not team.embeddings
             return {"close": functional.logits_mse(team.logits[0], team.logits[1])}
 

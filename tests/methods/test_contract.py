@@ -17,7 +17,7 @@ from kdtoolkit.core.strategy import StrategySpec
 from kdtoolkit.data.loading import load
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
-from kdtoolkit.methods.factory import default_losses
+from kdtoolkit.methods.resolve import default_losses
 from kdtoolkit.schedules import Linear
 from kdtoolkit.types import Clock
 
@@ -151,7 +151,7 @@ def test_state_dict_round_trip_without_the_teacher(name):
     names = [n for n, _ in net.named_parameters()]
     assert len(names) == len(set(names))
     saved = state(net)
-    assert {k.split(".")[0] for k in saved} <= {"student", "objectives"}
+    assert {k.split(".")[0] for k in saved} <= {"student", "losses"}
     teachers = {id(p) for t in net.teachers for p in t.model.parameters()}
     assert not teachers & {id(p) for p in net.parameters()}
     student = {k.removeprefix("student.") for k in saved if k.startswith("student.")}
@@ -172,7 +172,7 @@ def test_thirty_steps_overfit_64_digits(name):
     )  # its regressor starts at unit scale, this teacher's features are near 8
     groups = [
         {"params": net.student.parameters()},
-        {"params": net.objectives.parameters(), "lr": rate},
+        {"params": net.losses.parameters(), "lr": rate},
     ]
     optimizer = torch.optim.Adam(groups, 1e-2)
     course = []
@@ -204,10 +204,10 @@ def test_release_takes_everything_off(name):
 
 
 @every_method
-def test_the_card_of_every_loss(name):
+def test_every_loss_says_what_it_is_and_where_it_differs(name):
     for loss in DOCUMENTED[name]:
-        card = inspect.getmodule(LOSSES[loss]).__doc__
-        assert "\nLoss     " in card and "\nDiffers  " in card
+        description = inspect.getmodule(LOSSES[loss]).__doc__
+        assert "\n\nLoss: " in description and "\n\nDiffers: " in description
 
 
 # --------------------------------------------------------------------------------------------------- weights and sums
@@ -246,7 +246,7 @@ def test_kd_switched_off_is_plain_training_to_the_last_digit():
 def test_a_switched_off_loss_still_touches_its_parameters():
     net = make("fitnet", losses={"ce": 1.0, "fitnet": 0.0}).train()
     total(step(net)).backward()
-    adapters = list(net.objectives["fitnet"].parameters())
+    adapters = list(net.losses["fitnet"].parameters())
     assert adapters and all(p.grad is not None and not p.grad.any() for p in adapters)
 
 
@@ -330,7 +330,7 @@ def test_mixed_precision_gives_float_losses():
 # -------------------------------------------------------------------------------------------------------- stage reset
 def slow_srkd(net, batch, numbers):
     """The paper's sum with the teacher's stages called one after another by hand (CifarNet of three blocks)."""
-    part, student, teacher = net.objectives["srkd"], net.student, net.teachers[0].model
+    part, student, teacher = net.losses["srkd"], net.student, net.teachers[0].model
 
     def features(model, x):
         x, found = model.conv1(x), []
@@ -366,7 +366,7 @@ def test_srkd_is_the_papers_sum(reset, numbers, detach):
 @pytest.mark.parametrize("detach", [True, False])
 def test_gradient_through_the_teacher_reaches_earlier_stages_only_without_detach(detach):
     net = make("srkd", losses={"srkd": 1.0}, reset=(3,), detach=detach).eval()
-    part, x = net.objectives["srkd"], some()["x"]
+    part, x = net.losses["srkd"], some()["x"]
     out = net.taps(net.preprocess(x))
     leaves = {k: f.detach().requires_grad_() for k, f in out.feats.items()}
     part(out._replace(feats=leaves), net.teachers[0](x), some()).backward()
@@ -386,7 +386,7 @@ def test_wrn_40_1_learns_from_wrn_40_2():
     net = make(
         "srkd", student="cifar_wrn40_1", teacher=network("cifar_wrn40_2", 3), losses={"srkd": 1.0}
     ).train()
-    part = net.objectives["srkd"]
+    part = net.losses["srkd"]
     inputs = list(part.inputs.parameters())
     assert [tuple(p.shape[:2]) for p in inputs] == [(32, 16), (64, 32)]
     assert [tuple(p.shape[:2]) for p in part.adapters.parameters()] == [
@@ -402,7 +402,7 @@ def test_wrn_40_1_learns_from_wrn_40_2():
 def test_equal_shapes_need_no_adapters():
     teacher = network(STUDENT, 5)
     net = make("srkd", teacher=teacher)
-    assert not list(net.objectives.parameters())
+    assert not list(net.losses.parameters())
     same = make("srkd", teacher=copy.deepcopy(net.student), losses={"srkd": 1.0}).eval()
     assert step(same).losses["srkd"].item() < 1e-10  # a copy agrees with itself at every stage
 
@@ -423,7 +423,7 @@ def test_srkd_shares_the_first_stage_with_the_plain_pass():
 def test_srkd_by_module_names():
     layers = [("block1", "layer1"), ("block3", "layer3")]
     net = make("srkd", teacher=network(TEACHER, 2), layers=layers).train()
-    assert net.objectives["srkd"].pairs == layers
+    assert net.losses["srkd"].pairs == layers
     total(step(net)).backward()
     assert all(p.grad is not None for p in net.parameters())
 
@@ -438,21 +438,21 @@ def test_srkd_by_module_names():
     ("kd", {"losses": {"ce": "1"}}, "weight of loss 'ce' is '1'"),
     ("kd", {"losses": {"ce": 0, "kd": 0.0}}, "every weight is zero"),
     ("kd", {"temprature": 2}, "unknown option 'temprature' for the losses ce, kd; .*temperature"),
-    ("kd", {"temperature": 0}, "temperature is 0, it must be positive"),
+    ("kd", {"temperature": 0}, "temperature is 0; allowed: a finite number above 0"),
     ("kd", {"label_smoothing": 1.0}, "label_smoothing is 1.0"),
     ("kd", {"reset": ()}, "unknown option 'reset' for the losses ce, kd"),
     ("kd", {"teachers": []}, "the loss 'kd' needs a teacher"),
-    ("at", {"p": 0.5}, "p is 0.5, the power of attention must be at least 1"),
+    ("at", {"p": 0.5}, "p is 0.5; allowed: a finite number from 1"),
     ("at", {"layers": [("block1", "blok1")]}, "'blok1' is not a module of WideResNet.*did you mean 'block1'"),
     ("at", {"layers": "first"}, "layers='first': 'auto' or a list"),
     ("at", {"layers": []}, "AT compares features: give pairs of taps"),
     ("at", {"layers": [(1, 7)]}, "has 3 stages, stage 7 is none of them"),
-    ("sp", {"sp_stages": "first"}, "sp_stages is 'first', allowed are 'last' and 'all'"),
-    ("fitnet", {"hint": 4}, r"hint 4: give a pair of stages from 1 to 3 \(-1 the last\)"),
-    ("fitnet", {"hint": "last"}, "hint 'last'"),
-    ("srkd", {"reset": (4,)}, r"reset=\(4,\): 'all' or a list of stage pairs from 1 to 3"),
-    ("srkd", {"reset": 3}, "reset=3: 'all' or a list"),
-    ("srkd", {"reset": "last"}, "reset='last'"),
+    ("sp", {"sp_stages": "first"}, "sp_stages is 'first'; allowed: 'last', 'all'"),
+    ("fitnet", {"hint": 4}, r"hint is 4; allowed: a pair of stages from 1 to 3 \(-1 is the last\)"),
+    ("fitnet", {"hint": "last"}, "hint is 'last'"),
+    ("srkd", {"reset": (4,)}, r"reset is \(4,\); allowed: 'all' or a list of stage pairs from 1 to 3"),
+    ("srkd", {"reset": 3}, "reset is 3; allowed: 'all' or a list"),
+    ("srkd", {"reset": "last"}, "reset is 'last'"),
     ("srkd", {"layers": [(1, 1)]}, "at least two pairs of stages"),
     ("srkd", {"layers": [(3, 3), (1, 1)]}, "from shallow to deep, each tap once"),
     ("srkd", {"layers": [(1, 1), (2, 1)]}, "from shallow to deep, each tap once"),

@@ -9,7 +9,8 @@ import torch
 
 from kdtoolkit import distill, functional
 from kdtoolkit.callbacks.dcl import DCLMerger
-from kdtoolkit.callbacks.diversity import Diversity, distance, measured
+from kdtoolkit.callbacks.diversity import Diversity
+from kdtoolkit.callbacks.diversity_measures import measure_batch, weight_distance
 from kdtoolkit.callbacks.mutual import MutualKL
 from kdtoolkit.core.callback import Callback
 from kdtoolkit.methods.peers import Peers
@@ -100,7 +101,7 @@ def test_mutual_kl_is_the_papers(target, detach):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     if target == "pairwise" and detach:
         torch.testing.assert_close(
-            loss, 0.5 * functional.mutual_kl(list(logits.values()), temperature=2.0).sum()
+            loss, 0.5 * functional.mutual_loss(list(logits.values()), temperature=2.0).sum()
         )
 
 
@@ -147,9 +148,10 @@ def test_dcl_logs_diversity(tmp_path):
     rows = [r for r in map(json.loads, lines) if r["event"] == "diversity"]
     assert [r["epoch"] for r in rows] == [1, 2] and all(r["weights"] > 0 for r in rows)
     a, b = nets(2)
-    assert distance([a, a]) == 0 and distance([a, b]) > 0.5
+    assert weight_distance([a, a]) == 0 and weight_distance([a, b]) > 0.5
     assert (
-        measured([torch.eye(4), torch.eye(4)[[1, 0, 2, 3]]], torch.arange(4))["disagreement"] == 50
+        measure_batch([torch.eye(4), torch.eye(4)[[1, 0, 2, 3]]], torch.arange(4))["disagreement"]
+        == 50
     )
 
 
@@ -181,7 +183,7 @@ def test_two_architectures_of_different_sizes():
     (lambda: Peers([]), "at least one network"),
     (lambda: Peers(nets(1) * 2), "network 1 of Peers has parameters in common"),
     (lambda: MutualKL(target="all"), "target is 'all'; allowed: 'pairwise', 'ensemble'"),
-    (lambda: MutualKL(temperature=0), "temperature is 0, it must be positive"),
+    (lambda: MutualKL(temperature=0), "temperature is 0; allowed: a finite number above 0"),
     (lambda: MutualKL(-1.0), "the weight is -1.0"),
     (lambda: DCLMerger(0), "every is 0: a whole number of steps from 1"),
     (lambda: DCLMerger(unit="days"), "unit is 'days'"),

@@ -1,0 +1,50 @@
+"""Weights and plan rows of the loss terms of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kdtoolkit.features.stage_boundary import StageBoundary
+from kdtoolkit.schedules import describe_weight, weight_at
+from kdtoolkit.types import Clock, LossWeight
+from kdtoolkit.utils.registry import suggestion
+
+
+def merge_weights(
+    owner: str, defaults: Mapping[str, LossWeight], given: Mapping[str, LossWeight] | None
+) -> dict[str, LossWeight]:
+    """Default weights of a method's terms, replaced by those that were given.
+
+    Args:
+        owner: Name of the method, for the message.
+        defaults: Weight of every term.
+        given: Weights by term, or None.
+
+    Returns:
+        The weight of every term, in the order of the defaults.
+
+    Raises:
+        ValueError: For a term that the method does not have.
+    """
+    for name in given or {}:
+        if name not in defaults:
+            hint = suggestion(name, defaults) or "."
+            raise ValueError(
+                f"weights of {owner}: unknown loss {name!r}{hint} Known: {', '.join(defaults)}"
+            )
+    return {**defaults, **(given or {})}
+
+
+def weights_at(weights: Mapping[str, LossWeight], clock: Clock) -> dict[str, float]:
+    """The weights of all terms at this moment."""
+    return {name: weight_at(weight, clock) for name, weight in weights.items()}
+
+
+def describe_weights(weights: Mapping[str, LossWeight]) -> dict[str, float | str]:
+    """The weights of all terms as the plan prints them: numbers, or schedules as text."""
+    return {name: describe_weight(weight) for name, weight in weights.items()}
+
+
+def describe_feature(end: StageBoundary) -> str:
+    """Name, shape and layout of a feature as text, such as "layer2, 32x8x8 NCHW"."""
+    return f"{end.name}, {'x'.join(map(str, end.shape))} {end.shape.layout}"

@@ -1,4 +1,4 @@
-"""Frozen: a tapped teacher that training cannot change, and that is given back as it was."""
+"""Frozen: a tapped teacher that training cannot change, and that is restored afterwards."""
 
 from __future__ import annotations
 
@@ -9,68 +9,91 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from kdtoolkit.features.bn_folding import Swap, fold_batch_norms, unfold_batch_norms
+from kdtoolkit.features.bn_folding import ModuleSwap, fold_batch_norms, unfold_batch_norms
 from kdtoolkit.features.extractor import Replacement, Taps
+from kdtoolkit.features.model_inputs import ImageSize
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.types import Out, TapKey
 
 
 class Frozen(Taps):
-    """A teacher: a tapped model in eval mode, without gradients for its parameters, with its own normalisation.
+    """A teacher: a tapped model in eval mode, without gradients for its parameters.
 
-    Takes images (B, 3, H, W) in [0, 1] and normalises them with the model's `pretrained_cfg` (`preprocess` overrides).
-    The plain pass builds no graph. It stays in eval mode whatever is done to the student, and is in no checkpoint,
-    because it is not an nn.Module. Images go in in the precision of the model's weights, which may be half.
-    `release()` takes off the hooks and gives the model back as it was.
+    It takes images (B, 3, H, W) in [0, 1] and normalises them itself, in the precision of the model's
+    weights, which may be half. The plain pass builds no autograd graph; a pass with a replacement that
+    requires grad does. It stays in eval mode whatever is done to the student, and is in no checkpoint,
+    because it is not an nn.Module.
+
+    Args:
+        model: Any nn.Module that maps images to logits (B, C).
+        at: Where features are read, as in `Taps`.
+        size: Image size in pixels, as in `Taps`.
+        preprocess: Input normalisation; default that of the model's `pretrained_cfg`.
+        image: Size (H, W) of the data in pixels, for `Preprocess.from_model`.
+
+    Raises:
+        ValueError: As `Taps`; the model is left as it was.
+
+    Example:
+        ```python
+        teacher = Frozen(model, at=[-1])
+        logits, feats = teacher(images)
+        model = teacher.release()
+        ```
     """
 
     def __init__(
         self,
         model: nn.Module,
         at: Sequence[TapKey] | None = (),
-        size: Any = None,
+        size: ImageSize = None,
         *,
         preprocess: Preprocess | None = None,
         image: tuple[int, int] | None = None,
     ):
-        self._flags = [(p, p.requires_grad) for p in model.parameters()]
-        self._modes = [(m, m.training) for m in model.modules()]
-        self._swaps: list[Swap] = []
+        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._modes = [(module, module.training) for module in model.modules()]
+        self._swaps: list[ModuleSwap] = []
         first = next(model.parameters(), torch.empty(0))
-        self._home, self._dtype = first.device, first.dtype
-        self._format = _memory_format(model)
-        self.preprocess = preprocess or Preprocess.of(model, image)
-        super().__init__(model, at, size)  # may refuse: the model is left as it was
+        self._device, self._dtype = first.device, first.dtype
+        self._memory_format = _find_memory_format(model)
+        self.preprocess = preprocess or Preprocess.from_model(model, image)
+        super().__init__(model, at, size)  # where it raises, the model is as it was
         model.eval().requires_grad_(False)
 
     def __call__(self, x: Tensor, replace: Mapping[TapKey, Replacement] | None = None) -> Out:
+        """As `Taps.__call__`, on images in [0, 1]."""
         self._stay_in_eval()
-        with torch.set_grad_enabled(_wants_grad(replace)):
+        with torch.set_grad_enabled(_needs_grad(replace)):
             return super().__call__(x, replace)
 
     def reset(
         self, x: Tensor, replace: Mapping[TapKey, Replacement], want: Sequence[TapKey]
     ) -> dict[TapKey, Tensor]:
+        """As `Taps.reset`, on images in [0, 1]."""
         self._stay_in_eval()
-        with torch.set_grad_enabled(_wants_grad(replace)):
+        with torch.set_grad_enabled(_needs_grad(replace)):
             return super().reset(x, replace, want)
 
-    def rest(self, x: Tensor, at: TapKey, feature: Replacement) -> Out:
+    def forward_from(self, x: Tensor, at: TapKey, feature: Replacement) -> Out:
+        """As `Taps.forward_from`, on images in [0, 1]."""
         self._stay_in_eval()
-        with torch.set_grad_enabled(_wants_grad({at: feature})):
-            return super().rest(x, at, feature)
+        with torch.set_grad_enabled(_needs_grad({at: feature})):
+            return super().forward_from(x, at, feature)
 
     def prepare(self, x: Tensor) -> Tensor:
+        """Normalise images, and resize them where the model's own size is fixed."""
         return self.preprocess(x).to(self._dtype)
 
-    def _checked(
+    def _resolve_replacements(
         self, replace: Mapping[TapKey, Replacement] | None
     ) -> dict[TapKey, dict[int, Tensor]]:
-        checked = super()._checked(replace)
+        resolved = super()._resolve_replacements(replace)
         if self._dtype == torch.float32:
-            return checked
+            return resolved
         return {
-            key: {i: t.to(self._dtype) for i, t in parts.items()} for key, parts in checked.items()
+            key: {index: tensor.to(self._dtype) for index, tensor in tensors.items()}
+            for key, tensors in resolved.items()
         }
 
     def _stay_in_eval(self) -> None:
@@ -78,60 +101,84 @@ class Frozen(Taps):
             if module.training:
                 module.training = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
+    def __deepcopy__(self, memo: dict[int, object]) -> Frozen:
         """Itself: a teacher that does not change is shared by the copies of a method."""
         return self
 
-    def __reduce__(self) -> tuple:
-        return _frozen, (self.model, tuple(self.keys) or None, self.size, self.preprocess)
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (self.model, tuple(self.keys) or None, self.size, self.preprocess)
 
-    def fold(self, dtype: torch.dtype | None = None) -> int:
-        """Fold every BatchNorm into its convolution until `release`; returns how many. Same function, other rounding
-        (about 1e-6 of a logit in float32), a third less time on a ResNet. Call after `select`."""
-        keep = {value for end in self._ends.values() for value in end.values}
+    def fold_batch_norms(self, dtype: torch.dtype | None = None) -> int:
+        """Fold every BatchNorm into its convolution, until `release`. Call it after `select`.
+
+        The function is the same up to rounding (about 1e-6 of a logit in float32); a ResNet takes a
+        third less time.
+
+        Args:
+            dtype: Precision of the folded weights; None is their own.
+
+        Returns:
+            How many were folded.
+        """
+        keep = {value for boundary in self._boundaries.values() for value in boundary.values}
         swaps = fold_batch_norms(self.model, self.trace, keep=keep, dtype=dtype)
         self._swaps += swaps
         self.select(self.keys)
         return len(swaps) // 2
 
     def to(self, *args: Any, **kwargs: Any) -> Frozen:
-        for module in (self.model, *(folded for _, _, folded in self._swaps)):
+        """Move or convert the model, as `nn.Module.to`.
+
+        Args:
+            *args: As `nn.Module.to`.
+            **kwargs: As `nn.Module.to`.
+
+        Returns:
+            The same object.
+        """
+        for module in (self.model, *(swap.original for swap in self._swaps)):
             module.to(*args, **kwargs)
         return self
 
     def release(self) -> nn.Module:
-        """The model without hooks; its modules, modes, flags, device and memory format as they were."""
-        self.remove()
+        """Remove the taps and restore the model.
+
+        Returns:
+            The model: its modules, modes, flags, device and memory format are as they were.
+        """
+        self.remove_hooks()
         unfold_batch_norms(self._swaps)
         self._swaps = []
-        self.model.to(self._home).to(memory_format=self._format)
-        for p, flag in self._flags:
-            p.requires_grad_(flag)
-        for m, mode in self._modes:
-            m.training = mode
+        self.model.to(self._device).to(memory_format=self._memory_format)
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        for module, mode in self._modes:
+            module.training = mode
         return self.model
 
 
-def _frozen(
-    model: nn.Module, at: Sequence[TapKey] | None, size: Any, preprocess: Preprocess
+def _rebuild(
+    model: nn.Module, at: Sequence[TapKey] | None, size: ImageSize, preprocess: Preprocess
 ) -> Frozen:
+    """A pickled teacher."""
     return Frozen(model, at, size, preprocess=preprocess)
 
 
-def _wants_grad(replace: Mapping[TapKey, Replacement] | None) -> bool:
-    return torch.is_grad_enabled() and any(
-        t.requires_grad for t in tree_leaves(dict(replace or {}))
-    )
+def _needs_grad(replace: Mapping[TapKey, Replacement] | None) -> bool:
+    """Whether gradients must flow through the frozen network into a replacement."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor.requires_grad for tensor in tree_leaves(dict(replace or {})))
 
 
-def _memory_format(model: nn.Module) -> torch.memory_format:
+def _find_memory_format(model: nn.Module) -> torch.memory_format:
     """channels_last if the kernels of the convolutions lie that way."""
     kernels = [
-        p
-        for p in model.parameters()
-        if p.dim() == 4 and min(p.shape[1], p.shape[2] * p.shape[3]) > 1
+        parameter
+        for parameter in model.parameters()
+        if parameter.dim() == 4
+        and min(parameter.shape[1], parameter.shape[2] * parameter.shape[3]) > 1
     ]
-    last = bool(kernels) and all(
-        p.is_contiguous(memory_format=torch.channels_last) for p in kernels
-    )
-    return torch.channels_last if last else torch.contiguous_format
+    if kernels and all(k.is_contiguous(memory_format=torch.channels_last) for k in kernels):
+        return torch.channels_last
+    return torch.contiguous_format

@@ -2,42 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
-from kdtoolkit.features.stage_boundary import StageBoundary as StageEnd
+from kdtoolkit.features.stage_boundary import StageBoundary
 from kdtoolkit.types import TapKey
 
+Place = tuple[TapKey, int]  # a tap, and which of the tensors of its boundary
+Replacements = Mapping[TapKey, Mapping[int, Tensor]]  # tap -> {tensor of its boundary: new tensor}
 
-class Stop(Exception):
+
+class StopForward(Exception):
     """Raised by the last tap of a reset pass: what follows is not needed."""
 
 
-class Store:
-    """What the hooks of one model share during a forward. A tensor goes by (tap, number of the part of the stage)."""
+class FeatureStore:
+    """What the hooks of one model share during a forward.
+
+    Attributes:
+        feats: The tensors that the model itself made.
+        versions: How often each had been written into when its module returned.
+        fired: How often each was returned.
+        grad: Whether autograd was on when each was computed.
+        replace: What is given to the rest of the network in place of a tap's tensors.
+        last: The forward stops at this tap; None for a whole forward.
+        active: Whether a forward is going on that the hooks belong to.
+    """
 
     def __init__(self) -> None:
         self.begin({})
         self.active = False
 
-    def begin(
-        self, replace: Mapping[TapKey, Mapping[int, Tensor]], last: TapKey | None = None
-    ) -> None:
-        self.feats: dict[tuple[TapKey, int], Tensor] = {}
-        self.versions: dict[tuple[TapKey, int], int] = {}
-        self.fired: dict[tuple[TapKey, int], int] = {}
-        self.grad: dict[
-            tuple[TapKey, int], bool
-        ] = {}  # whether autograd was on when it was computed
+    def begin(self, replace: Replacements, last: TapKey | None = None) -> None:
+        """Forget the last forward and wait for the next.
+
+        Args:
+            replace: Replacements of the next forward.
+            last: Tap at which it stops.
+        """
+        self.feats: dict[Place, Tensor] = {}
+        self.versions: dict[Place, int] = {}
+        self.fired: dict[Place, int] = {}
+        self.grad: dict[Place, bool] = {}
         self.replace, self.last, self.active = replace, last, True
 
 
-def strip(model: nn.Module) -> nn.Module:
-    """Without the hooks of taps, such as those that a copy of a tapped model carries along."""
+def remove_tap_hooks(model: nn.Module) -> nn.Module:
+    """Remove the hooks of taps, such as those that a copy of a tapped model carries along.
+
+    Args:
+        model: Any model; it is changed in place.
+
+    Returns:
+        The same model.
+    """
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for number in [n for n, hook in hooks.items() if getattr(hook, "is_tap", False)]:
@@ -46,108 +68,140 @@ def strip(model: nn.Module) -> nn.Module:
     return model
 
 
-def _inert(*_: Any) -> None:
-    """What a hook becomes in a pickled copy of its model."""
+def register_hooks(
+    model: nn.Module, key: TapKey, boundary: StageBoundary, store: FeatureStore
+) -> list[RemovableHandle]:
+    """Register the hooks of one tap.
 
+    Args:
+        model: The model.
+        key: The tap.
+        boundary: The tensors that it reads and replaces.
+        store: Where their values go.
 
-def _make_inert() -> Any:
-    return _inert
+    Returns:
+        Handles that remove the hooks.
+    """
+    handles = []
+    indexed = list(enumerate(boundary.tensors))
+    last_return = {tensor.module: tensor.returned_at for tensor in boundary.tensors}
+    last_module = max(last_return, key=lambda name: last_return[name])
+    for name in last_return:
+        outputs = [
+            (index, tensor.leaf_index, tensor.is_read and not tensor.consumers)
+            for index, tensor in indexed
+            if tensor.module == name
+        ]
+        module = model.get_submodule(name)
+        hook = _OutputHook(key, module, store, outputs, name == last_module)
+        handles.append(module.register_forward_hook(hook))
+    consumers = [name for tensor in boundary.tensors for name in tensor.consumers]
+    for name in dict.fromkeys(consumers):
+        indices = [index for index, tensor in indexed if name in tensor.consumers]
+        module = model.get_submodule(name)
+        input_hook = _InputHook(key, module, store, indices)
+        handles.append(module.register_forward_pre_hook(input_hook, with_kwargs=True))
+    return handles
 
 
 class _Hook:
-    """It belongs to one module of one model: a deep copy of the model (an EMA) carries it along without effect, and so
-    does a pickled copy."""
+    """A hook that belongs to one module of one model.
+
+    A deep copy of the model (an EMA) carries it along without effect, and so does a pickled copy.
+    """
 
     is_tap = True
 
-    def __init__(self, key: TapKey, module: nn.Module, store: Store):
+    def __init__(self, key: TapKey, module: nn.Module, store: FeatureStore):
         self.key, self.module, self.store = key, module, store
 
-    def __deepcopy__(self, memo: dict) -> _Hook:
+    def __deepcopy__(self, memo: dict[int, object]) -> _Hook:
         return self
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         return _make_inert, ()
 
 
-class Hook(_Hook):
-    """Behind a module that ends a stage: keeps its output and, in a reset pass, returns the replacement.
+class _OutputHook(_Hook):
+    """Behind a module that ends a stage: stores its output and, in a reset pass, replaces it.
 
-    places  (part of the stage, its place among the leaves of the output, whether it is replaced here)
-    ends    whether this is the last of the stage's modules
+    Args:
+        key: The tap.
+        module: The module.
+        store: Where the tensors go.
+        outputs: Of each tensor: its index in the boundary, its place among the leaves of the output,
+            and whether it is replaced here.
+        is_last: Whether this is the last of the stage's modules.
     """
 
     def __init__(
         self,
         key: TapKey,
         module: nn.Module,
-        store: Store,
-        places: Sequence[tuple[int, int, bool]],
-        ends: bool = True,
+        store: FeatureStore,
+        outputs: Sequence[tuple[int, int, bool]],
+        is_last: bool,
     ):
         super().__init__(key, module, store)
-        self.places, self.ends = tuple(places), ends
+        self.outputs, self.is_last = tuple(outputs), is_last
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], output: object) -> object:
         store, key = self.store, self.key
         if module is not self.module or not store.active:
             return None
-        bare = isinstance(output, Tensor)
-        leaves, spec = ([output], None) if bare else tree_flatten(output)
-        for part, leaf, _ in self.places:
-            store.fired[key, part] = store.fired.get((key, part), 0) + 1
-            store.feats[key, part] = leaves[leaf]
+        leaves, spec = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
+        for index, leaf, _ in self.outputs:
+            store.fired[key, index] = store.fired.get((key, index), 0) + 1
+            store.feats[key, index] = leaves[leaf]
             if not torch.compiler.is_compiling():
-                store.grad[key, part] = torch.is_grad_enabled()
-                store.versions[key, part] = leaves[leaf]._version
-        if self.ends and key == store.last:
-            raise Stop
-        given = store.replace.get(key)
-        if given is None:
+                store.grad[key, index] = torch.is_grad_enabled()
+                store.versions[key, index] = leaves[leaf]._version
+        if self.is_last and key == store.last:
+            raise StopForward
+        replacement = store.replace.get(key)
+        if replacement is None:
             return None
-        for part, leaf, here in self.places:
-            if here:
-                leaves[leaf] = given[part]
+        for index, leaf, is_replaced_here in self.outputs:
+            if is_replaced_here:
+                leaves[leaf] = replacement[index]
         return leaves[0] if spec is None else tree_unflatten(leaves, spec)
 
 
-class Taker(_Hook):
-    """In front of a module that takes a tensor of an earlier stage which others must still get as it was."""
+class _InputHook(_Hook):
+    """In front of a module that reads a tensor of an earlier stage: replaces it for this module alone.
 
-    def __init__(self, key: TapKey, module: nn.Module, store: Store, parts: Sequence[int]):
+    Args:
+        key: The tap of the earlier stage.
+        module: The module.
+        store: Where the tensors are.
+        indices: Which tensors of the boundary the module reads.
+    """
+
+    def __init__(self, key: TapKey, module: nn.Module, store: FeatureStore, indices: Sequence[int]):
         super().__init__(key, module, store)
-        self.parts = tuple(parts)
+        self.indices = tuple(indices)
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def __call__(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]] | None:
         store = self.store
-        given = store.replace.get(self.key) if module is self.module and store.active else None
-        if given is None:
+        is_own_forward = module is self.module and store.active
+        replacement = store.replace.get(self.key) if is_own_forward else None
+        if replacement is None:
             return None
-        known = [(store.feats.get((self.key, part)), given[part]) for part in self.parts]
+        pairs = [(store.feats.get((self.key, i)), replacement[i]) for i in self.indices]
 
-        def replaced(leaf: Any) -> Any:
-            return next((new for old, new in known if old is not None and leaf is old), leaf)
+        def replaced(leaf: object) -> object:
+            return next((new for old, new in pairs if old is not None and leaf is old), leaf)
 
-        return tree_map(replaced, args), tree_map(replaced, kwargs)
+        new_args: tuple[object, ...] = tree_map(replaced, args)
+        new_kwargs: dict[str, object] = tree_map(replaced, kwargs)
+        return new_args, new_kwargs
 
 
-def hook(model: nn.Module, key: TapKey, end: StageEnd, store: Store) -> list[Any]:
-    """Put the hooks of one tap on the model; returns their handles."""
-    handles = []
-    modules = list(dict.fromkeys(part.module for part in end.parts))
-    last = max(modules, key=lambda name: max(p.left for p in end.parts if p.module == name))
-    for name in modules:
-        module = model.get_submodule(name)
-        places = [
-            (i, p.leaf, p.read and not p.takers)
-            for i, p in enumerate(end.parts)
-            if p.module == name
-        ]
-        handles.append(module.register_forward_hook(Hook(key, module, store, places, name == last)))
-    for name in dict.fromkeys(taker for part in end.parts for taker in part.takers):
-        module = model.get_submodule(name)
-        parts = [i for i, p in enumerate(end.parts) if name in p.takers]
-        handles.append(
-            module.register_forward_pre_hook(Taker(key, module, store, parts), with_kwargs=True)
-        )
-    return handles
+def _inert(*_: object) -> None:
+    """What a hook becomes in a pickled copy of its model."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return _inert

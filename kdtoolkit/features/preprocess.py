@@ -1,44 +1,32 @@
-"""What a model does to an image before it looks at it: its own normalisation, and its own size where that is fixed."""
+"""Input normalisation and resizing: each model gets images as it was trained on."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
+from kdtoolkit.features.model_inputs import (
+    fixed_size,
+    input_shape,
+    normalisation,
+    patch_embeddings,
+)
 from kdtoolkit.features.tracing import trace_model
 
 
-def config_of(model: nn.Module) -> dict[str, Any]:
-    """timm's `pretrained_cfg` of a model as a plain dict; empty for models of other libraries."""
-    cfg = getattr(model, "pretrained_cfg", None)
-    if cfg is not None and not isinstance(cfg, dict):
-        cfg = cfg.to_dict() if hasattr(cfg, "to_dict") else dict(vars(cfg))
-    return dict(cfg or {})
-
-
-def normalisation(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """mean and std for pixels in [0, 1], one number a channel; None where the model says nothing.
-
-    A model with another number of input channels than its statistics (timm's in_chans=1) gets their average.
-    """
-    cfg, channels = config_of(model), getattr(model, "in_chans", None)
-    if not cfg.get("mean") or not cfg.get("std"):
-        return None
-    mean, std = (
-        values if channels in (None, len(values)) else (sum(values) / len(values),) * channels
-        for values in (tuple(map(float, cfg["mean"])), tuple(map(float, cfg["std"])))
-    )
-    return mean, std
-
-
 class Preprocess:
-    """(B, 3, H, W) in [0, 1] -> what the model was trained on: minus mean, over std, resized when `size` is given.
+    """Normalise and, where needed, resize images: (B, 3, H, W) in [0, 1] -> what a model was trained on.
 
     A small object without parameters: constants are made on the image's device and kept per device.
+
+    Args:
+        mean: Mean per channel, for pixels in [0, 1]; None for no normalisation.
+        std: Standard deviation per channel; None for no normalisation.
+        size: (H, W) in pixels to resize to; None for no resizing.
+
+    Raises:
+        ValueError: If only one of mean and std is given.
     """
 
     def __init__(
@@ -52,20 +40,24 @@ class Preprocess:
                 f"normalisation needs both mean and std, got mean={mean} and std={std}"
             )
         self.mean, self.std, self.size = mean, std, size
-        self._constants: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._constants: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     @classmethod
-    def of(cls, model: nn.Module, image: tuple[int, int] | None = None) -> Preprocess:
-        """From the model's `pretrained_cfg`; `image` (H, W) is the size of the data, resized only where the model's
-        own size is fixed (a ViT's position table) and differs. Where only its table says so (which is that of the
-        published weights), a model that runs on images of that size gets them as they are."""
+    def from_model(cls, model: nn.Module, image: tuple[int, int] | None = None) -> Preprocess:
+        """Read a model's own normalisation, and its size where that is fixed.
+
+        Args:
+            model: The model; its `pretrained_cfg` holds mean and std.
+            image: Size (H, W) of the data, in pixels. It is resized only where the model's own size is
+                fixed (a ViT's position table) and differs. Where only its `pretrained_cfg` says so
+                (which is that of the published weights), a model that runs on images of that size
+                gets them as they are.
+        """
         mean, std = normalisation(model) or (None, None)
         size = fixed_size(model)
-        if (
-            image is None
-            or size in (None, tuple(image))
-            or (not _embeds(model) and _runs(model, image))
-        ):
+        if image is None or size is None or size == tuple(image):
+            return cls(mean, std)
+        if not patch_embeddings(model) and _can_run(model, image):
             return cls(mean, std)
         return cls(mean, std, size)
 
@@ -78,14 +70,7 @@ class Preprocess:
             return x
         key = (x.device, x.dtype)
         if key not in self._constants:
-            with torch.inference_mode(
-                False
-            ):  # an evaluation may come first, a training step uses them after it
-                shift, scale = (
-                    torch.tensor(v, device=x.device, dtype=x.dtype).view(1, -1, 1, 1)
-                    for v in (self.mean, self.std)
-                )
-            self._constants[key] = (shift, scale)
+            self._constants[key] = _per_channel(self.mean, x), _per_channel(self.std, x)
         shift, scale = self._constants[key]
         return (x - shift) / scale
 
@@ -94,36 +79,15 @@ class Preprocess:
         return f"Preprocess(mean={self.mean}, std={self.std}{size})"
 
 
-def fixed_size(model: nn.Module) -> tuple[int, int] | None:
-    """The only image size (H, W) that the model takes, or None when it takes any."""
-    embeds = _embeds(model)
-    first = next((m for m in model.children() if next(m.parameters(), None) is not None), None)
-    cfg = config_of(model)
-    if not (any(m.strict_img_size for m in embeds) if embeds else cfg.get("fixed_input_size")):
-        return None
-    embed = (
-        first if first in embeds else getattr(model, "patch_embed", None)
-    )  # others see less than the image
-    size = getattr(embed, "img_size", None) or getattr(model, "kd_model_args", {}).get("img_size")
-    size = size or cfg["input_size"][1:]
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
+def _per_channel(numbers: tuple[float, ...], x: Tensor) -> Tensor:
+    """(1, C, 1, 1) on the image's device; usable in training even where an evaluation comes first."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=x.device, dtype=x.dtype).view(1, -1, 1, 1)
 
 
-def _embeds(model: nn.Module) -> list[PatchEmbed]:
-    return [m for m in model.children() if isinstance(m, PatchEmbed)]  # patch_embed, a Mixer's stem
-
-
-def _runs(model: nn.Module, image: tuple[int, int]) -> bool:
+def _can_run(model: nn.Module, image: tuple[int, int]) -> bool:
     try:
         trace_model(model, (input_shape(model)[0], *image))
     except ValueError:
         return False
     return True
-
-
-def input_shape(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, H, W) of the images that the model was made for; 3 channels and 224 where it does not say."""
-    channels, *size = config_of(model).get("input_size") or (3, 224, 224)
-    height, width = fixed_size(model) or size
-    return int(getattr(model, "in_chans", channels)), int(height), int(width)

@@ -1,82 +1,104 @@
-"""The proof that a stage reset is what it says: each stage computed from what was put in front of it and nothing else.
+"""Check that a stage reset is exact: each stage is computed from its replaced input and nothing else.
 
-It is read off the autograd graph of one forward, on the meta device where the model can run there: a leaf stands for
-the image and one for every tensor of every boundary. What autograd does not see (argmax, detach, Python that looks at
-values) is not seen here.
+It is read off the autograd graph of one forward, on the meta device where the model can run there: one
+leaf stands for the image, and one for every tensor of every boundary. What autograd does not see
+(argmax, detach, Python that looks at values) is not seen here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from kdtoolkit.features.hooks import Store, hook
-from kdtoolkit.features.tracing import quiet, sources
-from kdtoolkit.types import TapKey
-
-if TYPE_CHECKING:
-    from kdtoolkit.features.extractor import Taps
+from kdtoolkit.features.autograd_graph import source_leaves
+from kdtoolkit.features.hooks import FeatureStore, register_hooks
+from kdtoolkit.features.stage_boundary import StageBoundary
+from kdtoolkit.features.tracing import ModelTrace, eval_without_gradients
+from kdtoolkit.types import Shape, TapKey
 
 IMAGE, LOGITS = "the image", "the logits"
 
 
-def find_reset_leaks(taps: Taps, keys: Sequence[TapKey]) -> list[str]:
-    """What is wrong with a reset at all the taps `keys` at once, a sentence each; [] if it is exact: every stage after
-    a reset one, and the logits, depend on all tensors of the boundary in front of them, and on nothing else."""
-    tr, store = taps.trace, Store()
-    ends = {taps.key(key): taps.end(key) for key in sorted(keys, key=lambda k: taps.end(k).left)}
-    for key in ends:
-        taps.check_cut(key)
-    given = {key: [_leaf(tr.x, part.shape) for part in end.boundary] for key, end in ends.items()}
-    image = torch.empty_like(tr.x).requires_grad_()
+def find_reset_errors(trace: ModelTrace, boundaries: Mapping[TapKey, StageBoundary]) -> list[str]:
+    """Find what is wrong with a reset at several taps at once.
+
+    Args:
+        trace: Trace of the model.
+        boundaries: The taps and their boundaries, shallow to deep; each is replaceable.
+
+    Returns:
+        One sentence each; [] if the reset is exact: every stage behind a reset one, and the logits,
+        depend on all tensors of the boundary in front of them, and on nothing else.
+    """
+    image = torch.empty_like(trace.x).requires_grad_()
+    leaves = {
+        key: [_make_leaf(trace.x, tensor.shape) for tensor in boundary.read_tensors]
+        for key, boundary in boundaries.items()
+    }
     names = {id(image): IMAGE}
-    replace = {}
-    for key, end in ends.items():
-        names |= {id(t): part.name for t, part in zip(given[key], end.boundary, strict=True)}
-        replace[key] = dict(
-            zip((i for i, p in enumerate(end.parts) if p.read), given[key], strict=True)
-        )
-    handles = [handle for key, end in ends.items() for handle in hook(tr.model, key, end, store)]
+    for key, boundary in boundaries.items():
+        for leaf, tensor in zip(leaves[key], boundary.read_tensors, strict=True):
+            names[id(leaf)] = tensor.name
+
+    store = FeatureStore()
+    outputs = _run_on_leaves(trace, boundaries, store, image, leaves)
+    made = {
+        key: [store.feats[key, index] for index in range(len(boundary.tensors))]
+        for key, boundary in boundaries.items()
+    }
+    allowed = {IMAGE}
+    errors: list[str] = []
+    for key, tensors in made.items():
+        sources = _named_sources(tensors, names)
+        errors += _compare(f"the output of {key!r}", "s", "es", sources, allowed)
+        allowed = {names[id(leaf)] for leaf in leaves[key]}
+    return [*errors, *_compare(LOGITS, "", "", _named_sources(outputs, names), allowed)]
+
+
+def _run_on_leaves(
+    trace: ModelTrace,
+    boundaries: Mapping[TapKey, StageBoundary],
+    store: FeatureStore,
+    image: Tensor,
+    leaves: Mapping[TapKey, Sequence[Tensor]],
+) -> list[object]:
+    """What the model returns for the image with every boundary replaced by its leaves."""
+    handles = [
+        handle
+        for key, boundary in boundaries.items()
+        for handle in register_hooks(trace.model, key, boundary, store)
+    ]
     try:
-        with quiet(tr.model), torch.enable_grad():
-            store.begin(
-                {key: {i: t.clone() for i, t in parts.items()} for key, parts in replace.items()}
-            )
-            logits = tree_leaves(tr.model(image.clone()))
+        with eval_without_gradients(trace.model), torch.enable_grad():
+            replace = {}
+            for key, boundary in boundaries.items():
+                copies = [leaf.clone() for leaf in leaves[key]]
+                replace[key] = dict(zip(boundary.read_indices, copies, strict=True))
+            store.begin(replace)
+            return tree_leaves(trace.model(image.clone()))
     finally:
         for handle in handles:
             handle.remove()
-    outputs = {
-        key: [store.feats[key, i] for i in range(len(end.parts))] for key, end in ends.items()
-    }
-    return list(_faults({**outputs, LOGITS: logits}, given, names))
 
 
-def _leaf(x: Tensor, shape: Sequence[int]) -> Tensor:
-    windows = getattr(shape, "windows", (1, 1))
-    batch = x.shape[0] * windows[0] * windows[1]
+def _make_leaf(x: Tensor, shape: Shape) -> Tensor:
+    batch = x.shape[0] * shape.windows[0] * shape.windows[1]
     return torch.empty(batch, *shape, device=x.device, dtype=x.dtype, requires_grad=True)
 
 
-def _faults(
-    outputs: dict[TapKey, list[Tensor]], given: dict[TapKey, list[Tensor]], names: dict[int, str]
-) -> Iterable[str]:
-    before = {IMAGE}
-    for key, tensors in outputs.items():
-        found = {
-            names[id(s)]
-            for t in tensors
-            if isinstance(t, Tensor)
-            for s in sources(t)
-            if id(s) in names
-        }
-        where = LOGITS if key == LOGITS else f"the output of {key!r}"
-        if found - before:
-            yield f"{where} still depend{'s' * (key != LOGITS)} on {', '.join(sorted(found - before))}"
-        if before - found:
-            yield f"{where} do{'es' * (key != LOGITS)} not depend on {', '.join(sorted(before - found))}"
-        before = {names[id(t)] for t in given.get(key, [])}
+def _named_sources(tensors: Sequence[object], names: Mapping[int, str]) -> set[str]:
+    """Names of the leaves that some tensors were computed from."""
+    leaves = [leaf for t in tensors if isinstance(t, Tensor) for leaf in source_leaves(t)]
+    return {names[id(leaf)] for leaf in leaves if id(leaf) in names}
+
+
+def _compare(
+    where: str, verb_end: str, do_end: str, sources: set[str], allowed: set[str]
+) -> Iterator[str]:
+    if sources - allowed:
+        yield f"{where} still depend{verb_end} on {', '.join(sorted(sources - allowed))}"
+    if allowed - sources:
+        yield f"{where} do{do_end} not depend on {', '.join(sorted(allowed - sources))}"

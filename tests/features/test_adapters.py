@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdtoolkit.features.adapters import Adapter, as_map, as_shape, from_map
+from kdtoolkit.features.adapters import Adapter
+from kdtoolkit.features.layout_conversion import as_map, as_shape, from_map
 from kdtoolkit.types import Shape
 
 SHAPES = {

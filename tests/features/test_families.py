@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 import kdtoolkit.models  # noqa: F401  (registers the cifar nets with timm)
-from kdtoolkit.features.adapters import Adapter, as_map
-from kdtoolkit.features.extractor import Taps, image_size
-from kdtoolkit.features.preprocess import fixed_size
-from kdtoolkit.features.reset_check import find_reset_leaks
+from kdtoolkit.features.adapters import Adapter
+from kdtoolkit.features.layout_conversion import as_map
+from kdtoolkit.features.extractor import Taps
+from kdtoolkit.features.model_inputs import image_size
+from kdtoolkit.features.model_inputs import fixed_size
 from kdtoolkit.features.stage_matching import pair_stages
 
 SMALLEST = """
@@ -109,9 +110,9 @@ def test_every_family_is_here():
 def test_taps_reset_adapters_and_plan(name):
     model = build(name, True)
     taps = Taps(model)
-    cuts = [key for key in taps.keys if taps.end(key).cut]
+    cuts = [key for key in taps.keys if taps.boundary_of(key).replaceable]
     assert len(taps.keys) >= 2 and len(cuts) >= 2
-    assert find_reset_leaks(taps, cuts) == []
+    assert taps.find_reset_errors(cuts) == []
     assert list(taps.strides.values()) == sorted(taps.strides.values())
     for other, as_teacher in ((build("test_resnet", True), True), (build("test_vit", True), False)):
         theirs = Taps(other, None)
@@ -122,12 +123,12 @@ def test_taps_reset_adapters_and_plan(name):
             src = student.stages[s - 1].shape
             windows = src.windows[0] * src.windows[1]
             feature = torch.empty(2 * windows, *src, device="meta")
-            for part in teacher.stages[t - 1].boundary:
+            for part in teacher.stages[t - 1].read_tensors:
                 with torch.device("meta"):
                     out = Adapter(src, part.shape)(feature)
                 count = part.shape.windows[0] * part.shape.windows[1]
                 assert out.shape == (2 * count, *part.shape)
-    taps.remove()
+    taps.remove_hooks()
 
 
 @every([name for name in SMALLEST if name not in META])
@@ -135,8 +136,8 @@ def test_taps_reset_adapters_and_plan(name):
 def test_numbers(name):
     model = build(name)
     taps = Taps(model, None, size_of(model))
-    cuts = [k for k in range(1, len(taps.stages) + 1) if taps.end(k).cut]
-    parts = {k: [part.name for part in taps.end(k).boundary] for k in cuts}
+    cuts = [k for k in range(1, len(taps.stages) + 1) if taps.boundary_of(k).replaceable]
+    parts = {k: [part.name for part in taps.boundary_of(k).read_tensors] for k in cuts}
     x, other = torch.rand(2, 2, *taps.size, generator=torch.Generator().manual_seed(0))
     logits = model(x)
 
@@ -153,7 +154,7 @@ def test_numbers(name):
     assert all(torch.equal(again.feats[k], named.feats[k]) for k in taps.keys)
 
     # the network behind a stage gives the same without what lies in front of it
-    behind = taps.rest(torch.zeros_like(x), cuts[-1], own[cuts[-1]])
+    behind = taps.forward_from(torch.zeros_like(x), cuts[-1], own[cuts[-1]])
     assert torch.equal(behind.logits, logits)
 
     # noise in every place: what comes after does not see the image, and what comes before does not see the noise
@@ -164,7 +165,7 @@ def test_numbers(name):
     for k in taps.keys:
         assert torch.equal(first.feats[k], second.feats[k]) == (k > before), k
         assert torch.equal(first.feats[k], named.feats[k]) == (k <= before), k
-    taps.remove()
+    taps.remove_hooks()
 
 
 @every([name for name in SMALLEST if name not in META])
@@ -176,7 +177,7 @@ def test_maps_are_timms(name):
     x = torch.rand(2, *taps.size, generator=torch.Generator().manual_seed(0))
     feats = taps(x).feats
     maps = [as_map(feats[k], taps.shapes[k]) for k in taps.keys]
-    taps.remove()
+    taps.remove_hooks()
     theirs = model.forward_intermediates(x, intermediates_only=True)
     same = [any(m.shape == t.shape and torch.equal(m, t) for t in theirs) for m in maps]
     assert any(same) or name in ELSEWHERE

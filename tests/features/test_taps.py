@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import kdtoolkit.models  # noqa: F401  (registers the cifar nets with timm)
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
-from kdtoolkit.features.preprocess import Preprocess, fixed_size, normalisation
-from kdtoolkit.features.reset_check import find_reset_leaks
+from kdtoolkit.features.preprocess import Preprocess
+from kdtoolkit.features.model_inputs import fixed_size, normalisation
 from kdtoolkit.methods.factory import create_method
 from kdtoolkit.types import Clock
 
@@ -110,7 +110,7 @@ def images(name, count=2, seed=0):
 def tapped(request):
     taps = Taps(net(request.param), size=size_of(request.param))
     yield request.param, taps
-    taps.remove()
+    taps.remove_hooks()
     assert not any(m._forward_hooks for m in taps.model.modules())
 
 
@@ -152,7 +152,7 @@ def test_layouts():
     vit = Taps(net("vit_tiny_patch16_224"), (1,))
     assert (vit.shapes[1].layout, vit.shapes[1].prefix, vit.shapes[1].grid) == ("NLC", 1, (4, 4))
     for taps in (vit, *layouts.values()):
-        taps.remove()
+        taps.remove_hooks()
 
 
 @pytest.mark.parametrize("name, given, fixed", [
@@ -176,10 +176,10 @@ def test_a_size_that_only_the_table_fixes_is_tried():
         "hiera_tiny_224", img_size=32, embed_dim=16, num_heads=1, stages=(1, 1, 2, 1), num_classes=3
     )
     assert (
-        Preprocess.of(own, (32, 32)).size is None
+        Preprocess.from_model(own, (32, 32)).size is None
     )  # built for these images, whatever its table says
-    assert Preprocess.of(own, (48, 48)).size == fixed_size(own) == (224, 224)
-    assert Preprocess.of(net("vit_tiny_patch16_224"), (32, 32)).size == (64, 64)
+    assert Preprocess.from_model(own, (48, 48)).size == fixed_size(own) == (224, 224)
+    assert Preprocess.from_model(net("vit_tiny_patch16_224"), (32, 32)).size == (64, 64)
 
 
 def test_preprocess():
@@ -187,7 +187,7 @@ def test_preprocess():
     mean, std = normalisation(model)
     assert len(mean) == 1 and mean[0] == pytest.approx((0.485 + 0.456 + 0.406) / 3)
     x = torch.rand(2, 1, 4, 4)
-    prepared = Preprocess.of(model)
+    prepared = Preprocess.from_model(model)
     with torch.inference_mode():
         prepared(x)
     grown = prepared(
@@ -196,8 +196,8 @@ def test_preprocess():
     (grown * grown).sum().backward()
     torch.testing.assert_close(grown, (x - mean[0]) / std[0])
     vit = net("vit_tiny_patch16_224")
-    assert Preprocess.of(vit, (64, 64)).size is None
-    assert Preprocess.of(vit, (32, 32))(torch.rand(1, 3, 32, 32)).shape == (1, 3, 64, 64)
+    assert Preprocess.from_model(vit, (64, 64)).size is None
+    assert Preprocess.from_model(vit, (32, 32))(torch.rand(1, 3, 32, 32)).shape == (1, 3, 64, 64)
     with pytest.raises(ValueError, match="both mean and std"):
         Preprocess(mean=(0.5,))
 
@@ -243,7 +243,7 @@ def test_logits_do_not_change(tapped):
     with_taps = taps(x)
     again = taps(x, replace=dict(with_taps.feats))  # its own features change nothing
     keys = taps.keys
-    taps.remove()
+    taps.remove_hooks()
     plain = taps.model(x)
     assert torch.equal(with_taps.logits, plain) and torch.equal(again.logits, plain)
     assert list(with_taps.feats) == keys
@@ -388,8 +388,8 @@ def test_teacher_stays_in_eval_without_drift_and_is_given_back():
     assert torch.equal(teacher(torch.ones(2, 3, 32, 32)).logits, first)
     assert all(p.grad is None for p in model.parameters())
     assert int(student.features[0][1].num_batches_tracked) == 3
-    assert teacher.fold() == 3
-    assert teacher.fold() == 0  # nothing is left, and nothing is forgotten
+    assert teacher.fold_batch_norms() == 3
+    assert teacher.fold_batch_norms() == 0  # nothing is left, and nothing is forgotten
     assert "features.0.1.weight" not in model.state_dict()
     teacher.to(torch.float64).to(torch.float32)
     released = teacher.release()
@@ -408,7 +408,7 @@ def test_teacher_stays_in_eval_without_drift_and_is_given_back():
 def test_modules_put_aside_by_fold_follow_the_teacher():
     model = Own()
     teacher = Frozen(model, size=32)
-    teacher.fold()
+    teacher.fold_batch_norms()
     teacher.to(torch.float64)
     assert {p.dtype for p in teacher.release().parameters()} == {torch.float64}
 
@@ -444,7 +444,7 @@ def test_fold_computes_the_same(name):
     x = images(name)
     before = teacher(x)
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    assert 0 < teacher.fold() <= norms
+    assert 0 < teacher.fold_batch_norms() <= norms
     after = teacher(x)
     scale = before.logits.abs().max()
     assert (after.logits - before.logits).abs().max() <= 1e-5 * scale
@@ -491,7 +491,7 @@ def test_pickle_of_a_tapped_model():
     for other in (copied, torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)):
         assert torch.equal(other(x), taps(x).logits)
         assert list(other.state_dict()) == list(model.state_dict())
-    taps.remove()
+    taps.remove_hooks()
 
 
 def test_copies_and_pickles_of_taps():
@@ -542,14 +542,14 @@ def test_compile_keeps_features(name):
     taps = Taps(model, size=size_of(name))
     x = images(name)
     plain = taps(x)
-    taps._forward = torch.compile(taps._plain, backend="eager", fullgraph=True)
+    taps._forward = torch.compile(taps._run_model, backend="eager", fullgraph=True)
     for _ in range(3):
         out = taps(x)
         assert torch.equal(out.logits, plain.logits)
         assert all(torch.equal(out.feats[k], plain.feats[k]) for k in taps.keys)
     sum(f.mean() for f in out.feats.values()).backward()
     assert next(model.parameters()).grad.abs().sum() > 0
-    noise = [torch.rand(2, *part.shape) for part in taps.end(1).boundary]
+    noise = [torch.rand(2, *part.shape) for part in taps.boundary_of(1).read_tensors]
     assert torch.equal(
         taps(x, replace={1: noise}).logits,
         Taps(model, size=size_of(name))(x, replace={1: noise}).logits,
@@ -651,7 +651,7 @@ def test_gradient_checkpointing_is_found_or_tapped_around():
     plain = model.eval() and taps(x).feats["layer2"]
     model.set_grad_checkpointing(True)
     assert torch.equal(taps(x).feats["layer2"], plain)
-    taps.remove()
+    taps.remove_hooks()
     assert torch.equal(Taps(model, ["layer2"], 64)(x).feats["layer2"], plain)
     assert len(Taps(model, size=64).keys) == 5
 
@@ -757,15 +757,15 @@ def test_stages_that_end_in_several_tensors():
     torch.manual_seed(0)
     model = Branches().eval()
     taps = Taps(model, ["one", "one[fine]", "two[0]", "two"], 32)
-    assert taps.end("one").cut and not taps.end("one[fine]").cut
-    assert sorted(p.name for p in taps.end("one").boundary) == ["one[coarse]", "one[fine]"]
+    assert taps.boundary_of("one").replaceable and not taps.boundary_of("one[fine]").replaceable
+    assert sorted(p.name for p in taps.boundary_of("one").read_tensors) == ["one[coarse]", "one[fine]"]
     assert taps.shapes["one[fine]"] == (8, 32, 32) and taps.shapes["two[0]"] == (12, 16 // 2, 8)
     x, other = torch.rand(2, 2, 3, 32, 32)
     out = taps(x)
     assert torch.equal(out.logits, model(x))
     assert torch.equal(out.feats["one[fine]"], model.one.fine(x))
-    assert find_reset_leaks(taps, ["one", "two"]) == []
-    noise = [torch.rand(2, *part.shape) for part in taps.end("one").boundary]
+    assert taps.find_reset_errors(["one", "two"]) == []
+    noise = [torch.rand(2, *part.shape) for part in taps.boundary_of("one").read_tensors]
     assert torch.equal(
         taps(x, replace={"one": noise}).logits, taps(other, replace={"one": noise}).logits
     )
@@ -801,14 +801,14 @@ def test_a_block_that_takes_the_two_before_it():
         {"module": n, "num_chs": 8, "reduction": r} for n, r in (("one", 2), ("two", 4))
     ]
     taps = Taps(model, size=32)
-    end = taps.end(2)
-    assert [p.name for p in end.boundary] == ["two", "one"] and end.name == "two"
-    assert end.boundary[1].takers == (
+    end = taps.boundary_of(2)
+    assert [p.name for p in end.read_tensors] == ["two", "one"] and end.name == "two"
+    assert end.read_tensors[1].consumers == (
         "skip",
     )  # `two` itself must still get the first output as it was
-    assert find_reset_leaks(taps, [2]) == []
+    assert taps.find_reset_errors([2]) == []
     x, other = torch.rand(2, 2, 3, 32, 32)
-    noise = [torch.rand(2, *part.shape) for part in end.boundary]
+    noise = [torch.rand(2, *part.shape) for part in end.read_tensors]
     first, second = taps(x, replace={2: noise}), taps(other, replace={2: noise})
     assert torch.equal(first.logits, second.logits)
     assert torch.equal(first.feats[2], taps(x).feats[2])  # its own, untouched
@@ -831,8 +831,8 @@ def test_a_side_path_that_hooks_cannot_replace_is_found():
     model = Side().eval()
     model.features[0] = Keeps(3, 8)
     taps = Taps(model, ["features.0", "features.1"], 32)
-    assert taps.end("features.0").cut  # everything is computed from it, and yet
-    assert find_reset_leaks(taps, ["features.0"]) == ["the logits still depend on the image"]
+    assert taps.boundary_of("features.0").replaceable  # everything is computed from it, and yet
+    assert taps.find_reset_errors(["features.0"]) == ["the logits still depend on the image"]
     with pytest.raises(
         ValueError, match="the teacher cannot be reset at .*still depends? on the image"
     ):
@@ -921,17 +921,17 @@ def test_behind_a_stage_nothing_in_front_of_it_is_computed():
     taps = Taps(model, ["one"], 32)
     x = torch.rand(2, 3, 32, 32)
     model.feature_info = []
-    plain = Taps(model, [part.name for part in taps.end("one").boundary], 32)(x)
+    plain = Taps(model, [part.name for part in taps.boundary_of("one").read_tensors], 32)(x)
     own = list(plain.feats.values())
     nan = torch.full_like(x, float("nan"))
     counts = []
     handle = model.one.coarse.conv.register_forward_pre_hook(lambda *_: counts.append(1))
-    assert torch.equal(taps.rest(nan, "one", own).logits, plain.logits)
+    assert torch.equal(taps.forward_from(nan, "one", own).logits, plain.logits)
     assert counts == [] and "forward" not in vars(model.one.coarse)
     assert torch.equal(taps(x, replace={"one": own}).logits, plain.logits) and counts == [1]
     handle.remove()
     with pytest.raises(ValueError, match="ends in 2 tensors, 1 were given"):
-        taps.rest(x, "one", own[0])
+        taps.forward_from(x, "one", own[0])
     assert "forward" not in vars(model.one.coarse)
 
 

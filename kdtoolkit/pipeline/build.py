@@ -146,15 +146,15 @@ def _parts_by_name(
             frozen, networks, info, list(resolved.weights), student, notes,
             seed=seed, dry_run=dry_run, finetuned=finetuned,
         )  # fmt: skip
-        preprocess = Preprocess.of(student, info.image_size)
+        preprocess = Preprocess.from_model(student, info.image_size)
         taps = Taps(student, None, preprocess.size or info.image_size)
         method = create_method(
             resolved, taps, frozen, layers=config.loss.layers, preprocess=preprocess,
-            image=info.image_size, another=_network_maker(config, info, notes, dry_run),
+            image=info.image_size, make_network=_network_maker(config, info, notes, dry_run),
         )  # fmt: skip
     except BaseException:
         if taps is not None:
-            taps.remove()
+            taps.remove_hooks()
         for teacher in frozen:
             teacher.release()
         raise

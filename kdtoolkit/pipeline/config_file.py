@@ -162,10 +162,10 @@ def read_callbacks(source: str | os.PathLike[str] | Mapping[str, Any] | DistillC
     """
     if isinstance(source, DistillConfig):
         return []
-    if isinstance(source, (str, os.PathLike)):
-        source = _load(Path(source).expanduser())
+    from_file = isinstance(source, (str, os.PathLike))
+    found: Mapping[str, Any] = _load(Path(source).expanduser()) if from_file else source  # type: ignore[arg-type, assignment]
     made = []
-    for entry in source.get("callbacks") or []:
+    for entry in found.get("callbacks") or []:
         if "callback" not in entry:
             raise ValueError(
                 f"the configuration names a callback of your own, {entry.get(OBJECT)}: pass it, and the others of the "
@@ -192,7 +192,7 @@ def _restored(name: str, value: Any) -> Any:
     """The value that `to_plain_value` wrote; a mark of an object stays, and `check_no_marks` finds it."""
     if isinstance(value, list):
         items = [_restored(name, item) for item in value]
-        if name == "milestones":
+        if name == "milestones" or (name == "transforms" and len(items) == 2):
             return tuple(items)
         pairs = name == "layers" and all(isinstance(item, list) for item in items)
         return [tuple(item) for item in items] if pairs else items

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any, Literal, TypeAlias
 
     from torch import Tensor, nn
 
     from kdtoolkit.core.loss import DistillationLoss
     from kdtoolkit.core.method import Method
+    from kdtoolkit.data.augment import BatchAugment
+    from kdtoolkit.data.transforms import ImageTransform
     from kdtoolkit.pipeline.config import DistillConfig
     from kdtoolkit.types import LossWeight, TapKey
 
@@ -31,14 +33,16 @@ if TYPE_CHECKING:
     TeacherOptions: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None
     TeacherHead: TypeAlias = str | Sequence[str | None] | None
     Freeze: TypeAlias = int | str | Sequence[str] | None
-    Transforms: TypeAlias = str | Callable[..., Any] | Sequence[Any] | None
+    Transforms: TypeAlias = (
+        str | BatchAugment | ImageTransform | tuple[ImageTransform, ImageTransform] | None
+    )
     Validation: TypeAlias = int | float | str | None
     Workers: TypeAlias = int | str
     Labelled: TypeAlias = int | float | None
     Auto: TypeAlias = bool | str
     Resume: TypeAlias = bool | str | os.PathLike[str]
     Baseline: TypeAlias = Any  # a DistillResult, a folder, True or None
-    Trackers: TypeAlias = str | Sequence[str] | None
+    Trackers: TypeAlias = str | list[str] | None
 else:
     from kdtoolkit.pipeline.shell_values import LayerPairs, Scalar, Text, Texts, Values
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kdtoolkit.callbacks.checkpoints import Checkpoints
-from kdtoolkit.features.hooks import strip
+from kdtoolkit.features.hooks import remove_tap_hooks
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.models.saving import save_model
 from kdtoolkit.pipeline.build import RunParts
@@ -113,7 +113,7 @@ def save_networks(run: Trainer, export: Export, info: DataInfo, *, every: bool) 
             folders |= {name: root / name.replace("/", "-") for name in others}
         for name, folder in folders.items():
             net = export.networks[name]
-            size = Preprocess.of(net, info.image_size).size or info.image_size
+            size = Preprocess.from_model(net, info.image_size).size or info.image_size
             save_model(net, folder, input_size=(3, *size))
     run.accelerator.wait_for_everyone()
 
@@ -160,15 +160,15 @@ def _costs(run: Trainer, parts: RunParts, info: DataInfo, final: dict[str, Any])
     if "teacher_top1" in final:
         nets["teacher"] = parts.teachers[0].model
     sizes = {
-        name: (3, *(Preprocess.of(net, info.image_size).size or info.image_size))
+        name: (3, *(Preprocess.from_model(net, info.image_size).size or info.image_size))
         for name, net in nets.items()
     }
     if "teacher" in nets:
-        return metrics.summary(
+        return metrics.measure_compression(
             nets["teacher"], parts.student, sizes, device=device, teacher_top1=final["teacher_top1"],
             student_top1=final["top1"], num_classes=info.num_classes,
         )  # fmt: skip
-    cost = metrics.cost(parts.student, sizes["student"], device=device)
+    cost = metrics.measure_cost(parts.student, sizes["student"], device=device)
     return {"params": cost.params, "macs": cost.macs, "latency_ms": cost.latency_ms}
 
 
@@ -206,7 +206,7 @@ def _report(folder: Path, parts: RunParts, baseline: Path | None, info: DataInfo
 
 def bare(net: nn.Module) -> nn.Module:
     """The network on the CPU, contiguous, in eval mode, without hooks."""
-    return strip(net).cpu().to(memory_format=torch.contiguous_format).eval()
+    return remove_tap_hooks(net).cpu().to(memory_format=torch.contiguous_format).eval()
 
 
 def attempt(what: str, action: Callable[[], T]) -> T | None:

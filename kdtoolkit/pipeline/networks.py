@@ -12,7 +12,8 @@ from torch import nn
 
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
-from kdtoolkit.features.preprocess import Preprocess, config_of, input_shape
+from kdtoolkit.features.preprocess import Preprocess
+from kdtoolkit.features.model_inputs import get_pretrained_cfg, input_shape
 from kdtoolkit.models.head import num_outputs, replace_head
 from kdtoolkit.models.loading import is_timm_name, load_model
 from kdtoolkit.models.weights import load_weights
@@ -34,7 +35,7 @@ def as_list(source: Any) -> list[Any]:
 
 def untapped(net: nn.Module, image_size: tuple[int, int]) -> Taps:
     """Stages and shapes of a network for images of the data, without hooks."""
-    return Taps(net, None, Preprocess.of(net, image_size).size or image_size)
+    return Taps(net, None, Preprocess.from_model(net, image_size).size or image_size)
 
 
 # ------------------------------------------------------------------------------------- student
@@ -54,6 +55,7 @@ def build_student(
         The network, ready to be trained.
     """
     source, options, weights = networks.student, networks.student_args, networks.student_weights
+    assert source is not None  # checks.resolve_method
     _check_no_options(source, options, "student")
     by_name = is_timm_name(source)
     pretrained = False if dry_run or weights is not None else None
@@ -67,7 +69,7 @@ def build_student(
         **dict(options or {}),
     )
     with_tag = by_name and "." in str(source)
-    held = config_of(net).get("num_classes") if with_tag else getattr(net, "num_classes", None)
+    held = get_pretrained_cfg(net).get("num_classes") if with_tag else getattr(net, "num_classes", None)
     classes_known = not isinstance(source, nn.Module) and not (by_name and weights is not None)
     if classes_known and held not in (None, info.num_classes):
         notes.append(
@@ -231,7 +233,7 @@ def build_teachers(
                 replace_head(untapped(net, info.image_size), info.num_classes, seed)
             to_finetune.append(number)
             notes.append(_head_note(label, held, info.num_classes, head))
-        preprocess = Preprocess.of(net, info.image_size)
+        preprocess = Preprocess.from_model(net, info.image_size)
         teacher = Frozen(net, None, preprocess.size or info.image_size, preprocess=preprocess)
         frozen.append(teacher)
         held = num_outputs(teacher)

@@ -90,7 +90,7 @@ def make_plan(
         )
     if parts.frozen_parts is not None:
         counts = plan.get("parameters", {})
-        plan["parameters"] = {**counts, "frozen in the student": parts.frozen_parts.count}
+        plan["parameters"] = {**counts, "frozen in the student": parts.frozen_parts.num_parameters}
     if parts.notes:
         plan["notes"] = [*plan.get("notes", []), *parts.notes]
     return plan

@@ -40,6 +40,7 @@ from kdtoolkit.trainer.schedule import make_loader_and_schedule
 from kdtoolkit.trainer.trainer import Trainer
 from kdtoolkit.utils import checkpoint
 from kdtoolkit.utils.io import write_json, write_yaml
+from kdtoolkit.utils.output_dir import claim_output_dir, clear_output_dir
 from kdtoolkit.utils.state import preserve_accelerate_state, preserve_random_state
 
 # fields of a baseline, beside those that every run shares: the same student
@@ -138,7 +139,7 @@ def _check_request(
     checks.check_baseline(config)
     resume_from = None
     if not dry_run:
-        resume_from = checkpoint.claim_output_dir(folder, output.resume, output.overwrite)
+        resume_from = claim_output_dir(folder, output.resume, output.overwrite)
     ready = None if dry_run else make_accelerator(config, accelerator, trackers, folder)
     return _Request(
         config, losses, resolved, tuple(callbacks), progress, trackers, folder, resume_from, ready
@@ -269,7 +270,7 @@ def _empty_folder(folder: Path, accelerator: Accelerator) -> None:
     """Make the folder ready; every rank has looked into it before."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        checkpoint.clear_output_dir(folder)
+        clear_output_dir(folder)
         folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
 

@@ -27,8 +27,9 @@ from kdtoolkit.pipeline.build import RunParts
 from kdtoolkit.pipeline.config import DistillConfig, check_keywords
 from kdtoolkit.pipeline.data_info import DataInfo
 from kdtoolkit.pipeline.networks import TRAINED_HEADS, check_head_names, untapped
-from kdtoolkit.utils.checkpoint import CheckpointError, OutputDirNotEmpty
+from kdtoolkit.utils.checkpoint import CheckpointError
 from kdtoolkit.utils.io import write_json
+from kdtoolkit.utils.output_dir import OutputDirNotEmpty
 
 if TYPE_CHECKING:
     from kdtoolkit.pipeline.result import DistillResult

@@ -1,7 +1,7 @@
 """What is made when the site is built: tables of the registry, pages of files outside docs/.
 
-A page asks for a table with a comment: `<!-- table: losses -->`, `<!-- table: strategies -->` or
-`<!-- table: public names -->`. CONTRIBUTING.md, CHANGELOG.md and benchmarks/results/ become pages.
+A page asks for a table with a comment, `<!-- table: losses -->`; the tables are at the end of this
+file. CONTRIBUTING.md, CHANGELOG.md and benchmarks/results/ become pages.
 """
 
 from __future__ import annotations
@@ -9,12 +9,19 @@ from __future__ import annotations
 import inspect
 import posixpath
 import re
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+import kdtoolkit
+from kdtoolkit.core.registries import METHODS
+from kdtoolkit.core.strategy import MethodSpec, StrategySpec
+from kdtoolkit.methods.factory import list_methods
+from kdtoolkit.pipeline.method_table import default_sum, method_options
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -86,46 +93,38 @@ def site_link(link: str, source: str, target: str) -> str:
 
 # ------------------------------------------------------------------------------ tables
 def losses_table() -> str:
-    """One row a method that is a sum of losses: name, paper, default sum, options."""
-    from kdtoolkit.core.registries import LOSSES, METHODS
-    from kdtoolkit.core.strategy import StrategySpec
-    from kdtoolkit.methods.factory import list_methods
-    from kdtoolkit.utils.registry import keyword_options
-
-    rows = []
-    for name in list_methods():
-        spec = METHODS[name]
-        if isinstance(spec, StrategySpec):
-            continue
-        options: set[str] = set()
-        for loss in spec.losses:
-            options.update(keyword_options(LOSSES[loss].__init__))
-        rows.append([code(name), spec.title, weighted_sum(spec.losses), codes(sorted(options))])
-    return markdown_table(["method", "what it is", "default sum", "options"], rows)
+    """One row a method that is a sum of losses: name, paper, default sum."""
+    rows = [[code(n), spec.title, default_sum(spec)] for n, spec in methods(strategies=False)]
+    return markdown_table(["method", "what it is", "default sum"], rows)
 
 
 def strategies_table() -> str:
-    """One row a strategy: its name, its paper, its default sum, its options with their defaults."""
-    from kdtoolkit.core.registries import METHODS
-    from kdtoolkit.core.strategy import StrategySpec
-    from kdtoolkit.methods.factory import list_methods
-
+    """One row a strategy: name, paper, whether it takes a teacher, default sum."""
     rows = []
-    for name in list_methods():
-        spec = METHODS[name]
-        if isinstance(spec, StrategySpec):
-            options = [f"{option}={default!r}" for option, default in spec.options.items()]
-            teacher = "yes" if spec.needs_teacher else "no"
-            terms = weighted_sum(spec.losses)
-            rows.append([code(name), spec.title, teacher, terms, codes(options)])
-    heads = ["method", "what it is", "teacher", "default sum", "options and defaults"]
-    return markdown_table(heads, rows)
+    for name, spec in methods(strategies=True):
+        teacher = "yes" if spec.needs_teacher else "no"
+        rows.append([code(name), spec.title, teacher, default_sum(spec)])
+    return markdown_table(["method", "what it is", "teacher", "default sum"], rows)
+
+
+def options_table(strategies: bool) -> str:
+    """One row an option: method, option, default, meaning."""
+    rows = []
+    for name, _ in methods(strategies):
+        for option in method_options(name):
+            default = code(repr(option.default))
+            rows.append([code(name), code(option.name), default, cell(option.meaning)])
+    return markdown_table(["method", "option", "default", "meaning"], rows)
+
+
+def methods(strategies: bool) -> list[tuple[str, MethodSpec]]:
+    """The registered strategies, or all other methods, by name."""
+    found = [(name, METHODS[name]) for name in list_methods()]
+    return [(n, spec) for n, spec in found if isinstance(spec, StrategySpec) == strategies]
 
 
 def public_names_table() -> str:
     """One row a name of `kdtoolkit`: the first line of its docstring, a link to its page."""
-    import kdtoolkit
-
     rows = []
     for name in kdtoolkit.__all__:
         value = getattr(kdtoolkit, name)
@@ -142,27 +141,14 @@ def first_line(value: object) -> str:
     return (inspect.getdoc(value) or "").partition("\n")[0]
 
 
-def weighted_sum(losses: dict[str, object]) -> str:
-    """`{"ce": 0.1, "kd": 0.9}` -> "0.1 ce + 0.9 kd"; an arrow marks a schedule."""
-    return " + ".join(f"{weight_text(weight)} {name}" for name, weight in losses.items())
-
-
-def weight_text(weight: object) -> str:
-    """A number, or the final weight of a schedule with an arrow."""
-    if isinstance(weight, (int, float)):
-        return f"{weight:g}"
-    final = getattr(weight, "weight", None)
-    return f"{final:g}↑" if final is not None else repr(weight)
-
-
 def code(text: str) -> str:
     """Text as code in a cell of a table."""
-    return f"`{text}`".replace("|", "\\|")
+    return f"`{cell(text)}`"
 
 
-def codes(texts: list[str]) -> str:
-    """Several texts as code."""
-    return ", ".join(map(code, texts)) or "none"
+def cell(text: str) -> str:
+    """Text that may stand in a cell of a table."""
+    return text.replace("|", "\\|")
 
 
 def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
@@ -173,6 +159,8 @@ def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
 
 TABLES = {
     "losses": losses_table,
+    "options of losses": partial(options_table, strategies=False),
     "strategies": strategies_table,
+    "options of strategies": partial(options_table, strategies=True),
     "public names": public_names_table,
 }

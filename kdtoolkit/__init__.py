@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from kdtoolkit.methods.factory import create_method as create_method
     from kdtoolkit.methods.factory import list_methods as list_methods
     from kdtoolkit.methods.peers import Peers as Peers
-    from kdtoolkit.pipeline.distill import DistillResult as DistillResult
+    from kdtoolkit.pipeline.config import DistillConfig as DistillConfig
     from kdtoolkit.pipeline.distill import distill as distill
+    from kdtoolkit.pipeline.result import DistillResult as DistillResult
 
 __version__ = "0.1.0"
 
@@ -42,7 +43,8 @@ _PUBLIC = {name: f"kdtoolkit.{name}" for name in _MODULES} | {
     "Adapter": "kdtoolkit.features.adapters",
     "Branches": "kdtoolkit.methods.branches",
     "Callback": "kdtoolkit.core.callback",
-    "DistillResult": "kdtoolkit.pipeline.distill",
+    "DistillConfig": "kdtoolkit.pipeline.config",
+    "DistillResult": "kdtoolkit.pipeline.result",
     "DistillationLoss": "kdtoolkit.core.loss",
     "Frozen": "kdtoolkit.features.frozen",
     "Method": "kdtoolkit.core.method",

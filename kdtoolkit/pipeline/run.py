@@ -40,6 +40,7 @@ from kdtoolkit.trainer.schedule import make_loader_and_schedule
 from kdtoolkit.trainer.trainer import Trainer
 from kdtoolkit.utils import checkpoint
 from kdtoolkit.utils.io import write_json, write_yaml
+from kdtoolkit.utils.logging import configure_logging
 from kdtoolkit.utils.output_dir import claim_output_dir, clear_output_dir
 from kdtoolkit.utils.state import preserve_accelerate_state, preserve_random_state
 
@@ -135,6 +136,8 @@ def _check_request(
     folder = Path(output.output_dir) if output.output_dir is not None else None
     trackers = [] if dry_run else resolve_trackers(config.loop.report_to, folder is not None)
     progress = checks.make_progress_log(config)
+    if progress.mode != "off":
+        configure_logging()
     checks.check_callbacks(callbacks)
     checks.check_baseline(config)
     resume_from = None

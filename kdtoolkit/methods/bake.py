@@ -24,7 +24,7 @@ from kdtoolkit.data.sampling import SameClass
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.terms import describe_weights, merge_weights, weights_at
-from kdtoolkit.models.subnetwork import EmbeddingHook
+from kdtoolkit.models.embedding import EmbeddingHook
 from kdtoolkit.types import Batch, Clock, LossWeight, Step
 from kdtoolkit.utils.validation import check_number, check_temperature
 
@@ -76,11 +76,11 @@ class BAKE(Method):
         self.preprocess = preprocess or Preprocess.from_model(student.model, image)
         self.student, self.taps = student.model, student.select([])
         student.check_training_forward()
-        self.embedding = EmbeddingHook.at(student)
+        self.embedding = EmbeddingHook.from_taps(student)
 
     def forward(self, batch: Batch, clock: Clock) -> Step:
         """Cross-entropy, and the KL divergence from the targets of the batch."""
-        out, vectors = self.embedding.of(self.taps, self.preprocess(batch["x"]))
+        out, vectors = self.embedding.capture(self.taps, self.preprocess(batch["x"]))
         weights = weights_at(self.weights, clock)
         losses = dict.fromkeys(weights, out.logits.float().sum() * 0.0)
         if weights["ce"]:

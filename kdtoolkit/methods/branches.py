@@ -18,16 +18,16 @@ from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.branch_join import BranchJoin, BranchOutputs
 from kdtoolkit.methods.network_checks import check_different_tails, check_same_architecture
 from kdtoolkit.methods.terms import describe_feature, describe_weights, merge_weights, weights_at
-from kdtoolkit.models.reinit import reinitialised_copy
-from kdtoolkit.models.subnetwork import (
-    EmbeddingHook,
-    Tail,
+from kdtoolkit.models.embedding import EmbeddingHook
+from kdtoolkit.models.network_cut import (
     boundary_taps,
     cut_network,
     resolve_cut,
     share_trunk,
     tail_parameters,
 )
+from kdtoolkit.models.reinit import reinitialised_copy
+from kdtoolkit.models.tail import Tail
 from kdtoolkit.types import Batch, Clock, LossWeight, Out, Step, TapKey
 from kdtoolkit.utils.validation import check_number, check_whole_number
 
@@ -106,7 +106,7 @@ class Branches(Method):
         self.join = cast("BranchJoin | None", join)
         reads_embeddings = getattr(join, "reads_embeddings", False)
         self._embeddings = (
-            [EmbeddingHook.at(t) for t in self._all_taps()] if reads_embeddings else []
+            [EmbeddingHook.from_taps(t) for t in self._all_taps()] if reads_embeddings else []
         )
         self._is_released = False
 
@@ -183,7 +183,7 @@ class Branches(Method):
 
     def _run_on_own_views(self, views: Sequence[Tensor]) -> BranchOutputs:
         """Every branch runs as the complete network that it is."""
-        complete: list[Callable[[Tensor], Out]] = [self.taps, *(t.whole for t in self._tails())]
+        complete: list[Callable[[Tensor], Out]] = [self.taps, *(t.run_network for t in self._tails())]
         logits: list[Tensor] = []
         embeddings: list[Tensor | None] = []
         for k, (network, x) in enumerate(zip(complete, views, strict=True)):
@@ -195,7 +195,7 @@ class Branches(Method):
 
     def _run(self, k: int, call: Callable[..., Out], *args: Any) -> tuple[Out, Tensor | None]:
         """Output of branch k, and its embedding where the join reads these."""
-        return self._embeddings[k].of(call, *args) if self._embeddings else (call(*args), None)
+        return self._embeddings[k].capture(call, *args) if self._embeddings else (call(*args), None)
 
     def _scale_gradient(self, features: Sequence[Tensor]) -> None:
         """Divide the gradient that all branches together send into the trunk by their number."""

@@ -9,8 +9,8 @@ from kdtoolkit.features.extractor import Taps
 from kdtoolkit.methods.branch_join import BranchJoin
 from kdtoolkit.methods.branches import Branches, check_num_branches
 from kdtoolkit.methods.network_checks import have_equal_values
+from kdtoolkit.models.network_cut import cut_network, resolve_cut, tail_parameters
 from kdtoolkit.models.reinit import reinitialised_copy
-from kdtoolkit.models.subnetwork import cut_network, resolve_cut, tail_parameters
 from kdtoolkit.types import LossWeight, TapKey
 
 

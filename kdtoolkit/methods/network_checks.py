@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from kdtoolkit.models.subnetwork import Cut, tail_parameters
+from kdtoolkit.models.network_cut import Cut, tail_parameters
 
 Parameters = Mapping[str, nn.Parameter]
 

@@ -23,7 +23,7 @@ from kdtoolkit.core.strategy import StrategyInputs
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.methods.branch_join import BranchJoin, BranchOutputs
 from kdtoolkit.methods.build_branches import build_branches
-from kdtoolkit.models.subnetwork import embedding_size
+from kdtoolkit.models.embedding import embedding_size
 from kdtoolkit.schedules import SigmoidRampUp, with_rampup
 from kdtoolkit.types import TapKey
 from kdtoolkit.utils.validation import check_temperature

@@ -25,8 +25,8 @@ from kdtoolkit.features.extractor import Taps
 from kdtoolkit.methods.branch_join import BranchJoin, BranchOutputs
 from kdtoolkit.methods.branches import Branches
 from kdtoolkit.methods.build_branches import build_branches
+from kdtoolkit.models.embedding import embedding_size
 from kdtoolkit.models.head import num_outputs
-from kdtoolkit.models.subnetwork import embedding_size
 from kdtoolkit.schedules import SigmoidRampUp, with_rampup
 from kdtoolkit.types import LossWeight, TapKey
 from kdtoolkit.utils.validation import check_temperature

@@ -33,14 +33,9 @@ from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.terms import describe_feature, describe_weights, merge_weights, weights_at
 from kdtoolkit.methods.train_mode_teacher import TrainModeTeacher
 from kdtoolkit.models.head import num_outputs
+from kdtoolkit.models.network_cut import boundary_taps, cut_network, resolve_cut, share_trunk
 from kdtoolkit.models.reinit import reinitialised_copy
-from kdtoolkit.models.subnetwork import (
-    Tail,
-    boundary_taps,
-    cut_network,
-    resolve_cut,
-    share_trunk,
-)
+from kdtoolkit.models.tail import Tail
 from kdtoolkit.types import Batch, Clock, LossWeight, Out, Step, TapKey
 from kdtoolkit.utils.validation import check_choice, check_temperature
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
@@ -12,89 +11,116 @@ from kdtoolkit.models.head import classifier_names
 from kdtoolkit.models.layer_groups import modules_up_to, parameters_up_to
 from kdtoolkit.utils.registry import suggestion
 
+FreezeSpec = int | str | Sequence[str]
+
 
 class FrozenParts:
-    """What of a network is not trained: no gradients, and eval mode, so that BatchNorm statistics stay bit for bit.
+    """The parts of a network that are not trained.
 
-    what  a number of stages, counted from the image; names of modules or parameters, with all that is inside; or
-          "backbone", all but the classifier
-    ValueError for a stage or name that does not exist, or when nothing is left to train. `apply` begins, `release` puts
-    flags and modes back as they were; `count` is the number of parameters.
+    They get no gradients, and they are in eval mode, so that BatchNorm statistics do not change
+    either.
+
+    Attributes:
+        parameters: The frozen parameters.
+        modules: The frozen modules.
+        num_parameters: Number of frozen values.
+
+    Args:
+        taps: The network.
+        what: A number of stages, counted from the image; names of modules or parameters (a list, or
+            one text with commas), with all that is inside them; or "backbone", all but the
+            classifier.
+
+    Raises:
+        ValueError: If a stage or name does not exist, or nothing is left to train.
+
+    Example:
+        ```python
+        frozen = FrozenParts(Taps(net, None), 2)
+        frozen.apply()
+        for images, labels in loader:
+            net.train()
+            frozen.set_eval_mode()
+            ...
+        frozen.release()
+        ```
     """
 
-    def __init__(self, taps: Taps, what: Any):
-        parameters, modules = _chosen(taps, what)
+    def __init__(self, taps: Taps, what: FreezeSpec) -> None:
+        parameters, modules = _find_parts(taps, what)
         model = taps.model
-        if not any(
-            p.requires_grad for name, p in model.named_parameters() if name not in parameters
-        ):
+        rest = [p for name, p in model.named_parameters() if name not in parameters]
+        if not any(p.requires_grad for p in rest):
             raise ValueError(
-                f"freeze={what!r} leaves no parameter of {type(model).__name__} to train: freeze less, or "
-                "freeze='backbone' for all but the classifier"
+                f"freeze={what!r} leaves no parameter of {type(model).__name__} to train: freeze "
+                "less, or freeze='backbone' for all but the classifier"
             )
         self.parameters = [p for name, p in model.named_parameters() if name in parameters]
         self.modules = [module for name, module in model.named_modules() if name in modules]
-        self.count = sum(p.numel() for p in self.parameters)
+        self.num_parameters = sum(p.numel() for p in self.parameters)
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self._modes: list[tuple[nn.Module, bool]] = []
 
     def apply(self) -> None:
+        """Freeze: take the parameters out of training and put the modules in eval mode."""
         self._flags = [(p, p.requires_grad) for p in self.parameters]
-        self._modes = [(m, m.training) for m in self.modules]
-        for p in self.parameters:
-            p.requires_grad_(False)
-        self.stay()
+        self._modes = [(module, module.training) for module in self.modules]
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+        self.set_eval_mode()
 
-    def stay(self) -> None:
-        """Eval mode again, after a train() of the whole network."""
+    def set_eval_mode(self) -> None:
+        """Put the modules in eval mode again, after a `train()` of the whole network."""
         for module in self.modules:
             module.training = False
 
     def release(self) -> None:
-        for p, flag in self._flags:
-            p.requires_grad_(flag)
-        for m, mode in self._modes:
-            m.training = mode
+        """Restore gradient flags and modes as they were before `apply`."""
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        for module, mode in self._modes:
+            module.training = mode
         self._flags, self._modes = [], []
 
 
-def _chosen(taps: Taps, what: Any) -> tuple[set[str], set[str]]:
+def _find_parts(taps: Taps, what: FreezeSpec) -> tuple[set[str], set[str]]:
     """Names of parameters and of modules; "" is the network itself."""
     if isinstance(what, int) and not isinstance(what, bool):
-        if not 1 <= what <= len(taps.stages):
-            raise ValueError(
-                f"freeze={what}: {type(taps.model).__name__} has {len(taps.stages)} stages; give a number from 1, "
-                "names of modules, or 'backbone'"
-            )
-        return set(parameters_up_to(taps, what)), set(modules_up_to(taps, what))
+        return _find_stages(taps, what)
     if what == "backbone":
-        return _backbone(taps)
-    names = what.split(",") if isinstance(what, str) else what
-    if (
-        not isinstance(names, Sequence)
-        or not names
-        or not all(isinstance(name, str) for name in names)
-    ):
+        return _find_backbone(taps)
+    names: object = what.split(",") if isinstance(what, str) else what
+    if not isinstance(names, Sequence) or not names or not all(isinstance(n, str) for n in names):
         raise ValueError(
-            f"freeze={what!r}: a number of stages from the image, a list of names of modules, or 'backbone' (all but "
-            "the classifier)"
+            f"freeze={what!r}: a number of stages from the image, a list of names of modules, or "
+            "'backbone' (all but the classifier)"
         )
-    return _named(taps.model, [name.strip() for name in names])
+    return _find_named(taps.model, [name.strip() for name in names])
 
 
-def _backbone(taps: Taps) -> tuple[set[str], set[str]]:
+def _find_stages(taps: Taps, count: int) -> tuple[set[str], set[str]]:
+    if not 1 <= count <= len(taps.stages):
+        raise ValueError(
+            f"freeze={count}: {type(taps.model).__name__} has {len(taps.stages)} stages; give a "
+            "number from 1, names of modules, or 'backbone'"
+        )
+    return set(parameters_up_to(taps, count)), set(modules_up_to(taps, count))
+
+
+def _find_backbone(taps: Taps) -> tuple[set[str], set[str]]:
     heads = classifier_names(taps)
     if not heads:
         raise ValueError(
-            f"freeze='backbone': no classifier was found in {type(taps.model).__name__} (no get_classifier, and no "
-            "nn.Linear makes its logits); name the modules to freeze instead"
+            f"freeze='backbone': no classifier was found in {type(taps.model).__name__} (no "
+            "get_classifier, and no nn.Linear makes its logits); name the modules to freeze instead"
         )
-    parameters, modules = _named(taps.model, heads)
-    every = {name for name, _ in taps.model.named_modules()}
-    return {name for name, _ in taps.model.named_parameters()} - parameters, every - modules
+    head_parameters, head_modules = _find_named(taps.model, heads)
+    parameters = {name for name, _ in taps.model.named_parameters()}
+    modules = {name for name, _ in taps.model.named_modules()}
+    return parameters - head_parameters, modules - head_modules
 
 
-def _named(model: nn.Module, names: Sequence[str]) -> tuple[set[str], set[str]]:
+def _find_named(model: nn.Module, names: Sequence[str]) -> tuple[set[str], set[str]]:
     modules = [name for name, _ in model.named_modules() if name]
     parameters = [name for name, _ in model.named_parameters()]
     for name in names:
@@ -104,8 +130,8 @@ def _named(model: nn.Module, names: Sequence[str]) -> tuple[set[str], set[str]]:
                 f"freeze: {name!r} is no module of {type(model).__name__}; its children: {children}"
                 f"{suggestion(name, ['backbone', *modules, *parameters])}"
             )
-
-    def inside(name: str) -> bool:
-        return any(name == n or name.startswith(f"{n}.") for n in names)
-
-    return {name for name in parameters if inside(name)}, {name for name in modules if inside(name)}
+    inside = tuple(f"{name}." for name in names)
+    return (
+        {name for name in parameters if f"{name}.".startswith(inside)},
+        {name for name in modules if f"{name}.".startswith(inside)},
+    )

@@ -1,32 +1,51 @@
 """A model from a name, a folder, a file or the Hub.
 
-Nothing here changes a head in silence: weights from a file, a folder or the Hub keep their classes or the call fails.
+No head is changed silently: weights from a file, a folder or the Hub keep their classes, or the
+call fails.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
-from timm.models import is_model_pretrained
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 
-from kdtoolkit.models.weights import metadata_cfg, translated
+from kdtoolkit.features.model_inputs import get_pretrained_cfg
+from kdtoolkit.models.describe import set_config
+from kdtoolkit.models.safetensors_file import config_from_metadata, read_safetensors
+from kdtoolkit.models.state_dicts import load_exactly
+from kdtoolkit.models.timm_models import (
+    LoadRequest,
+    check_name,
+    create_timm_model,
+    download_model,
+    load_by_name,
+    shorten_message,
+)
+from kdtoolkit.models.weights import HUB_PREFIXES
 
-UNREADABLE = (RuntimeError, OSError, EOFError, SafetensorError, pickle.UnpicklingError)
-# the bases are the HTTP library's own error, whichever it is
-UNREACHABLE: tuple[Any, ...] = (OSError, *HfHubHTTPError.__bases__)
+READ_ERRORS = (RuntimeError, OSError, EOFError, SafetensorError, pickle.UnpicklingError)
 
-# say nothing of the model's shape
-NOT_RECORDED = "num_classes cache_dir checkpoint_path device dtype pretrained_cfg pretrained_cfg_overlay".split()
-NOT_RECORDED += ["scriptable", "exportable", "no_jit"]
+# Arguments of timm.create_model that do not describe the architecture
+NOT_RECORDED = (
+    "num_classes",
+    "cache_dir",
+    "checkpoint_path",
+    "device",
+    "dtype",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "scriptable",
+    "exportable",
+    "no_jit",
+)
 
 
 def load_model(
@@ -37,209 +56,168 @@ def load_model(
     role: str = "model",
     **kwargs: Any,
 ) -> nn.Module:
-    """The model that `spec` names.
+    """Load a model from a name, a folder, a file or the Hub.
 
-    spec         nn.Module (returned as it is) | timm name | "local-dir:PATH" or PATH of a folder | "hf-hub:ID"
-                 | PATH.safetensors with its architecture in the metadata
-    num_classes  None: what the source says. A timm name with published weights gets a new head for another number, as
-                 in timm; a file, a folder or the Hub raises
-    pretrained   None: load weights, except for a name without weight tag ("resnet18", not "resnet18.a1_in1k")
-    role         how messages call the model, such as "teacher"
-    kwargs       for the model's constructor, such as shortcut="A"
-    Raises ValueError for what is wrong with the arguments or the files, OSError if a download fails.
+    Args:
+        spec: A timm name, "local-dir:PATH" or PATH of a folder, "hf-hub:ID", PATH.safetensors with
+            the architecture in its metadata, or an nn.Module, which is returned as it is.
+        num_classes: Number of classes; None takes that of the source. A timm name with published
+            weights gets a new head for another number, as in timm; a file, a folder and the Hub
+            raise.
+        pretrained: Whether to load weights. None loads them, except for a name without a weight tag
+            ("resnet18", not "resnet18.a1_in1k").
+        role: How messages call the model, such as "teacher".
+        **kwargs: Arguments of the model's constructor, such as `shortcut="A"`.
+
+    Returns:
+        The model, in train mode, as timm returns it.
+
+    Raises:
+        ValueError: If something is wrong with the arguments or the files.
+        OSError: If a download fails.
+
+    Example:
+        ```python
+        teacher = load_model("resnet50.a1_in1k")
+        student = load_model("cifar_resnet8", num_classes=10)
+        student = load_model("out/student")
+        ```
     """
     if isinstance(spec, nn.Module):
         return spec
     if not isinstance(spec, (str, os.PathLike)):
         raise ValueError(
-            f"{role}={spec!r}: pass an nn.Module, a timm name, a folder, hf-hub:ID or PATH.safetensors"
+            f"{role}={spec!r}: pass an nn.Module, a timm name, a folder, hf-hub:ID or "
+            "PATH.safetensors"
         )
     text = os.fspath(spec)
-    load = pretrained is not False
+    request = LoadRequest(num_classes, pretrained, role, kwargs)
     if text.endswith(".safetensors"):
-        model = _from_file(Path(text).expanduser(), num_classes, load, role, kwargs)
-    elif text.startswith(("hf-hub:", "hf_hub:")):
-        model = _download(text, role, pretrained=load, num_classes=num_classes, **kwargs)
-        _same_classes(model, text, num_classes, load, role)
+        model = _load_file(Path(text).expanduser(), request)
+    elif text.startswith(HUB_PREFIXES):
+        model = _load_from_hub(text, request)
     elif text.startswith("local-dir:") or (not timm.is_model(text) and _is_path(text)):
-        model = _from_folder(
-            Path(text.removeprefix("local-dir:")).expanduser(), num_classes, load, role, kwargs
-        )
+        model = _load_folder(Path(text.removeprefix("local-dir:")).expanduser(), request)
     else:
-        model = _from_name(text, num_classes, pretrained, role, kwargs)
-    args = {**getattr(model, "pretrained_model_args", {}), **kwargs}
-    recorded = {**getattr(model, "kd_model_args", {}), **args}
-    model.kd_model_args = {k: v for k, v in recorded.items() if k not in NOT_RECORDED}
+        model = load_by_name(text, request)
+    _record_args(model, kwargs)
     return model
 
 
 def is_timm_name(spec: object) -> bool:
-    """Whether build() would take `spec` as a timm name, and not as a module, file, folder or name on the Hub."""
+    """Tell whether `load_model` takes a value as a timm name.
+
+    Args:
+        spec: Any value.
+
+    Returns:
+        False for a module, a file, a folder and a name on the Hub.
+    """
     if not isinstance(spec, str) or spec.endswith(".safetensors"):
         return False
-    return not spec.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and (
-        timm.is_model(spec) or not _is_path(spec)
-    )
+    if spec.startswith((*HUB_PREFIXES, "local-dir:")):
+        return False
+    return timm.is_model(spec) or not _is_path(spec)
 
 
 def _is_path(text: str) -> bool:
     return "/" in text or os.sep in text or Path(text).expanduser().is_dir()
 
 
-def _known(name: str, role: str) -> None:
-    arch, _, tag = name.partition(".")
-    if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models(), 3)
-        hint = f"did you mean {', '.join(near)}? " if near else ""
-        raise ValueError(f"{role}: unknown model {name!r}; {hint}See timm.list_models()")
-    tags = [known.partition(".")[2] for known in timm.list_pretrained(arch)]
-    if tag and tag not in tags:
+def _record_args(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Note the arguments that describe the architecture, for `save_model`."""
+    args = {
+        **getattr(model, "kd_model_args", {}),
+        **getattr(model, "pretrained_model_args", {}),
+        **kwargs,
+    }
+    recorded = {key: value for key, value in args.items() if key not in NOT_RECORDED}
+    model.kd_model_args = recorded  # type: ignore[assignment]
+
+
+def _load_from_hub(name: str, request: LoadRequest) -> nn.Module:
+    model = download_model(name, request, request.loads_weights)
+    _check_classes(model, name, request)
+    return model
+
+
+def _load_folder(folder: Path, request: LoadRequest) -> nn.Module:
+    role = request.role
+    config = _read_config(folder, role)
+    if not config.get("architecture"):
         raise ValueError(
-            f"{role}: {arch} has no weights tagged {tag!r}; its tags: {', '.join(tags) or 'none'}"
+            f"{role}: {folder / 'config.json'} names no timm architecture (class: "
+            f"{config.get('class')}); create the model yourself, load model.safetensors into it "
+            "and pass the nn.Module"
         )
-
-
-def _create(name: str, role: str, **kwargs: Any) -> Any:
+    check_name(config["architecture"], role)
     try:
-        return timm.create_model(name, **kwargs)
-    except TypeError as error:
-        given = ", ".join(k for k, v in kwargs.items() if v is not None)
-        raise ValueError(
-            f"{role}: {name} does not take these options ({given}): {error}"
-        ) from error
-
-
-def _download(name: str, role: str, **kwargs: Any) -> Any:
-    try:
-        return _create(name, role, **kwargs)
-    except UNREACHABLE as error:
-        raise OSError(
-            f"{role}: the download failed for {name!r} ({type(error).__name__}: {_short(error)}); to use a local copy "
-            'pass "local-dir:PATH" of a folder or the path of a .safetensors file'
-        ) from error
-    except RuntimeError as error:
-        raise ValueError(f"{role}: {name!r} cannot be built: {_short(error)}") from error
-
-
-def _from_name(
-    name: str, num_classes: int | None, pretrained: bool | None, role: str, kwargs: dict[str, Any]
-) -> Any:
-    _known(name, role)
-    load = "." in name if pretrained is None else pretrained
-    if load and not is_model_pretrained(name):
-        raise ValueError(
-            f"{role}: {name} has no published weights; pass pretrained=False to build(), or weights: a folder or a "
-            f".safetensors file in place of the name, or {role}_weights=... of distill()"
+        model = create_timm_model(
+            f"local-dir:{folder}", request, request.num_classes, request.loads_weights
         )
-    call = _download if load else _create
-    return call(name, role, pretrained=load, num_classes=num_classes, **kwargs)
+    except READ_ERRORS as error:
+        raise ValueError(
+            f"{role}: the weights of {folder} cannot be loaded: {shorten_message(error)}"
+        ) from error
+    _check_classes(model, str(folder), request)
+    return model
 
 
-def _from_folder(
-    folder: Path, num_classes: int | None, load: bool, role: str, kwargs: dict[str, Any]
-) -> Any:
-    config = folder / "config.json"
+def _read_config(folder: Path, role: str) -> dict[str, Any]:
+    path = folder / "config.json"
     if not folder.is_dir():
         raise ValueError(
             f"{role}: there is no folder {folder}; for a model of the Hub write 'hf-hub:{folder}'"
         )
-    if not config.is_file():
-        raise ValueError(
-            f"{role}: {folder} has no config.json; expected a folder written by kdtoolkit.models.save_model"
-        )
-    try:
-        held = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{role}: {config} cannot be read: {error}") from error
-    if not isinstance(held, dict) or not held.get("architecture"):
-        cls = held.get("class") if isinstance(held, dict) else None
-        raise ValueError(
-            f"{role}: {config} names no timm architecture (class: {cls}); create the model yourself, load "
-            "model.safetensors into it and pass the nn.Module"
-        )
-    _known(held["architecture"], role)
-    try:
-        model = _create(
-            f"local-dir:{folder}", role, pretrained=load, num_classes=num_classes, **kwargs
-        )
-    except UNREADABLE as error:
-        raise ValueError(
-            f"{role}: the weights of {folder} cannot be loaded: {_short(error)}"
-        ) from error
-    _same_classes(model, str(folder), num_classes, load, role)
-    return model
-
-
-def _from_file(
-    path: Path, num_classes: int | None, load: bool, role: str, kwargs: dict[str, Any]
-) -> Any:
     if not path.is_file():
-        raise ValueError(f"{role}: there is no file {path}")
+        raise ValueError(
+            f"{role}: {folder} has no config.json; expected a folder written by "
+            "kdtoolkit.models.save_model"
+        )
     try:
-        with safe_open(path, "pt") as file:
-            meta: dict[str, str] = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{role}: {path} is no complete safetensors file: {error}") from error
-    name = meta.get("architecture")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{role}: {path} cannot be read: {error}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _check_classes(model: nn.Module, source: str, request: LoadRequest) -> None:
+    """Check that loaded weights have the number of classes that was given."""
+    own = getattr(model, "num_classes", None)
+    held = get_pretrained_cfg(model).get("num_classes", own)
+    given = own if request.num_classes is None else request.num_classes
+    if request.loads_weights and held != given:
+        raise _other_classes(source, held, given, request.role)
+
+
+def _other_classes(source: str, held: object, given: object, role: str) -> ValueError:
+    return ValueError(
+        f"{role}: {source} holds {held} classes, num_classes={given} was given; leave num_classes "
+        "out and replace the head afterwards with reset_classifier, or pass pretrained=False"
+    )
+
+
+def _load_file(path: Path, request: LoadRequest) -> nn.Module:
+    role = request.role
+    metadata, state = read_safetensors(path, role)
+    name = metadata.get("architecture")
     if not name:
         raise ValueError(
-            f"{role}: the metadata of {path} has no 'architecture' (it has: {', '.join(sorted(meta)) or 'nothing'}); "
-            "create the model yourself and pass the nn.Module"
+            f"{role}: the metadata of {path} has no 'architecture' (it has: "
+            f"{', '.join(sorted(metadata)) or 'nothing'}); create the model yourself and pass the "
+            "nn.Module"
         )
-    _known(name, role)
-    cfg = metadata_cfg(meta, path, role)
-    options = {**({"shortcut": meta["shortcut"]} if "shortcut" in meta else {}), **kwargs}
-    classes = cfg.get("num_classes", num_classes)
-    if load and num_classes not in (None, classes):
-        raise ValueError(_other_classes(role, str(path), classes, num_classes))
-    model = _create(
-        name,
-        role,
-        pretrained=False,
-        num_classes=classes if load else num_classes or classes,
-        **options,
-    )
-    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **cfg}
-    if load:
-        _load(model, state, f"{role}: {path} does not fit {name}")
+    check_name(name, role)
+    config = config_from_metadata(metadata, path, role)
+    given = request.num_classes
+    held = config.get("num_classes", given)
+    if request.loads_weights and given not in (None, held):
+        raise _other_classes(str(path), held, given, role)
+    recorded = {"shortcut": metadata["shortcut"]} if "shortcut" in metadata else {}
+    with_recorded = LoadRequest(given, False, role, {**recorded, **request.options})
+    num_classes = held if request.loads_weights else given or held
+    model = create_timm_model(name, with_recorded, num_classes, pretrained=False)
+    set_config(model, {**get_pretrained_cfg(model), **config})
+    if request.loads_weights:
+        load_exactly(model, state, f"{role}: {path} does not fit {name}")
     return model
-
-
-def _load(model: nn.Module, state: dict[str, Tensor], problem: str) -> None:
-    state, own = translated(model, state), model.state_dict()
-    shaped = [k for k, v in state.items() if k in own and v.shape != own[k].shape]
-    result = model.load_state_dict(
-        {k: v for k, v in state.items() if k not in shaped}, strict=False
-    )
-    faults = {
-        "missing": [k for k in result.missing_keys if k not in shaped],
-        "unexpected": result.unexpected_keys,
-        "of another shape": [
-            f"{k} (file {tuple(state[k].shape)}, model {tuple(own[k].shape)})" for k in shaped
-        ],
-    }
-    found = [
-        f"{len(v)} {k}: {', '.join(v[:3])}{', ...' * (len(v) > 3)}" for k, v in faults.items() if v
-    ]
-    if found:
-        raise ValueError(f"{problem}; {'; '.join(found)}")
-
-
-def _same_classes(model: Any, source: str, num_classes: int | None, load: bool, role: str) -> None:
-    held = model.pretrained_cfg.get("num_classes", model.num_classes)
-    wanted = model.num_classes if num_classes is None else num_classes
-    if load and held != wanted:
-        raise ValueError(_other_classes(role, source, held, wanted))
-
-
-def _other_classes(role: str, source: str, held: Any, wanted: Any) -> str:
-    return (
-        f"{role}: {source} holds {held} classes, num_classes={wanted} was asked; leave num_classes out and exchange "
-        "the head afterwards with reset_classifier, or pass pretrained=False"
-    )
-
-
-def _short(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:4])[:400]

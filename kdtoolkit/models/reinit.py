@@ -1,49 +1,70 @@
-"""A network of the same architecture with other first weights."""
+"""A network of the same architecture with other initial weights."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def reinitialised_copy(net: nn.Module, seed: int) -> nn.Module:
-    """A copy of `net` with weights drawn anew from `seed`: by `reset_parameters` of every module that has it, then by
-    the model's own `init_weights`. Other parameters (class tokens, scales) keep a constant, or are drawn with the mean
-    and standard deviation that they have. Frozen parameters, and buffers of modules whose parameters are all frozen,
-    stay as they are, as do buffers that no module resets."""
-    made = copy.deepcopy(net)
-    before = {name: p.detach().clone() for name, p in made.named_parameters()}
-    device = next(made.parameters()).device
+    """Copy a network and re-initialise the copy.
+
+    Every module's `reset_parameters` is called, then the model's own `init_weights`. A parameter
+    that neither changes (class token, scale) keeps its values if they are constant, and is
+    otherwise drawn from a normal distribution with the mean and standard deviation that it has.
+    Frozen parameters, and buffers of modules whose parameters are all frozen, stay as they are, as
+    do buffers that no module resets.
+
+    Args:
+        net: Any network; it is not changed.
+        seed: The random numbers depend on this alone, and the global generator does not move.
+
+    Returns:
+        The copy.
+
+    Example:
+        ```python
+        peers = [net, reinitialised_copy(net, seed=1), reinitialised_copy(net, seed=2)]
+        ```
+    """
+    new = copy.deepcopy(net)
+    before = {name: p.detach().clone() for name, p in new.named_parameters()}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        for module in made.modules():
-            _call(module, "reset_parameters")
-        _call(made, "init_weights")
-        for name, p in made.named_parameters():
-            if not p.requires_grad:
-                p.copy_(before[name])
-                continue
-            untouched = (
-                device.type != "meta" and p.is_floating_point() and torch.equal(p, before[name])
-            )
-            if untouched and p.numel() > 1 and p.std() > 0:
-                p.copy_(torch.randn(p.shape).to(p) * p.std() + p.mean())
-        for mine, its in zip(made.modules(), net.modules(), strict=True):
-            own = list(mine.parameters(recurse=False))
-            if own and not any(p.requires_grad for p in own):
-                for key, buffer in mine.named_buffers(recurse=False):
-                    buffer.copy_(its.get_buffer(key))
-    return made
+        for module in new.modules():
+            _call_initialiser(module, "reset_parameters")
+        _call_initialiser(new, "init_weights")
+        for name, parameter in new.named_parameters():
+            if parameter.requires_grad:
+                _redraw_if_unchanged(parameter, before[name])
+            else:
+                parameter.copy_(before[name])
+        _restore_buffers_of_frozen_modules(new, net)
+    return new
 
 
-def _call(module: nn.Module, name: str) -> None:
-    method: Callable[..., Any] | Any = getattr(module, name, None)
+def _redraw_if_unchanged(parameter: nn.Parameter, before: Tensor) -> None:
+    if parameter.is_meta or not parameter.is_floating_point() or parameter.numel() < 2:
+        return
+    if torch.equal(parameter, before) and parameter.std() > 0:
+        noise = torch.randn(parameter.shape).to(parameter)
+        parameter.copy_(noise * parameter.std() + parameter.mean())
+
+
+def _restore_buffers_of_frozen_modules(new: nn.Module, net: nn.Module) -> None:
+    for module, original in zip(new.modules(), net.modules(), strict=True):
+        parameters = list(module.parameters(recurse=False))
+        if parameters and not any(p.requires_grad for p in parameters):
+            for name, buffer in module.named_buffers(recurse=False):
+                buffer.copy_(original.get_buffer(name))
+
+
+def _call_initialiser(module: nn.Module, name: str) -> None:
+    method: object = getattr(module, name, None)
     if callable(method):
         try:
             method()
-        except TypeError:  # one that wants arguments is not an initialisation of its own
+        except TypeError:  # it takes arguments, so it is not an initialisation of its own
             return

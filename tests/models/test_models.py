@@ -1,9 +1,11 @@
-"""The CIFAR networks against published counts and trained weights; build(), save() and what they refuse."""
+"""The CIFAR networks against published counts and trained weights; loading, saving, errors."""
 
 import copy
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -13,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kdtoolkit.features.preprocess import normalisation
-from kdtoolkit.models.describe import fixed_input_size, input_size, spec_of
+from kdtoolkit import models
+from kdtoolkit.features.model_inputs import normalisation
+from kdtoolkit.models.describe import describe_model, fixed_input_size, input_size
 from kdtoolkit.models.loading import load_model
 from kdtoolkit.models.saving import save_model
 
@@ -31,7 +34,7 @@ SMALL = [
 ]
 SMALL += ["cifar_shufflenetv2", "cifar_vgg8", "cifar_wrn16_1", "cifar_wrn20_8"]
 
-# 100 classes. The networks of Tian et al. 2020 (arXiv 1910.10699), as counted on their public implementation
+# 100 classes. The networks of Tian et al. 2020 (arXiv 1910.10699), counted on their public code
 COUNTS = {
     "cifar_resnet20": 278_324,
     "cifar_resnet32": 472_756,
@@ -48,7 +51,8 @@ COUNTS = {
     "cifar_shufflenetv1": 949_258,
     "cifar_shufflenetv2": 1_355_528,
 }
-# 10 classes, millions as the papers print them: He 2016 table 6, Zagoruyko 2016 table 4, Huang 2017 table 2.
+# 10 classes, millions as the papers print them: He 2016 table 6, Zagoruyko 2016 table 4, Huang 2017
+# table 2.
 # ResNet-110 is printed as 1.7.
 MILLIONS = {
     "cifar_resnet20": "0.27",
@@ -179,7 +183,7 @@ def test_depth_out_of_reach():
         WideResNet(depth=20, width=8)
 
 
-# --- build and save ---------------------------------------------------------------------------------------------------
+# --- loading and saving ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -270,11 +274,11 @@ def test_describe():
     assert fixed_input_size(load_model("vit_tiny_patch16_224", **vit))
     assert not fixed_input_size(load_model("vit_tiny_patch16_224", dynamic_img_size=True, **vit))
     assert input_size(load_model("vit_tiny_patch16_224", img_size=64, **vit)) == (3, 64, 64)
-    said = spec_of(model, "cifar_resnet8")
+    said = describe_model(model, "cifar_resnet8")
     assert json.loads(json.dumps(said)) == said
     assert said["architecture"] == "cifar_resnet8" and said["model_args"] == {"shortcut": "A"}
     assert said["num_classes"] == 10 and said["source"] == "cifar_resnet8"
-    assert spec_of(nn.Linear(2, 2))["architecture"] is None
+    assert describe_model(nn.Linear(2, 2))["architecture"] is None
 
 
 def test_unknown_names():
@@ -314,7 +318,7 @@ def test_missing_and_broken_folders(tmp_path):
     with pytest.raises(ValueError, match="has no config.json"):
         load_model(tmp_path)
     folder = save_model(load_model("cifar_resnet8", num_classes=10), tmp_path / "m")
-    with pytest.raises(ValueError, match="m holds 10 classes, num_classes=100 was asked"):
+    with pytest.raises(ValueError, match="m holds 10 classes, num_classes=100 was given"):
         load_model(folder, num_classes=100)
     assert load_model(folder, num_classes=100, pretrained=False).num_classes == 100
     whole = (folder / "model.safetensors").read_bytes()
@@ -353,9 +357,13 @@ def write(path, model, **metadata):
 
 def test_safetensors_file(tmp_path):
     model = settle(load_model("cifar_resnet8", num_classes=10, shortcut="A"))
-    about = dict(
-        architecture="cifar_resnet8", shortcut="A", num_classes=10, mean="0.1,0.2,0.3", std="1,2,4"
-    )
+    about = {
+        "architecture": "cifar_resnet8",
+        "shortcut": "A",
+        "num_classes": 10,
+        "mean": "0.1,0.2,0.3",
+        "std": "1,2,4",
+    }
     path = write(tmp_path / "a.safetensors", model, **about)
     loaded = load_model(path)
     x = torch.rand(2, 3, 32, 32)
@@ -363,12 +371,12 @@ def test_safetensors_file(tmp_path):
     assert normalisation(loaded) == ((0.1, 0.2, 0.3), (1.0, 2.0, 4.0))
     assert normalisation(load_model("cifar_resnet8"))[0][0] == 0.5071  # others keep theirs
     assert normalisation(load_model(save_model(loaded, tmp_path / "m"))) == normalisation(loaded)
-    assert loaded.kd_model_args == {"shortcut": "A"} and spec_of(loaded, path)["source"] == str(
-        path
-    )
+    assert loaded.kd_model_args == {"shortcut": "A"} and describe_model(loaded, path)[
+        "source"
+    ] == str(path)
     assert load_model(path, pretrained=False, num_classes=3).num_classes == 3
     with pytest.raises(
-        ValueError, match="a.safetensors holds 10 classes, num_classes=100 was asked"
+        ValueError, match="a.safetensors holds 10 classes, num_classes=100 was given"
     ):
         load_model(str(path), num_classes=100)
 
@@ -393,7 +401,7 @@ def test_broken_safetensors_files(tmp_path):
         match=r"does not fit cifar_resnet8; 2 of another shape: fc.bias \(file \(10,\), model",
     ):
         load_model(write(tmp_path / "b.safetensors", model, architecture="cifar_resnet8"))
-    about = dict(architecture="cifar_resnet8", num_classes=10)
+    about = {"architecture": "cifar_resnet8", "num_classes": 10}
     with pytest.raises(
         ValueError, match="unexpected: layer2.0.downsample.0.weight, .*, .*, \\.\\.\\."
     ):
@@ -409,7 +417,7 @@ def test_broken_safetensors_files(tmp_path):
             load_model(path)
 
 
-# --- trained weights --------------------------------------------------------------------------------------------------
+# --- trained weights ------------------------------------------------------------------------------
 
 
 @needs_weights
@@ -462,3 +470,35 @@ def test_saved_input_size_is_that_of_the_images(tmp_path):
     loaded = timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True)
     assert timm.data.resolve_data_config({}, model=loaded)["input_size"] == (3, 16, 16)
     assert model.pretrained_cfg is before
+
+
+# --- names of the package -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", models.__all__)
+def test_public_names(name):
+    assert getattr(models, name) is not None and name in dir(models)
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("build", "load_model"), ("is_name", "is_timm_name"), ("put", "load_weights"),
+    ("save", "save_model"), ("spec_of", "describe_model"),
+])  # fmt: skip
+def test_names_of_0_1(old, new):
+    with pytest.warns(DeprecationWarning, match=rf"kdtoolkit\.models\.{old} is now .*{new}"):
+        found = getattr(models, old)
+    assert found is getattr(models, new) and old not in models.__all__
+
+
+def test_the_import_registers_networks_and_nothing_else():
+    """It may happen inside `import timm`, so it imports only what timm has loaded itself."""
+    code = (
+        "import sys, kdtoolkit, timm; print(timm.is_model('cifar_resnet8'),"
+        " *sorted(m for m in sys.modules if m.startswith('kdtoolkit.')))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    registered, *loaded = out.stdout.split()
+    families = ["cifar", "densenet", "mobilenetv2", "resnet", "shufflenet", "vgg", "wrn"]
+    allowed = {"kdtoolkit.models", "kdtoolkit.utils", "kdtoolkit.utils.lazy_import"}
+    assert registered == "True"
+    assert set(loaded) == allowed | {f"kdtoolkit.models.{family}" for family in families}

@@ -1,10 +1,10 @@
 """Intermediate features of any network.
 
 A *tap* is a place where a feature is read: a stage, or a module. A *stage* is a part of the network
-between two *boundaries*; they are found from one traced forward and numbered from 1. A boundary is one
-tensor, rarely several, that everything behind it is computed from. So a stage can be *reset*: the
-network's own stage is run on another network's feature in place of its input. An *adapter* gives one
-network's feature the shape of another's.
+between two *boundaries*; they are found from one traced forward and numbered from 1. A boundary is
+one tensor, rarely several, that everything behind it is computed from. So a stage can be *reset*:
+the network's own stage is run on another network's feature in place of its input. An *adapter*
+gives one network's feature the shape of another's.
 
 Example:
     ```python
@@ -12,7 +12,7 @@ Example:
     adapter = Adapter(student.shapes[3], teacher.shapes[3])
     optimizer = torch.optim.SGD([*student_net.parameters(), *adapter.parameters()], lr=0.05)
 
-    for images, labels in loader:  # images in [0, 1]: a Frozen normalises them itself, Taps does not
+    for images, labels in loader:  # in [0, 1]: Frozen normalises them itself, Taps does not
         logits, feats = student(images)
         with torch.no_grad():
             targets = teacher(images).feats

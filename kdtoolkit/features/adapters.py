@@ -15,19 +15,19 @@ from kdtoolkit.utils.validation import check_choice
 class Adapter(nn.Module):
     """Map one network's feature to the shape of another's, by a 1x1 convolution and resizing.
 
-    It works between any two layouts. Nothing is learned where nothing differs: equal channels need no
-    convolution, equal grids no resizing, and between equal shapes it is the identity. Class tokens
-    are the source's own where their number is equal; else they come from its first class token (from
-    the mean over its positions where it has none) and a learned offset for each. The convolution has
-    no bias; it starts as an orthogonal map, so that a feature keeps its scale.
+    It works between any two layouts. Nothing is learned where nothing differs: equal channels need
+    no convolution, equal grids no resizing, and between equal shapes it is the identity. Class
+    tokens are the source's own where their number is equal; else they come from its first class
+    token (from the mean over its positions where it has none) and a learned offset for each. The
+    convolution has no bias; it starts as an orthogonal map, so that a feature keeps its scale.
 
     Args:
         src_shape: Shape of the feature that comes in: a `Shape`, or a plain (C, H, W), (L, C) or
             (C,), without the batch.
         dst_shape: Shape of the feature that goes out.
         resize: "pool": a smaller grid by adaptive average pooling, a larger one by bilinear
-            interpolation. "interpolate": both by interpolation, antialiased where the grid shrinks. A
-            grid that shrinks one way and grows the other is always interpolated.
+            interpolation. "interpolate": both by interpolation, antialiased where the grid shrinks.
+            A grid that shrinks one way and grows the other is always interpolated.
 
     Raises:
         ValueError: If `resize` is anything else.
@@ -39,7 +39,9 @@ class Adapter(nn.Module):
         ```
     """
 
-    def __init__(self, src_shape: Sequence[int], dst_shape: Sequence[int], *, resize: str = "pool"):
+    def __init__(
+        self, src_shape: Sequence[int], dst_shape: Sequence[int], *, resize: str = "pool"
+    ) -> None:
         super().__init__()
         check_choice("resize", resize, ("pool", "interpolate"))
         self.src, self.dst, self.resize = as_shape(src_shape), as_shape(dst_shape), resize

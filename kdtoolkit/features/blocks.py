@@ -11,8 +11,8 @@ from torch import nn
 
 from kdtoolkit.features.autograd_graph import GraphValue
 from kdtoolkit.features.boundary_finder import find_boundary
+from kdtoolkit.features.model_trace import ModelTrace, ModuleCall
 from kdtoolkit.features.stage_boundary import StageBoundary
-from kdtoolkit.features.tracing import ModelTrace, ModuleCall
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 SAME_RESOLUTION = 0.5  # octaves; convolutions without padding trim a bit
@@ -21,8 +21,8 @@ SAME_RESOLUTION = 0.5  # octaves; convolutions without padding trim a bit
 def building_blocks(trace: ModelTrace) -> list[ModuleCall]:
     """The calls of the building blocks, in the order in which they return.
 
-    A block runs once. Above it are only containers, and modules through which the resolution changes
-    more than once (a backbone, a convolutional stem).
+    A block runs once. Above it are only containers, and modules through which the resolution
+    changes more than once (a backbone, a convolutional stem).
     """
     transparent = {name for name, module in trace.modules.items() if isinstance(module, CONTAINERS)}
     transparent |= {"", *_multi_resolution_modules(trace)}

@@ -1,8 +1,8 @@
 """Fold BatchNorm into the convolution in front of it: the same function with one operation less.
 
 In eval mode a BatchNorm is a fixed scale and shift per channel, which the convolution's weights can
-hold. The pairs are found in a trace, not by name: a convolution whose output goes into one BatchNorm
-and nowhere else.
+hold. The pairs are found in a trace, not by name: a convolution whose output goes into one
+BatchNorm and nowhere else.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kdtoolkit.features.autograd_graph import GraphValue, count_readers
-from kdtoolkit.features.tracing import ModelTrace, ModuleCall
+from kdtoolkit.features.model_trace import ModelTrace, ModuleCall
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import nn
 
 from kdtoolkit.features.autograd_graph import GraphValue, is_reachable, is_read
 from kdtoolkit.features.feature_layout import infer_shape
+from kdtoolkit.features.model_trace import ModelTrace, ModuleCall
 from kdtoolkit.features.stage_boundary import BoundaryTensor, StageBoundary, split_tap_name
-from kdtoolkit.features.tracing import ModelTrace, ModuleCall
 from kdtoolkit.types import Shape
 
 # How unlike a stage's feature a tensor is (the unit is one octave of resolution).

@@ -1,8 +1,8 @@
 """Taps: read the intermediate features of any network, and run its stages on other features.
 
-A forward hook on the module (rarely: modules) that ends a stage stores its output and, in a reset pass,
-returns the replacement in its place. Nothing else of the model is touched: whatever comes next takes
-what the hook returned.
+A forward hook on the module (rarely: modules) that ends a stage stores its output and, in a reset
+pass, returns the replacement in its place. Nothing else of the model is touched: whatever comes
+next takes what the hook returned.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch.utils.hooks import RemovableHandle
 from kdtoolkit.features.feature_checks import OVERWRITTEN, check_features, check_logits
 from kdtoolkit.features.hooks import FeatureStore, Replacements, StopForward, register_hooks
 from kdtoolkit.features.model_inputs import ImageSize, image_size
-from kdtoolkit.features.module_chain import find_module_chain
+from kdtoolkit.features.model_trace import ModelTrace
 from kdtoolkit.features.reset_check import find_reset_errors
 from kdtoolkit.features.stage_boundary import StageBoundary
+from kdtoolkit.features.stage_runner import StageRunner
 from kdtoolkit.features.stages import find_stages
-from kdtoolkit.features.stubs import ModuleStubs
 from kdtoolkit.features.tap_lookup import boundary_by_name, stage_by_number
-from kdtoolkit.features.tracing import ModelTrace, trace_model
+from kdtoolkit.features.tracing import trace_model
 from kdtoolkit.types import Out, Shape, TapKey
 
 # of the feature at a tap: one tensor, or several where the stage ends in several
@@ -42,8 +42,8 @@ class Taps:
     Args:
         model: Any nn.Module that maps images (B, 3, H, W) to logits (B, C).
         at: Where features are read: stage numbers (1 is the first, -1 the last), module names, or
-            members of what a module returns ("stage3[1]", "backbone[out]"). () taps every stage, None
-            nothing.
+            members of what a module returns ("stage3[1]", "backbone[out]"). () taps every stage,
+            None nothing.
         size: Image size in pixels: (3, H, W), (H, W) or H; default the model's own, else 224.
 
     Attributes:
@@ -51,8 +51,8 @@ class Taps:
         size: Image size (channels, H, W).
 
     Raises:
-        ValueError: If a tap does not exist, does not run exactly once, returns no feature of the image,
-            or is overwritten in place.
+        ValueError: If a tap does not exist, does not run exactly once, returns no feature of the
+            image, or is overwritten in place.
 
     Example:
         ```python
@@ -62,7 +62,9 @@ class Taps:
         ```
     """
 
-    def __init__(self, model: nn.Module, at: Sequence[TapKey] | None = (), size: ImageSize = None):
+    def __init__(
+        self, model: nn.Module, at: Sequence[TapKey] | None = (), size: ImageSize = None
+    ) -> None:
         if isinstance(at, (str, int)):
             raise ValueError(
                 f"at={at!r}: give a list of taps, [{at!r}]; () is every stage, None none"
@@ -74,8 +76,7 @@ class Taps:
         self._trace: ModelTrace | None = None
         self._stages: list[StageBoundary] | None = None
         self._boundaries: dict[TapKey, StageBoundary] = {}
-        self._chains: dict[tuple[TapKey, TapKey], list[nn.Module] | None] = {}
-        self._stubs: dict[TapKey, ModuleStubs | None] = {}
+        self._stage_runner: StageRunner | None = None
         self._forward: RawForward = self._run_model
         if at is not None:
             self.select(list(at) if at else list(range(1, len(self.stages) + 1)))
@@ -94,6 +95,12 @@ class Taps:
         if self._stages is None:
             self._stages = find_stages(self.trace)
         return self._stages
+
+    @property
+    def _runner(self) -> StageRunner:
+        if self._stage_runner is None:
+            self._stage_runner = StageRunner(self.model, self.trace, self._boundaries)
+        return self._stage_runner
 
     @property
     def keys(self) -> list[TapKey]:
@@ -120,7 +127,7 @@ class Taps:
         return {key: boundary.stride for key, boundary in self._boundaries.items()}
 
     def resolve_key(self, key: TapKey) -> TapKey:
-        """The key under which a tap's feature is returned: -1 becomes the number of the last stage."""
+        """The key of a tap's feature: -1 becomes the number of the last stage."""
         return key + len(self.stages) + 1 if isinstance(key, int) and key < 0 else key
 
     def boundary_of(self, key: TapKey) -> StageBoundary:
@@ -130,8 +137,8 @@ class Taps:
             key: Stage number, or name of a module.
 
         Raises:
-            ValueError: If there is no such stage or module, it does not run exactly once, or it returns
-                no feature of the image.
+            ValueError: If there is no such stage or module, it does not run exactly once, or it
+                returns no feature of the image.
         """
         if isinstance(key, int):
             return stage_by_number(self.model, self.stages, key)
@@ -163,7 +170,7 @@ class Taps:
         """Remove every tap; the model is as it was."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._boundaries, self._chains, self._stubs = [], {}, {}, {}
+        self._handles, self._boundaries, self._stage_runner = [], {}, None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Taps:
         """Taps of the copied model, with the structure that was found already."""
@@ -190,16 +197,17 @@ class Taps:
 
         Args:
             x: Images (B, 3, H, W).
-            replace: Tap -> feature that the rest of the network gets in place of that stage's output:
-                one tensor for each of `boundary_of(tap).read_tensors`.
+            replace: Tap -> feature that the rest of the network gets in place of that stage's
+                output: one tensor for each of `boundary_of(tap).read_tensors`.
 
         Returns:
             Logits (B, C), and the features of the taps; of a replaced tap still the model's own.
 
         Raises:
-            ValueError: If a replaced tap does not exist or cannot be replaced, or the model does not
-                return one tensor.
-            RuntimeError: If a tap did not fire, or its feature was overwritten or lost its gradient.
+            ValueError: If a replaced tap does not exist or cannot be replaced, or the model does
+                not return one tensor.
+            RuntimeError: If a tap did not fire, or its feature was overwritten or lost its
+                gradient.
         """
         returned, feats = self._forward(self.prepare(x), self._resolve_replacements(replace))
         logits = check_logits(self.model, returned)
@@ -233,17 +241,16 @@ class Taps:
             key = self.resolve_key(given)
             tensors = [value] if isinstance(value, Tensor) else list(value)
             if key not in self._boundaries:
-                raise ValueError(
-                    f"cannot replace {key!r}, no tap is there; taps: {', '.join(map(repr, self._boundaries))}"
-                )
+                taps = ", ".join(map(repr, self._boundaries))
+                raise ValueError(f"cannot replace {key!r}, no tap is there; taps: {taps}")
             self.check_replaceable(key)
             boundary = self._boundaries[key]
             expected = boundary.read_tensors
             if len(tensors) != len(expected):
                 names = ", ".join(f"{t.name} {tuple(t.shape)}" for t in expected)
                 raise ValueError(
-                    f"stage {key!r} of {type(self.model).__name__} ends in {len(expected)} tensors, {len(tensors)} "
-                    f"were given; give one for each of: {names}"
+                    f"stage {key!r} of {type(self.model).__name__} ends in {len(expected)} "
+                    f"tensors, {len(tensors)} were given; give one for each of: {names}"
                 )
             resolved[key] = dict(zip(boundary.read_indices, tensors, strict=True))
         return resolved
@@ -261,8 +268,9 @@ class Taps:
         boundary = self.boundary_of(key)
         if not boundary.replaceable:
             raise ValueError(
-                f"cannot reset {type(self.model).__name__} at {key!r} ({boundary.name}): other paths lead past it from "
-                "the image to the logits; choose a tap where the whole network passes through one tensor"
+                f"cannot reset {type(self.model).__name__} at {key!r} ({boundary.name}): other "
+                "paths lead past it from the image to the logits; choose a tap where the whole "
+                "network passes through one tensor"
             )
 
     def find_reset_errors(self, keys: Sequence[TapKey]) -> list[str]:
@@ -289,10 +297,10 @@ class Taps:
     ) -> dict[TapKey, Tensor]:
         """Run stages on other features than the model's own: stage-reset forwarding.
 
-        A stage that is a chain of called modules is run by itself. Where that holds for every wanted
-        tap, nothing in front of the first replacement, between the stages or behind the last is
-        computed; else it is one forward that begins behind the first replacement and stops after the
-        last wanted tap.
+        A stage that is a chain of called modules is run by itself. Where that holds for every
+        wanted tap, nothing in front of the first replacement, between the stages or behind the last
+        is computed; else it is one forward that begins behind the first replacement and stops after
+        the last wanted tap.
 
         Args:
             x: Images (B, 3, H, W), needed only where a stage cannot be run alone.
@@ -306,38 +314,17 @@ class Taps:
             ValueError: If nothing is replaced in front of a wanted tap, or as `__call__`.
         """
         replaced = self._resolve_replacements(replace)
-        order = sorted(self._boundaries, key=lambda key: self._boundaries[key].returned_at)
-        starts = {key: self._replaced_before(key, order, replaced) for key in want}
-        chains = {key: self._module_chain(starts[key], key) for key in want}
-        outputs: dict[TapKey, Tensor] = {}
-        for key, chain in chains.items():
-            if chain is None:
-                return self._reset_in_one_forward(x, replaced, want, order)
-            (feature,) = replaced[starts[key]].values()
-            for module in chain:
-                feature = module(feature)
-            outputs[key] = feature
-        return outputs
-
-    def _replaced_before(
-        self, key: TapKey, order: Sequence[TapKey], replaced: Replacements
-    ) -> TapKey:
-        """The last replaced tap in front of a wanted one."""
-        until = self._boundaries[key].returned_at
-        earlier = [k for k in order if self._boundaries[k].returned_at < until and k in replaced]
-        if not earlier:
-            raise ValueError(
-                f"nothing is replaced in front of {key!r}, its reset output would be the plain one"
-            )
-        return earlier[-1]
+        outputs = self._runner.run_alone(replaced, want)
+        return self._reset_in_one_forward(x, replaced, want) if outputs is None else outputs
 
     def _reset_in_one_forward(
-        self, x: Tensor, replaced: Replacements, want: Sequence[TapKey], order: Sequence[TapKey]
+        self, x: Tensor, replaced: Replacements, want: Sequence[TapKey]
     ) -> dict[TapKey, Tensor]:
-        first, last = min(replaced, key=order.index), max(want, key=order.index)
+        position = self._runner.order.index
+        first, last = min(replaced, key=position), max(want, key=position)
         self._store.begin(replaced, last)
         try:
-            with self._skip_before(first, x.shape[0]), contextlib.suppress(StopForward):
+            with self._runner.skip_before(first, x.shape[0]), contextlib.suppress(StopForward):
                 self.model(self.prepare(x))
         finally:
             self._store.active = False
@@ -361,34 +348,18 @@ class Taps:
         """
         replaced = self._resolve_replacements({at: feature})
         until = self.boundary_of(at).returned_at
-        with self._skip_before(self.resolve_key(at), x.shape[0]):
+        with self._runner.skip_before(self.resolve_key(at), x.shape[0]):
             returned, feats = self._run_model(self.prepare(x), replaced)
         behind = {key: b for key, b in self._boundaries.items() if b.returned_at > until}
         logits = check_logits(self.model, returned)
         check_features(self.model, self.trace, self._store, behind)
         return Out(logits, {key: feats[key] for key in behind})
 
-    def _skip_before(self, key: TapKey, batch: int) -> contextlib.AbstractContextManager[None]:
-        """Compute nothing in front of a replaced stage, where nothing else reads it."""
-        if key not in self._stubs:
-            is_exact = not self.find_reset_errors([key])
-            boundary = self.boundary_of(key)
-            self._stubs[key] = ModuleStubs(self.model, self.trace, boundary) if is_exact else None
-        stubs = self._stubs[key]
-        return contextlib.nullcontext() if stubs is None else stubs.installed(batch)
-
-    def _module_chain(self, start: TapKey, end: TapKey) -> list[nn.Module] | None:
-        """The modules from one tap to another, where they can be run alone."""
-        if (start, end) not in self._chains:
-            names = find_module_chain(self.trace, self._boundaries[start], self._boundaries[end])
-            modules = None if names is None else [self.model.get_submodule(n) for n in names]
-            self._chains[start, end] = modules
-        return self._chains[start, end]
-
     def check_training_forward(self) -> None:
-        """Run a forward in training mode on the meta device, so that what would fail in the first batch fails now.
+        """Run a forward in training mode on the meta device.
 
-        Models that cannot run on the meta device are not checked.
+        What would fail in the first batch fails now. Models that cannot run on the meta device are
+        not checked.
 
         Raises:
             ValueError: If the logits are not one tensor.
@@ -419,7 +390,8 @@ class Taps:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             new = _RENAMED_METHODS[name]
             warnings.warn(
-                f"{type(self).__name__}.{name} is named {new} now; the old name goes with the next release",
+                f"{type(self).__name__}.{name} is named {new} now; "
+                "the old name goes with the next release",
                 DeprecationWarning,
                 stacklevel=2,
             )

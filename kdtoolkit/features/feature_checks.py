@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from kdtoolkit.features.hooks import FeatureStore
+from kdtoolkit.features.model_trace import ModelTrace
 from kdtoolkit.features.stage_boundary import StageBoundary
-from kdtoolkit.features.tracing import ModelTrace
 from kdtoolkit.types import TapKey
 
 OVERWRITTEN = (
-    "is overwritten in place by a later operation: the feature would not be what the stage returned. Tap the module "
-    "that overwrites it, or build the model with inplace=False"
+    "is overwritten in place by a later operation: the feature would not be what the stage "
+    "returned. Tap the module that overwrites it, or build the model with inplace=False"
 )
 
 
@@ -33,8 +33,8 @@ def check_logits(model: nn.Module, logits: object) -> Tensor:
     """
     if not isinstance(logits, Tensor):
         raise ValueError(
-            f"{type(model).__name__} returns {type(logits).__name__}, logits must be one tensor (B, C); "
-            "wrap the model or set the option that makes it return logits alone"
+            f"{type(model).__name__} returns {type(logits).__name__}, logits must be one tensor "
+            "(B, C); wrap the model or set the option that makes it return logits alone"
         )
     return logits
 
@@ -61,24 +61,25 @@ def check_features(
         for index, tensor in enumerate(boundary.tensors):
             place = key, index
             if store.fired.get(place, 0) != 1:
-                raise _never_or_often_fired(key, tensor.name, store.fired.get(place, 0))
+                raise _wrong_count(key, tensor.name, store.fired.get(place, 0))
             if store.versions.get(place, -1) not in (-1, store.feats[place]._version):
                 raise RuntimeError(f"tap {key!r} ({tensor.name}) {OVERWRITTEN}")
             lost_gradient = torch.is_grad_enabled() and not store.grad.get(place, True)
             if lost_gradient and _is_trained_up_to(model, trace, tensor.module):
                 raise RuntimeError(
-                    f"tap {key!r} ({tensor.name}) was computed without autograd, no gradient would reach the "
-                    "network from it: reentrant gradient checkpointing does that. Use use_reentrant=False, or "
-                    "turn checkpointing off"
+                    f"tap {key!r} ({tensor.name}) was computed without autograd, no gradient would "
+                    "reach the network from it: reentrant gradient checkpointing does that. Use "
+                    "use_reentrant=False, or turn checkpointing off"
                 )
 
 
-def _never_or_often_fired(key: TapKey, name: str, count: int) -> RuntimeError:
+def _wrong_count(key: TapKey, name: str, count: int) -> RuntimeError:
     times = f"fired {count} times" if count else "never fired"
     return RuntimeError(
         f"tap {key!r} ({name}) {times}: gradient checkpointing calls the children of a block "
-        "directly, some options fuse blocks, and a model that was compiled and called before has no "
-        "place for hooks. Tap a module inside it, turn the option off, or pass the model uncompiled"
+        "directly, some options fuse blocks, and a model that was compiled and called before has "
+        "no place for hooks. Tap a module inside it, turn the option off, or pass the model "
+        "uncompiled"
     )
 
 

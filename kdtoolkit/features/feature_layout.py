@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kdtoolkit.features.tracing import ModelTrace
+from kdtoolkit.features.model_trace import ModelTrace
 from kdtoolkit.types import Shape
 
 ASPECT_TOLERANCE = 0.35  # largest |log| of a grid's aspect ratio over the image's
@@ -142,10 +142,8 @@ def _token_order(trace: ModelTrace, positions: int, module: str) -> tuple[int, .
 
     Hiera keeps its tokens mask unit by mask unit; its `reroll(tokens, block number)` sorts them.
     """
-    reroll: Callable[[Tensor, int], Tensor] | None = next(
-        (m.reroll for m in trace.model.modules() if hasattr(m, "reroll")),  # type: ignore[misc]
-        None,
-    )
+    rerolls = [getattr(module, "reroll", None) for module in trace.model.modules()]
+    reroll: Callable[[Tensor, int], Tensor] | None = next(filter(None, rerolls), None)
     block_number = module.rpartition(".")[2]
     if reroll is None or not block_number.isdecimal():
         return None

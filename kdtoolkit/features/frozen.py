@@ -19,10 +19,10 @@ from kdtoolkit.types import Out, TapKey
 class Frozen(Taps):
     """A teacher: a tapped model in eval mode, without gradients for its parameters.
 
-    It takes images (B, 3, H, W) in [0, 1] and normalises them itself, in the precision of the model's
-    weights, which may be half. The plain pass builds no autograd graph; a pass with a replacement that
-    requires grad does. It stays in eval mode whatever is done to the student, and is in no checkpoint,
-    because it is not an nn.Module.
+    It takes images (B, 3, H, W) in [0, 1] and normalises them itself, in the precision of the
+    model's weights, which may be half. The plain pass builds no autograd graph; a pass with a
+    replacement that requires grad does. It stays in eval mode whatever is done to the student, and
+    is in no checkpoint, because it is not an nn.Module.
 
     Args:
         model: Any nn.Module that maps images to logits (B, C).
@@ -30,6 +30,10 @@ class Frozen(Taps):
         size: Image size in pixels, as in `Taps`.
         preprocess: Input normalisation; default that of the model's `pretrained_cfg`.
         image: Size (H, W) of the data in pixels, for `Preprocess.from_model`.
+
+    Attributes:
+        has_data_classes: Whether its logits are those of the data's classes, so that they can be
+            evaluated and learned from.
 
     Raises:
         ValueError: As `Taps`; the model is left as it was.
@@ -42,6 +46,8 @@ class Frozen(Taps):
         ```
     """
 
+    has_data_classes: bool = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -50,7 +56,7 @@ class Frozen(Taps):
         *,
         preprocess: Preprocess | None = None,
         image: tuple[int, int] | None = None,
-    ):
+    ) -> None:
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._modes = [(module, module.training) for module in model.modules()]
         self._swaps: list[ModuleSwap] = []

@@ -112,7 +112,7 @@ class _Hook:
 
     is_tap = True
 
-    def __init__(self, key: TapKey, module: nn.Module, store: FeatureStore):
+    def __init__(self, key: TapKey, module: nn.Module, store: FeatureStore) -> None:
         self.key, self.module, self.store = key, module, store
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Hook:
@@ -129,8 +129,8 @@ class _OutputHook(_Hook):
         key: The tap.
         module: The module.
         store: Where the tensors go.
-        outputs: Of each tensor: its index in the boundary, its place among the leaves of the output,
-            and whether it is replaced here.
+        outputs: Of each tensor: its index in the boundary, its place among the leaves of the
+            output, and whether it is replaced here.
         is_last: Whether this is the last of the stage's modules.
     """
 
@@ -141,7 +141,7 @@ class _OutputHook(_Hook):
         store: FeatureStore,
         outputs: Sequence[tuple[int, int, bool]],
         is_last: bool,
-    ):
+    ) -> None:
         super().__init__(key, module, store)
         self.outputs, self.is_last = tuple(outputs), is_last
 
@@ -168,7 +168,7 @@ class _OutputHook(_Hook):
 
 
 class _InputHook(_Hook):
-    """In front of a module that reads a tensor of an earlier stage: replaces it for this module alone.
+    """In front of a module that reads a tensor of an earlier stage: replaces it for it alone.
 
     Args:
         key: The tap of the earlier stage.
@@ -177,7 +177,9 @@ class _InputHook(_Hook):
         indices: Which tensors of the boundary the module reads.
     """
 
-    def __init__(self, key: TapKey, module: nn.Module, store: FeatureStore, indices: Sequence[int]):
+    def __init__(
+        self, key: TapKey, module: nn.Module, store: FeatureStore, indices: Sequence[int]
+    ) -> None:
         super().__init__(key, module, store)
         self.indices = tuple(indices)
 

@@ -37,7 +37,7 @@ def as_map(feature: Tensor, shape: Shape) -> Tensor:
     positions = as_tokens(feature, shape)[:, shape.prefix :]
     if shape.order is not None:
         positions = positions[:, _index(shape.order, feature.device)]
-    return positions.transpose(1, 2).unflatten(2, shape.grid)
+    return torch.unflatten(positions.transpose(1, 2), 2, shape.grid)
 
 
 def from_map(feature: Tensor, shape: Shape, tokens: Tensor | None = None) -> Tensor:
@@ -74,8 +74,8 @@ def as_tokens(feature: Tensor, shape: Shape) -> Tensor:
 def _windows_to_map(feature: Tensor, shape: Shape) -> Tensor:
     (rows, columns), (height, width) = shape.windows, shape.grid
     # (B rows columns, h w, C) -> (B rows columns, h, w, C) -> (B, rows, columns, h, w, C)
-    windows = feature.unflatten(1, (height // rows, width // columns))
-    windows = windows.unflatten(0, (-1, rows, columns))
+    windows = torch.unflatten(feature, 1, (height // rows, width // columns))
+    windows = torch.unflatten(windows, 0, (-1, rows, columns))
     # (B, C, rows, h, columns, w) -> (B, C, H, W)
     return windows.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
@@ -83,8 +83,8 @@ def _windows_to_map(feature: Tensor, shape: Shape) -> Tensor:
 def _map_to_windows(feature: Tensor, shape: Shape) -> Tensor:
     (rows, columns), (height, width) = shape.windows, shape.grid
     # (B, C, H, W) -> (B, C, rows, h, columns, w)
-    windows = feature.unflatten(3, (columns, width // columns))
-    windows = windows.unflatten(2, (rows, height // rows))
+    windows = torch.unflatten(feature, 3, (columns, width // columns))
+    windows = torch.unflatten(windows, 2, (rows, height // rows))
     # (B, rows, columns, h, w, C) -> (B rows columns, h w, C)
     return windows.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import PatchEmbed
+from timm.layers.patch_embed import PatchEmbed
 from torch import nn
 
 ImageSize = (
@@ -15,7 +15,7 @@ DEFAULT_INPUT = (3, 224, 224)
 
 
 def get_pretrained_cfg(model: nn.Module) -> dict[str, Any]:
-    """timm's `pretrained_cfg` of a model as a plain dict; empty for models of other libraries."""
+    """Read timm's `pretrained_cfg` of a model as a plain dict; empty for other libraries."""
     cfg = getattr(model, "pretrained_cfg", None)
     if cfg is None:
         return {}
@@ -74,7 +74,7 @@ def patch_embeddings(model: nn.Module) -> list[PatchEmbed]:
 
 
 def input_shape(model: nn.Module) -> tuple[int, int, int]:
-    """The images (channels, H, W) that a model was made for; (3, 224, 224) where it does not say."""
+    """The images (channels, H, W) that a model was made for; by default (3, 224, 224)."""
     channels, *size = get_pretrained_cfg(model).get("input_size") or DEFAULT_INPUT
     height, width = fixed_size(model) or size
     return int(getattr(model, "in_chans", channels)), int(height), int(width)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 
 from kdtoolkit.features.autograd_graph import GraphValue
+from kdtoolkit.features.model_trace import ModelTrace, ModuleCall
 from kdtoolkit.features.stage_boundary import StageBoundary
-from kdtoolkit.features.tracing import ModelTrace, ModuleCall
 
 MAX_CHAIN_LENGTH = 500
 
@@ -22,8 +22,8 @@ def find_module_chain(
         end: Where the last one ends.
 
     Returns:
-        Their names; None where anything else happens in between. A stage that is such a chain can be
-        run alone.
+        Their names; None where anything else happens in between. A stage that is such a chain can
+        be run alone.
     """
     ends = (start, end)
     if any(len(boundary.tensors) > 1 or boundary.tensors[0].path for boundary in ends):

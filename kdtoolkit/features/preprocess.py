@@ -16,9 +16,10 @@ from kdtoolkit.features.tracing import trace_model
 
 
 class Preprocess:
-    """Normalise and, where needed, resize images: (B, 3, H, W) in [0, 1] -> what a model was trained on.
+    """Normalise images and, where needed, resize them, as a model was trained.
 
     A small object without parameters: constants are made on the image's device and kept per device.
+    It takes and returns (B, 3, H, W); what goes in is in [0, 1].
 
     Args:
         mean: Mean per channel, for pixels in [0, 1]; None for no normalisation.
@@ -34,7 +35,7 @@ class Preprocess:
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         size: tuple[int, int] | None = None,
-    ):
+    ) -> None:
         if (mean is None) != (std is None):
             raise ValueError(
                 f"normalisation needs both mean and std, got mean={mean} and std={std}"
@@ -48,10 +49,10 @@ class Preprocess:
 
         Args:
             model: The model; its `pretrained_cfg` holds mean and std.
-            image: Size (H, W) of the data, in pixels. It is resized only where the model's own size is
-                fixed (a ViT's position table) and differs. Where only its `pretrained_cfg` says so
-                (which is that of the published weights), a model that runs on images of that size
-                gets them as they are.
+            image: Size (H, W) of the data, in pixels. It is resized only where the model's own size
+                is fixed (a ViT's position table) and differs. Where only its `pretrained_cfg` says
+                so (which is that of the published weights), a model that runs on images of that
+                size gets them as they are.
         """
         mean, std = normalisation(model) or (None, None)
         size = fixed_size(model)
@@ -62,6 +63,7 @@ class Preprocess:
         return cls(mean, std, size)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Prepare images (B, 3, H, W) in [0, 1]."""
         if self.size is not None and tuple(x.shape[-2:]) != self.size:
             x = F.interpolate(
                 x, size=self.size, mode="bilinear", align_corners=False, antialias=True
@@ -80,7 +82,7 @@ class Preprocess:
 
 
 def _per_channel(numbers: tuple[float, ...], x: Tensor) -> Tensor:
-    """(1, C, 1, 1) on the image's device; usable in training even where an evaluation comes first."""
+    """(1, C, 1, 1) on the image's device, usable in training after an evaluation too."""
     with torch.inference_mode(False):
         return torch.tensor(numbers, device=x.device, dtype=x.dtype).view(1, -1, 1, 1)
 

@@ -1,6 +1,7 @@
 """Move the ends of stages to where their output can be replaced.
 
-Networks whose blocks read the two blocks before them (NASNet) have stages that other paths lead past.
+Networks whose blocks read the two blocks before them (NASNet) have stages that other paths lead
+past.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Sequence
 from kdtoolkit.features.autograd_graph import GraphValue
 from kdtoolkit.features.blocks import building_blocks, parents_of, resolution_runs
 from kdtoolkit.features.boundary_finder import find_boundary
+from kdtoolkit.features.model_trace import ModelTrace, ModuleCall
 from kdtoolkit.features.stage_boundary import BoundaryTensor, StageBoundary
-from kdtoolkit.features.tracing import ModelTrace, ModuleCall
 
 MAX_JOINT_BLOCKS = 3  # most blocks whose outputs together end a stage
 
@@ -25,8 +26,8 @@ def make_replaceable(trace: ModelTrace, stages: Sequence[StageBoundary]) -> list
         stages: The stages, shallow to deep.
 
     Returns:
-        The stages with such an end, as far as there is one behind the stage before; the others as they
-        were, unless they end where the stage before ends.
+        The stages with such an end, as far as there is one behind the stage before; the others as
+        they were, unless they end where the stage before ends.
     """
     if all(stage.replaceable for stage in stages):
         blocks = []
@@ -61,8 +62,8 @@ def _is_behind(end: StageBoundary, previous: StageBoundary) -> bool:
 def _find_joint_boundary(trace: ModelTrace, stage: StageBoundary) -> list[StageBoundary]:
     """The outputs of the last two or three blocks together, or nothing.
 
-    An older output that a younger one of these blocks reads too is replaced only where later modules
-    read it.
+    An older output that a younger one of these blocks reads too is replaced only where later
+    modules read it.
     """
     last_blocks = _last_blocks(trace, stage)
     for count in range(2, len(last_blocks) + 1):

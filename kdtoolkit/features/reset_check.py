@@ -1,8 +1,8 @@
-"""Check that a stage reset is exact: each stage is computed from its replaced input and nothing else.
+"""Check that a stage reset is exact: a stage is computed from its replaced input alone.
 
-It is read off the autograd graph of one forward, on the meta device where the model can run there: one
-leaf stands for the image, and one for every tensor of every boundary. What autograd does not see
-(argmax, detach, Python that looks at values) is not seen here.
+It is read off the autograd graph of one forward, on the meta device where the model can run there:
+one leaf stands for the image, and one for every tensor of every boundary. What autograd does not
+see (argmax, detach, Python that looks at values) is not seen here.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from kdtoolkit.features.autograd_graph import source_leaves
 from kdtoolkit.features.hooks import FeatureStore, register_hooks
+from kdtoolkit.features.model_trace import ModelTrace
 from kdtoolkit.features.stage_boundary import StageBoundary
-from kdtoolkit.features.tracing import ModelTrace, eval_without_gradients
+from kdtoolkit.features.tracing import eval_without_gradients
 from kdtoolkit.types import Shape, TapKey
 
 IMAGE, LOGITS = "the image", "the logits"

@@ -13,9 +13,9 @@ def pair_stages(
 ) -> list[tuple[int, int]]:
     """Pair the stages of two networks.
 
-    Pairs are in order, the last stage goes with the last, and there are as many as the shorter network
-    has stages. Dynamic programming over the sum of |log2 of the ratio of strides| + |difference of
-    relative depths|.
+    Pairs are in order, the last stage goes with the last, and there are as many as the shorter
+    network has stages. Dynamic programming over the sum of |log2 of the ratio of strides| +
+    |difference of relative depths|.
 
     Args:
         student: Ends of one network's stages, shallow to deep.

@@ -13,9 +13,9 @@ from kdtoolkit.features.blocks import (
     resolution_runs,
 )
 from kdtoolkit.features.boundary_finder import find_boundary, unwrap_boundary
+from kdtoolkit.features.model_trace import ModelTrace
 from kdtoolkit.features.replaceable_stages import make_replaceable
 from kdtoolkit.features.stage_boundary import StageBoundary
-from kdtoolkit.features.tracing import ModelTrace
 
 
 def find_stages(trace: ModelTrace, groups: int = 4) -> list[StageBoundary]:
@@ -24,8 +24,8 @@ def find_stages(trace: ModelTrace, groups: int = 4) -> list[StageBoundary]:
     First the places that timm's `feature_info` names, each checked against the trace. Where that
     gives fewer than two, the values that every path from the image to the logits passes: the last
     block of each resolution. A run of blocks of one width and resolution (ViT, Mixer) is divided
-    into equal groups. A stage that other paths lead past ends a block earlier, or in several tensors;
-    where neither helps it keeps its tap and cannot be reset.
+    into equal groups. A stage that other paths lead past ends a block earlier, or in several
+    tensors; where neither helps it keeps its tap and cannot be reset.
 
     Args:
         trace: Trace of the model.
@@ -76,7 +76,7 @@ def _find_called_module(trace: ModelTrace, name: str) -> str | None:
 
 
 def _stages_from_graph(trace: ModelTrace) -> list[StageBoundary]:
-    """The last block of each resolution, or a series of equal blocks where there are few of these."""
+    """The last block of each resolution, or a series of equal blocks where these are few."""
     last_blocks = [run[-1] for run in resolution_runs(trace)]
     if len(last_blocks) > 2:
         return last_blocks

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from kdtoolkit.features.blocks import parents_of
+from kdtoolkit.features.model_trace import ModelTrace, ModuleCall
 from kdtoolkit.features.stage_boundary import StageBoundary
-from kdtoolkit.features.tracing import ModelTrace, ModuleCall
 
 Forward = Callable[..., Tensor]
 
@@ -36,7 +36,7 @@ class ModuleStubs:
         boundary: The end of the stage.
     """
 
-    def __init__(self, model: nn.Module, trace: ModelTrace, boundary: StageBoundary):
+    def __init__(self, model: nn.Module, trace: ModelTrace, boundary: StageBoundary) -> None:
         traced_batch = trace.x.shape[0]
         calls = _calls_to_skip(trace, boundary.returned_at)
         outermost = [name for name in calls if not _is_inside(name, calls)]

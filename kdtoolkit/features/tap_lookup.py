@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from kdtoolkit.features.boundary_finder import find_boundary, unwrap_boundary, unwrap_sequential
+from kdtoolkit.features.model_trace import ModelTrace
 from kdtoolkit.features.stage_boundary import StageBoundary, split_tap_name
-from kdtoolkit.features.tracing import ModelTrace
 from kdtoolkit.utils.registry import suggestion
 
 
@@ -42,8 +42,8 @@ def boundary_by_name(model: nn.Module, trace: ModelTrace, name: str) -> StageBou
         name: Name of the module, or of a member of what it returns ("stage3[1]").
 
     Raises:
-        ValueError: If there is no such module, it does not run exactly once, or it returns no feature
-            of the image.
+        ValueError: If there is no such module, it does not run exactly once, or it returns no
+            feature of the image.
     """
     module, path = split_tap_name(name)
     modules = dict(model.named_modules())
@@ -51,7 +51,8 @@ def boundary_by_name(model: nn.Module, trace: ModelTrace, name: str) -> StageBou
         children = [child for child, _ in model.named_children()]
         hint = suggestion(module, [*children, *modules])
         raise ValueError(
-            f"tap {name!r} is not a module of {type(model).__name__}; its children: {', '.join(children)}{hint}"
+            f"tap {name!r} is not a module of {type(model).__name__}; "
+            f"its children: {', '.join(children)}{hint}"
         )
     if module not in trace.calls:
         module = unwrap_sequential(trace, module)
@@ -71,8 +72,9 @@ def _no_feature(trace: ModelTrace, name: str, module: str, path: str) -> ValueEr
     if path and outputs:
         members = f"; it returns {', '.join(repr(output.path) for output in outputs)}"
     return ValueError(
-        f"tap {name!r} returns no feature of the image: shape {[o.shape for o in outputs]}{members}; "
-        f"expected (B, C, H, W), (B, H, W, C), (B, L, C) or (B, C) ({_suggest_inside(trace, module)})"
+        f"tap {name!r} returns no feature of the image: "
+        f"shape {[output.shape for output in outputs]}{members}; expected (B, C, H, W), "
+        f"(B, H, W, C), (B, L, C) or (B, C) ({_suggest_inside(trace, module)})"
     )
 
 

@@ -1,6 +1,7 @@
 """Every family of timm: taps, stage reset, adapters and plan, on the smallest model of each.
 
-With real numbers on the CPU where the model is small, on the meta device (shapes and data flow, no numbers) otherwise.
+With real numbers on the CPU where the model is small, else on the meta device (shapes and data
+flow, no numbers).
 """
 
 import functools
@@ -13,28 +14,111 @@ from torch import nn
 
 import kdtoolkit.models  # noqa: F401  (registers the cifar nets with timm)
 from kdtoolkit.features.adapters import Adapter
-from kdtoolkit.features.layout_conversion import as_map
 from kdtoolkit.features.extractor import Taps
-from kdtoolkit.features.model_inputs import image_size
-from kdtoolkit.features.model_inputs import fixed_size
+from kdtoolkit.features.layout_conversion import as_map
+from kdtoolkit.features.model_inputs import fixed_size, image_size
 from kdtoolkit.features.stage_matching import pair_stages
 
-SMALLEST = """
-beit_base_patch16_224 cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 cpubone_nano crossvit_tiny_240
-cs3darknet_focus_s csatv2 cspnext_tiny davit_tiny deepseek_vit_412m deit_tiny_patch16_224 densenet121 dla46x_c
-dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientvim_m1 efficientvit_b0 efficientvit_m0
-ese_vovnet19b_slim_dw eva02_tiny_patch14_224 fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny gemma4_vit_167m
-ghostnet_050 gmlp_ti16_224 halonet_h1 hardcorenas_b hgnetv2_b0 hiera_tiny_224 hieradet_small hrnet_w18_small
-iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small legacy_seresnet18
-legacy_xception levit_128s lowformer_b0 mobilenetv3_small_050 mobilenetv5_base mobilevit_xxs mvitv2_tiny
-naflexvit_base_patch16_parfac_gap nasnetalarge nest_tiny nextvit_small pit_ti_224 pnasnet5large poolformerv2_s12
-pvt_v2_b0 qwen3_vit_88m rdnet_tiny regnetx_002 repghostnet_050 repvit_m1 res2next50 resnest14d resnetv2_18
-rexnet_100 samvit_base_patch16_224 selecsls42 sequencer2d_s shvit_s1 skresnet18 starnet_s050 swiftformer_xs
-swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 swinv2_tiny_window8_256 test_byobnet test_coatnet test_convnext
-test_efficientnet test_mambaout test_nfnet test_resnet test_vit test_vit_relpos tiny_vit_5m_224
-tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny vit_tiny_r_s16_p8_224 vitamin_small_224
-volo_d1_224 xception41p xcit_nano_12_p8_224
-""".split()
+SMALLEST = [
+    "beit_base_patch16_224",
+    "cait_xxs24_224",
+    "coat_tiny",
+    "convit_tiny",
+    "convmixer_768_32",
+    "cpubone_nano",
+    "crossvit_tiny_240",
+    "cs3darknet_focus_s",
+    "csatv2",
+    "cspnext_tiny",
+    "davit_tiny",
+    "deepseek_vit_412m",
+    "deit_tiny_patch16_224",
+    "densenet121",
+    "dla46x_c",
+    "dpn48b",
+    "edgenext_xx_small",
+    "efficientformer_l1",
+    "efficientformerv2_s0",
+    "efficientvim_m1",
+    "efficientvit_b0",
+    "efficientvit_m0",
+    "ese_vovnet19b_slim_dw",
+    "eva02_tiny_patch14_224",
+    "fasternet_t0",
+    "fastvit_t8",
+    "focalnet_tiny_srf",
+    "gcvit_xxtiny",
+    "gemma4_vit_167m",
+    "ghostnet_050",
+    "gmlp_ti16_224",
+    "halonet_h1",
+    "hardcorenas_b",
+    "hgnetv2_b0",
+    "hiera_tiny_224",
+    "hieradet_small",
+    "hrnet_w18_small",
+    "iformer_t",
+    "inception_next_atto",
+    "inception_resnet_v2",
+    "inception_v3",
+    "inception_v4",
+    "lcnetv2_small",
+    "legacy_seresnet18",
+    "legacy_xception",
+    "levit_128s",
+    "lowformer_b0",
+    "mobilenetv3_small_050",
+    "mobilenetv5_base",
+    "mobilevit_xxs",
+    "mvitv2_tiny",
+    "naflexvit_base_patch16_parfac_gap",
+    "nasnetalarge",
+    "nest_tiny",
+    "nextvit_small",
+    "pit_ti_224",
+    "pnasnet5large",
+    "poolformerv2_s12",
+    "pvt_v2_b0",
+    "qwen3_vit_88m",
+    "rdnet_tiny",
+    "regnetx_002",
+    "repghostnet_050",
+    "repvit_m1",
+    "res2next50",
+    "resnest14d",
+    "resnetv2_18",
+    "rexnet_100",
+    "samvit_base_patch16_224",
+    "selecsls42",
+    "sequencer2d_s",
+    "shvit_s1",
+    "skresnet18",
+    "starnet_s050",
+    "swiftformer_xs",
+    "swin_tiny_patch4_window7_224",
+    "swinv2_cr_tiny_224",
+    "swinv2_tiny_window8_256",
+    "test_byobnet",
+    "test_coatnet",
+    "test_convnext",
+    "test_efficientnet",
+    "test_mambaout",
+    "test_nfnet",
+    "test_resnet",
+    "test_vit",
+    "test_vit_relpos",
+    "tiny_vit_5m_224",
+    "tnt_s_legacy_patch16_224",
+    "tresnet_m",
+    "twins_svt_small",
+    "vgg11",
+    "visformer_tiny",
+    "vit_tiny_r_s16_p8_224",
+    "vitamin_small_224",
+    "volo_d1_224",
+    "xception41p",
+    "xcit_nano_12_p8_224",
+]
 # named constructor arguments that make a family's smallest network smaller still
 SMALLER = {
     "beit_base_patch16_224": {"depth": 4, "embed_dim": 64, "num_heads": 2},
@@ -43,7 +127,7 @@ SMALLER = {
     "vgg11": {"mlp_ratio": 0.02},
 }
 # without numbers: large, or slow
-META = {
+META_ONLY = {
     "deepseek_vit_412m",
     "gemma4_vit_167m",
     "qwen3_vit_88m",
@@ -53,7 +137,7 @@ META = {
     "sequencer2d_s",
 }
 # timm takes the intermediates of these elsewhere than where a stage ends
-ELSEWHERE = {"hrnet_w18_small", "legacy_xception", "tresnet_m", "xception41p"}
+OTHER_INTERMEDIATES = {"hrnet_w18_small", "legacy_xception", "tresnet_m", "xception41p"}
 
 
 @functools.cache
@@ -63,13 +147,13 @@ def build(name, meta=False):
         warnings.simplefilter("ignore")
         model = timm.create_model(name, num_classes=10, **SMALLER.get(name, {}))
     if not meta:
-        _wake(model)
+        _initialise(model)
     return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def _wake(model):
-    """Random weights whose signal arrives: no layer of zeros, and statistics of one batch for every BatchNorm."""
+def _initialise(model):
+    """No layer of zeros, and statistics of one batch for every BatchNorm, so that signals pass."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.any():
             nn.init.normal_(module.weight)
@@ -93,7 +177,7 @@ def size_of(model):
     )
 
 
-def every(names):
+def for_each(names):
     return pytest.mark.parametrize("name", names)
 
 
@@ -106,7 +190,7 @@ def test_every_family_is_here():
     assert set(timm.list_modules()) - ours == {family(name) for name in SMALLEST}
 
 
-@every(SMALLEST)
+@for_each(SMALLEST)
 def test_taps_reset_adapters_and_plan(name):
     model = build(name, True)
     taps = Taps(model)
@@ -131,7 +215,7 @@ def test_taps_reset_adapters_and_plan(name):
     taps.remove_hooks()
 
 
-@every([name for name in SMALLEST if name not in META])
+@for_each([name for name in SMALLEST if name not in META_ONLY])
 @torch.no_grad()
 def test_numbers(name):
     model = build(name)
@@ -157,7 +241,7 @@ def test_numbers(name):
     behind = taps.forward_from(torch.zeros_like(x), cuts[-1], own[cuts[-1]])
     assert torch.equal(behind.logits, logits)
 
-    # noise in every place: what comes after does not see the image, and what comes before does not see the noise
+    # noise in every place: what comes after does not see the image, what comes before not the noise
     noise = {k: [torch.randn_like(t) * t.std() for t in tensors] for k, tensors in own.items()}
     first, second = taps(x, replace=noise), taps(other, replace=noise)
     assert torch.equal(first.logits, second.logits) and not torch.equal(first.logits, logits)
@@ -168,7 +252,7 @@ def test_numbers(name):
     taps.remove_hooks()
 
 
-@every([name for name in SMALLEST if name not in META])
+@for_each([name for name in SMALLEST if name not in META_ONLY])
 @torch.no_grad()
 def test_maps_are_timms(name):
     """The map that a tap is read as has the values and the places of timm's own intermediates."""
@@ -180,4 +264,4 @@ def test_maps_are_timms(name):
     taps.remove_hooks()
     theirs = model.forward_intermediates(x, intermediates_only=True)
     same = [any(m.shape == t.shape and torch.equal(m, t) for t in theirs) for m in maps]
-    assert any(same) or name in ELSEWHERE
+    assert any(same) or name in OTHER_INTERMEDIATES

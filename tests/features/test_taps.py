@@ -1,4 +1,4 @@
-"""Taps, Frozen, fold and trace on real networks: what is measured, stored, replaced, skipped, restored and refused."""
+"""Taps and Frozen on real networks: what is measured, stored, replaced, skipped and refused."""
 
 import copy
 import functools
@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import kdtoolkit.models  # noqa: F401  (registers the cifar nets with timm)
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
-from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.features.model_inputs import fixed_size, normalisation
+from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.factory import create_method
 from kdtoolkit.types import Clock
 
@@ -117,7 +117,7 @@ def tapped(request):
 every_net = pytest.mark.parametrize("tapped", ALL, indirect=True)
 
 
-# ----------------------------------------------------------------------------------------------- structure and shapes
+# --- structure and shapes
 @every_net
 @torch.no_grad()
 def test_stages_and_shapes_are_those_of_a_real_forward(tapped):
@@ -220,6 +220,7 @@ def test_a_model_that_cannot_run_on_meta_is_traced_on_its_own_device():
         def forward(self, x):
             if float(x.detach().sum()) >= 0:  # needs a value, the meta device has none
                 return super().forward(x)
+            return None
 
     model = Fixed().train()
     taps = Taps(model, size=32)
@@ -234,7 +235,7 @@ def test_a_model_that_cannot_run_on_meta_is_traced_on_its_own_device():
     )
 
 
-# ------------------------------------------------------------------------------------------------ forward and replace
+# --- forward and replace
 @every_net
 @torch.no_grad()
 def test_logits_do_not_change(tapped):
@@ -310,9 +311,7 @@ def test_a_reset_pass_skips_the_first_stage_and_the_head(name, first, head):
     replace = {a: taps(x).feats[a]}
     counts, handles = calls_of(model)
     taps.reset(x, replace, [b])
-    assert counts and not any(
-        n == first or n.startswith(first + ".") or n == head or n == "" for n in counts
-    )
+    assert counts and not any(n in (first, head, "") or n.startswith(first + ".") for n in counts)
     counts.clear()
     taps(x)
     assert counts[head] == 1 and any(n.startswith(first) for n in counts)
@@ -352,7 +351,7 @@ def test_gradient_flows_through_a_reset_stage_and_not_into_its_parameters(name):
     assert all(p.grad is None for p in model.parameters())
 
 
-# ------------------------------------------------------------------------------------------------------------- frozen
+# --- frozen
 def test_teacher_stays_in_eval_without_drift_and_is_given_back():
     class Student(Own):
         def __init__(self, teacher):
@@ -459,7 +458,7 @@ def test_fold_computes_the_same(name):
     assert torch.equal(Frozen(model, size=size_of(name))(x).logits, before.logits)
 
 
-# ---------------------------------------------------------------------------------------------------- traps of copies
+# --- traps of copies
 def test_a_deep_copy_does_not_write_into_the_live_store():
     model = Own()
     taps = Taps(model, size=32)
@@ -574,7 +573,7 @@ def test_two_forwards_and_an_evaluation_before_one_backward():
     assert all(p.grad is not None for p in model.parameters())
 
 
-# ------------------------------------------------------------------------------------------------------------- errors
+# --- errors
 def test_an_overwritten_tap_is_found():
     model = Own(inplace=True).eval()
     with pytest.raises(
@@ -586,8 +585,8 @@ def test_an_overwritten_tap_is_found():
 
 
 @pytest.mark.parametrize("keys, message", [
-    (["feature.0"], r"'feature.0' is not a module of Own; its children: features, drop, head; did .* 'features.0'"),
-    (["features"], r"'features' never fired: it is a list that the model iterates over .* 'features.2'"),
+    (["feature.0"], r"not a module of Own; its children: features, drop, head; .* 'features.0'"),
+    (["features"], r"'features' never fired: it is a list that the model iterates .* 'features.2'"),
     ([4], r"Own has 3 stages, stage 4 is none of them; .*from 1"),
     ([-4], "stage -4 is none of them"),
     ([0], "stage 0 is none of them"),
@@ -714,7 +713,7 @@ def test_a_frozen_model_keeps_its_own_precision_and_memory_format(dtype):
     )
 
 
-# ----------------------------------------------------------------------------------------- boundaries of every kind
+# --- boundaries of every kind
 class Block(nn.Module):
     def __init__(self, i, o):
         super().__init__()
@@ -758,7 +757,10 @@ def test_stages_that_end_in_several_tensors():
     model = Branches().eval()
     taps = Taps(model, ["one", "one[fine]", "two[0]", "two"], 32)
     assert taps.boundary_of("one").replaceable and not taps.boundary_of("one[fine]").replaceable
-    assert sorted(p.name for p in taps.boundary_of("one").read_tensors) == ["one[coarse]", "one[fine]"]
+    assert sorted(p.name for p in taps.boundary_of("one").read_tensors) == [
+        "one[coarse]",
+        "one[fine]",
+    ]
     assert taps.shapes["one[fine]"] == (8, 32, 32) and taps.shapes["two[0]"] == (12, 16 // 2, 8)
     x, other = torch.rand(2, 2, 3, 32, 32)
     out = taps(x)
@@ -936,7 +938,7 @@ def test_behind_a_stage_nothing_in_front_of_it_is_computed():
 
 
 def test_a_long_tangled_chain_is_searched_once():
-    """Every value behind a Sequential is reached on two ways; a search that forgets doubles with each block."""
+    """Two ways lead to each value behind a Sequential: a search that forgets doubles at each."""
 
     class Long(nn.Module):
         def __init__(self):

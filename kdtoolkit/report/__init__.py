@@ -1,9 +1,15 @@
-"""A run folder turned into a page: report.md with tables, curves and Grad-CAM pictures.
+"""A run folder as a page: report.md with tables, curves and Grad-CAM pictures.
+
+Figures need matplotlib, the extra `kdtoolkit[plot]`; without it the page is written without figures
+and says so.
+
+Example:
+    ```python
+    from kdtoolkit import report
 
     report.write("runs/srkd", student=s, teacher=t, baseline="runs/alone", images=x, labels=y)
     report.compare({"alone": "runs/alone", "kd": ["runs/kd-0", "runs/kd-1"]}, "runs/compared")
-
-Figures need matplotlib, the extra `kdtoolkit[plot]`; without it the page is written and says so.
+    ```
 """
 
 from __future__ import annotations

@@ -8,146 +8,191 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kdtoolkit.core.callback import MetricsRow
 from kdtoolkit.report import plots, tables
-from kdtoolkit.report.run_folder import RunFolder, put_text, read
+from kdtoolkit.report.curves import points
+from kdtoolkit.report.run_folder import RunFolder, read
+from kdtoolkit.utils.io import write_text
 
 Folder = str | os.PathLike[str]
+Groups = Mapping[str, Sequence[RunFolder]]  # name -> runs that differ by seed
 
 
 def compare(runs: Mapping[str, Folder | Sequence[Folder]], out_dir: Folder) -> Path:
     """Write report.md, figures/accuracy.png and figures/eval_loss.png about several runs.
 
-    runs  {"alone": folder, "kd": [folder, folder, ...]}: a list is a group of seeds, shown as mean ± standard deviation
-          (of the sample, n - 1) with n. The first is the one that the others are compared with.
-    Returns the path of report.md.
+    Args:
+        runs: Name -> run folder, or several that differ by seed, which are shown as mean ± standard
+            deviation (of the sample, n - 1) with n. The others are compared with the first.
+        out_dir: Folder of the page.
+
+    Returns:
+        Path of report.md.
+
+    Raises:
+        ValueError: If there are no runs, a name has no folder, or a folder does not exist.
+
+    Example:
+        ```python
+        from kdtoolkit import report
+
+        groups = {"alone": "runs/alone", "kd": ["runs/kd-0", "runs/kd-1"]}
+        report.compare(groups, "runs/compared")
+        ```
     """
     if not runs:
         raise ValueError(
-            "compare got no runs; pass names and run folders, such as {'alone': 'runs/alone', 'kd': 'runs/kd'}"
+            "compare got no runs; pass names and run folders, "
+            "such as {'alone': 'runs/alone', 'kd': 'runs/kd'}"
         )
-    groups = {
-        name: [read(f) for f in ([given] if _is_folder(given) else given)]
-        for name, given in runs.items()
-    }  # type: ignore[union-attr, arg-type]
+    groups = {name: [read(folder) for folder in _as_list(given)] for name, given in runs.items()}
     empty = [name for name, group in groups.items() if not group]
     if empty:
         raise ValueError(
-            f"compare got no folder for {empty}; pass one run folder or a list of them for each name"
+            f"compare got no folder for {empty}; "
+            "pass one run folder or a list of them for each name"
         )
-    out, notes = Path(out_dir), list[str]()
-    text = [f"# Comparison: {', '.join(groups)}", _table(groups), _fine_print(groups)]
+    out = Path(out_dir)
+    text = [f"# Comparison: {', '.join(groups)}", _metrics_table(groups), _describe_runs(groups)]
+    notes = []
     try:
-        text += _figures(groups, out / "figures")
+        text += _draw_figures(groups, out / "figures")
     except ImportError:
-        notes.append(plots.HOW_TO)
-    notes += [
-        f"{name}, {run.path.name}: {p}"
-        for name, group in groups.items()
-        for run in group
-        for p in run.problems
-    ]
+        notes.append(plots.NO_MATPLOTLIB)
+    for name, group in groups.items():
+        for run in group:
+            notes += [f"{name}, {run.path.name}: {problem}" for problem in run.problems]
     if notes:
         text += ["## Notes", "\n".join(f"* {note}" for note in notes)]
-    put_text(out / "report.md", "\n\n".join(text) + "\n")
+    write_text(out / "report.md", "\n\n".join(text) + "\n")
     return out / "report.md"
 
 
-def _is_folder(given: Folder | Sequence[Folder]) -> bool:
-    return isinstance(given, str | os.PathLike)
+def _as_list(given: Folder | Sequence[Folder]) -> list[Folder]:
+    if isinstance(given, (str, os.PathLike)):
+        return [given]
+    return list(given)
 
 
-def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and the sample's standard deviation (nan for a single value)."""
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation of a sample (n - 1); the latter is nan for a single value."""
     mean = statistics.fmean(values)
-    known = len(values) > 1 and all(map(math.isfinite, values))
-    return mean, statistics.stdev(values) if known else math.nan
+    has_std = len(values) > 1 and all(map(math.isfinite, values))
+    return mean, statistics.stdev(values) if has_std else math.nan
 
 
-def _cell(key: str, rows: Sequence[Mapping[str, float]]) -> str:
-    values = [row[key] for row in rows if row.get(key) is not None]
+# ----------------------------------------------------------------------------------------- table
+def _metrics_table(groups: Groups) -> str:
+    """One row for each group: its name, n, metrics, and the gain over the first group."""
+    metrics = {name: [tables.student_metrics(r) for r in group] for name, group in groups.items()}
+    rows = [row for group in metrics.values() for row in group]
+    keys = [k for k in tables.COLUMNS if any(row.get(k) is not None for row in rows)]
+    first = next(iter(metrics))
+    lines = []
+    for name, group in metrics.items():
+        gain = tables.MISSING if name == first else _gain(group, metrics[first])
+        cells = [_mean_cell(key, group) for key in keys]
+        lines.append([name, str(len(group)), *cells, gain])
+    headings = [tables.COLUMNS[key] for key in keys]
+    return tables.markdown_table(["run", "n", *headings, f"top-1 against {first}"], lines)
+
+
+def _known_values(key: str, rows: Sequence[MetricsRow]) -> list[float]:
+    return [row[key] for row in rows if row.get(key) is not None]
+
+
+def _gain(rows: Sequence[MetricsRow], base: Sequence[MetricsRow]) -> str:
+    """Difference of the mean top-1 accuracies, in points."""
+    ours, theirs = _known_values("top1", rows), _known_values("top1", base)
+    if not ours or not theirs:
+        return tables.MISSING
+    return f"{statistics.fmean(ours) - statistics.fmean(theirs):+.2f}"
+
+
+def _mean_cell(key: str, rows: Sequence[MetricsRow]) -> str:
+    values = _known_values(key, rows)
     if not values:
         return tables.MISSING
-    mean, std = mean_std(values)
-    text = tables.number(key, mean)
-    if math.isfinite(std) and key not in ("params", "macs"):
-        text += f" ± {tables.number(key, std)}"
+    mean, std = mean_and_std(values)
+    text = tables.format_metric(key, mean)
+    if math.isfinite(std) and key not in tables.COUNTS:
+        text += f" ± {tables.format_metric(key, std)}"
     return text if len(values) == len(rows) else f"{text} (n = {len(values)})"
 
 
-def _table(groups: Mapping[str, list[RunFolder]]) -> str:
-    rows = {name: [tables.student_numbers(run) for run in group] for name, group in groups.items()}
-    keys = [
-        k
-        for k in tables.COLUMNS
-        if any(r.get(k) is not None for group in rows.values() for r in group)
-    ]
-    first = next(iter(rows))
-    base = [r["top1"] for r in rows[first] if r.get("top1") is not None]
-    lines = []
-    for name, group in rows.items():
-        top1 = [r["top1"] for r in group if r.get("top1") is not None]
-        gain = (
-            f"{statistics.fmean(top1) - statistics.fmean(base):+.2f}"
-            if top1 and base and name != first
-            else tables.MISSING
-        )
-        lines.append([name, str(len(group)), *(_cell(k, group) for k in keys), gain])
-    heads = ["run", "n", *(tables.COLUMNS[k] for k in keys), f"top-1 against {first}"]
-    return tables.table(heads, lines)
-
-
-def _fine_print(groups: Mapping[str, list[RunFolder]]) -> str:
-    chosen: dict[str, list[str]] = {}
+def _describe_runs(groups: Groups) -> str:
+    """Lines under the table: of which epoch and split the metrics are, the teachers' accuracy."""
+    names_by_kind: dict[str, list[str]] = {}
     for name, group in groups.items():
-        kinds = {
-            f"{r.get('chosen', 'last found')} epoch, {r.get('split', 'unknown')} split"
-            for r in map(tables.student_numbers, group)
-        }
-        chosen.setdefault(" and ".join(sorted(kinds)), []).append(name)
-    lines = [f"* {', '.join(names)}: {kind}" for kind, names in chosen.items()]
-    teachers = _teachers(groups)
+        kinds = {_describe_choice(run) for run in group}
+        names_by_kind.setdefault(" and ".join(sorted(kinds)), []).append(name)
+    lines = [f"* {', '.join(names)}: {kind}" for kind, names in names_by_kind.items()]
+    teachers = _teacher_accuracies(groups)
     if teachers:
-        lines.append(f"* teacher: {', '.join(f'{t:.2f} %' for t in teachers)} top-1")
-    if any(len(group) > 1 for group in groups.values()):
+        lines.append(f"* teacher: {', '.join(f'{top1:.2f} %' for top1 in teachers)} top-1")
+    if _has_seeds(groups):
         lines.append("* mean ± standard deviation over n runs (n - 1 in the denominator)")
-    care = (
-        ""
-        if len(chosen) == 1
-        else "\n\n**Compare with care: not all numbers are of the same kind of epoch and split.**"
-    )
-    return "\n".join(lines) + care
+    if len(names_by_kind) > 1:
+        lines += [
+            "",
+            "**Compare with care: not all numbers are of the same kind of epoch and split.**",
+        ]
+    return "\n".join(lines)
 
 
-def _teachers(groups: Mapping[str, list[RunFolder]]) -> list[float]:
-    found = [tables.teacher_numbers(run).get("top1") for group in groups.values() for run in group]
-    return sorted({round(t, 2) for t in found if t is not None})
+def _describe_choice(run: RunFolder) -> str:
+    row = tables.student_metrics(run)
+    return f"{row.get('chosen', 'last found')} epoch, {row.get('split', 'unknown')} split"
 
 
-def _figures(groups: Mapping[str, list[RunFolder]], folder: Path) -> list[str]:
-    teachers = _teachers(groups)
-    level = {f"teacher ({teachers[0]:.2f} %)": teachers[0]} if len(teachers) == 1 else None
-    splits = sorted({plots.split_of(run) or "eval" for group in groups.values() for run in group})
-    split = f"{' / '.join(splits)} split"
-    band = ", mean ± standard deviation" if any(len(group) > 1 for group in groups.values()) else ""
+def _has_seeds(groups: Groups) -> bool:
+    return any(len(group) > 1 for group in groups.values())
+
+
+def _teacher_accuracies(groups: Groups) -> list[float]:
+    """The different top-1 accuracies of teachers in percent, to two digits."""
+    rows = [tables.teacher_metrics(run) for group in groups.values() for run in group]
+    return sorted({round(top1, 2) for top1 in _known_values("top1", rows)})
+
+
+# --------------------------------------------------------------------------------------- figures
+def _draw_figures(groups: Groups, folder: Path) -> list[str]:
+    """Draw both figures; markdown that shows those that were drawn."""
+    teachers = _teacher_accuracies(groups)
+    levels = {f"teacher ({teachers[0]:.2f} %)": teachers[0]} if len(teachers) == 1 else None
+    splits = sorted({run.curve_split or "eval" for group in groups.values() for run in group})
+    place = f"on the {' / '.join(splits)} split"
+    if _has_seeds(groups):
+        place += ", mean ± standard deviation"
     text = []
-    for file, key, title, unit, lines in (
-        ("accuracy.png", "top1", f"Accuracy on the {split}{band}", "top-1 accuracy (%)", level),
-        ("eval_loss.png", "loss", f"Loss on the {split}{band}", "cross-entropy (nats)", None),
+    for name, key, title, unit, lines in (
+        ("accuracy", "top1", f"Accuracy {place}", "top-1 accuracy (%)", levels),
+        ("eval_loss", "loss", f"Loss {place}", "cross-entropy (nats)", None),
     ):
-        drawn = {name: _curve(group, key, i) for i, (name, group) in enumerate(groups.items())}
-        if plots.curves(folder / file, title, "epoch", unit, drawn, lines):
-            text.append(f"![{file.removesuffix('.png')}](figures/{file})")
+        curves = {
+            label: _mean_curve(group, key, number)
+            for number, (label, group) in enumerate(groups.items())
+        }
+        if plots.draw_curves(folder / f"{name}.png", title, "epoch", unit, curves, lines):
+            text.append(f"![{name}](figures/{name}.png)")
     return text
 
 
-def _curve(group: Sequence[RunFolder], key: str, place: int) -> plots.Curve:
-    """Mean over the runs that have the epoch, with the standard deviation as a band."""
+def _mean_curve(group: Sequence[RunFolder], key: str, number: int) -> plots.Curve:
+    """Mean over the runs that have an epoch, with the standard deviation as a band."""
     by_epoch: dict[float, list[float]] = {}
     for run in group:
-        for epoch, value in zip(*plots.points(run.evals(), "epoch", key), strict=True):
+        for epoch, value in zip(*points(run.evaluations(), "epoch", key), strict=True):
             by_epoch.setdefault(epoch, []).append(value)
-    x = sorted(by_epoch)
-    both = [mean_std(by_epoch[epoch]) for epoch in x]
-    color = plots.PALETTE[place % len(plots.PALETTE)]
-    band = [std if math.isfinite(std) else 0.0 for _, std in both] if len(group) > 1 else None
-    return plots.Curve(x, [mean for mean, _ in both], color, place >= len(plots.PALETTE), band)
+    epochs = sorted(by_epoch)
+    means_and_stds = [mean_and_std(by_epoch[epoch]) for epoch in epochs]
+    band = None
+    if len(group) > 1:
+        band = [std if math.isfinite(std) else 0.0 for _, std in means_and_stds]
+    return plots.Curve(
+        epochs,
+        [mean for mean, _ in means_and_stds],
+        color=plots.PALETTE[number % len(plots.PALETTE)],
+        dashed=number >= len(plots.PALETTE),
+        band=band,
+    )

@@ -1,115 +1,170 @@
-"""Reading a run folder, whatever of it is there, and writing files in one move."""
+"""Reading a run folder, whichever of its files exist."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-Row = dict[str, Any]
+from kdtoolkit.core.callback import MetricsRow
 
 
-@dataclasses.dataclass
+@dataclass
 class RunFolder:
-    """What a run folder holds. Missing files are empty; `problems` says in words what could not be read."""
+    """What a run folder holds. Files that are missing are empty here.
+
+    Attributes:
+        path: The folder.
+        rows: Rows of metrics.jsonl.
+        config: config.yaml.
+        environment: env.json.
+        problems: Sentences about what could not be read.
+        models: Role ("student", "teacher", ...) -> architecture, from plan.json.
+    """
 
     path: Path
-    rows: list[Row]
-    config: Row
-    env: Row
+    rows: list[MetricsRow]
+    config: dict[str, Any]
+    environment: dict[str, Any]
     problems: list[str]
-    models: Row = dataclasses.field(default_factory=dict)  # role -> architecture, from plan.json
+    models: dict[str, Any] = field(default_factory=dict)
 
-    def last(self, event: str) -> Row:
+    def setting(self, name: str) -> Any:
+        """A setting of config.yaml, which is nested in parts, or flat as older runs wrote it.
+
+        Args:
+            name: Name of the setting, as the keyword of `distill()`.
+
+        Returns:
+            Its value; None where it is not there.
+        """
+        if name in self.config:
+            return self.config[name]
+        parts = (part for part in self.config.values() if isinstance(part, Mapping))
+        return next((part[name] for part in parts if name in part), None)
+
+    def last_row(self, event: str) -> MetricsRow:
         """The newest row of an event, or an empty one."""
         return next((row for row in reversed(self.rows) if row.get("event") == event), {})
 
     @property
-    def product(self) -> str:
-        """The network that the run hands over."""
-        return self.last("final").get("exported", "student")
-
-    def evals(self, network: str | None = None, split: str | None = None) -> list[Row]:
-        """Evaluations of one network by epoch, the newest of each epoch; by default of the product, on the split with
-        most of them."""
-        network = network or self.product
-        found = [
-            r
-            for r in self.rows
-            if r.get("event") == "eval" and r.get("network", "student") == network
-        ]
-        splits = [r.get("split") for r in found]
-        if split is None and splits:
-            split = max(dict.fromkeys(splits), key=lambda s: (splits.count(s), s == "val"))
-        by_epoch = {
-            r.get("epoch", 0): r for r in found if r.get("split") == split
-        }  # a resumed run repeats epochs
-        return [by_epoch[epoch] for epoch in sorted(by_epoch)]
+    def exported(self) -> str:
+        """Name of the network that the run exports."""
+        final = self.last_row("final")
+        return str(final.get("exported", final.get("product", "student")))
 
     @property
     def networks(self) -> list[str]:
-        """Networks and ensembles with evaluations, the product first."""
-        names = dict.fromkeys(
-            r.get("network", "student") for r in self.rows if r.get("event") == "eval"
-        )
-        return sorted(names, key=lambda name: name != self.product)
+        """Networks and ensembles with evaluations, the exported one first."""
+        names = dict.fromkeys(_network(row) for row in self._evaluation_rows())
+        return sorted(names, key=lambda name: name != self.exported)
 
     @property
     def steps_per_epoch(self) -> float | None:
-        """Batches in an epoch, from an evaluation's epoch and step; None if no row tells."""
-        rows = [
-            r for r in self.rows if r.get("event") == "eval" and r.get("epoch") and r.get("step")
-        ]
-        return rows[-1]["step"] / rows[-1]["epoch"] if rows else None
+        """Batches in an epoch, from the newest evaluation; None where there is none."""
+        rows = [row for row in self._evaluation_rows() if row.get("epoch") and row.get("step")]
+        return float(rows[-1]["step"] / rows[-1]["epoch"]) if rows else None
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher took part, as far as the folder shows."""
+        final = self.last_row("final")
+        return bool(self.setting("teacher") or self.last_row("teacher") or "teacher_top1" in final)
+
+    @property
+    def curve_split(self) -> str | None:
+        """The split with most evaluations of the exported network; None without evaluations."""
+        rows = self.evaluations()
+        return rows[0].get("split") if rows else None
+
+    def evaluations(self, network: str | None = None, split: str | None = None) -> list[MetricsRow]:
+        """Evaluations of one network, one for each epoch, in order.
+
+        Args:
+            network: Its name; by default the exported network.
+            split: Name of the split; by default the one with most evaluations, the validation split
+                before others.
+
+        Returns:
+            Rows of metrics.jsonl; of an epoch that was repeated the newest.
+        """
+        wanted = network or self.exported
+        rows = [row for row in self._evaluation_rows() if _network(row) == wanted]
+        if split is None:
+            split = _most_frequent_split(rows)
+        by_epoch = {row.get("epoch", 0): row for row in rows if row.get("split") == split}
+        return [by_epoch[epoch] for epoch in sorted(by_epoch)]
+
+    def _evaluation_rows(self) -> list[MetricsRow]:
+        return [row for row in self.rows if row.get("event") == "eval"]
+
+
+def _network(row: MetricsRow) -> str:
+    return str(row.get("network", "student"))
+
+
+def _most_frequent_split(rows: list[MetricsRow]) -> str | None:
+    splits = [row.get("split") for row in rows]
+    return max(
+        dict.fromkeys(splits),
+        key=lambda split: (splits.count(split), split == "val"),
+        default=None,
+    )
 
 
 def read(path: str | os.PathLike[str]) -> RunFolder:
-    """Read a run folder. A folder that does not exist is a ValueError; files that are missing in it are not."""
+    """Read a run folder. Files that are missing or damaged are noted in `RunFolder.problems`.
+
+    Args:
+        path: The `output_dir` of a run.
+
+    Raises:
+        ValueError: If there is no such folder.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; pass the output_dir of a run")
     problems: list[str] = []
-    lines = (_load(folder / "metrics.jsonl", str.splitlines, problems)) or []
+    rows = _read_rows(folder / "metrics.jsonl", problems)
+    config = _read_mapping(folder / "config.yaml", yaml.safe_load, problems)
+    environment = _read_mapping(folder / "env.json", json.loads, problems)
+    plan: dict[str, Any] = {}
+    if (folder / "plan.json").exists():
+        plan = _read_mapping(folder / "plan.json", json.loads, problems)
+    problems += _describe_non_finite(rows)
+    return RunFolder(folder, rows, config, environment, problems, plan.get("models") or {})
+
+
+def _read_rows(file: Path, problems: list[str]) -> list[MetricsRow]:
     rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError:
-            row = None
-            problems.append(f"metrics.jsonl line {number} is not JSON and is left out")
+    for number, line in enumerate(_parse_file(file, str.splitlines, problems) or [], 1):
+        row = _parse_json(line)
         if isinstance(row, dict):
             rows.append(row)
-    config = _load(folder / "config.yaml", yaml.safe_load, problems)
-    env = _load(folder / "env.json", json.loads, problems)
-    plan = (
-        _load(folder / "plan.json", json.loads, problems)
-        if (folder / "plan.json").exists()
-        else None
-    )
-    config, env, plan = (found if isinstance(found, dict) else {} for found in (config, env, plan))
-    problems += _not_finite(rows)
-    return RunFolder(folder, rows, config, env, problems, plan.get("models") or {})
+        elif line.strip() and row is None:
+            problems.append(f"{file.name} line {number} is not JSON and is left out")
+    return rows
 
 
-def _not_finite(rows: list[Row]) -> list[str]:
-    bad = [
-        (r, k) for r in rows for k, v in r.items() if isinstance(v, float) and not math.isfinite(v)
-    ]
-    if not bad:
-        return []
-    row, key = bad[0]
-    return [
-        f"{len(bad)} logged values are not finite, the first is {key} at step {row.get('step', '?')}: gaps in curves"
-    ]
+def _parse_json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
 
 
-def _load(file: Path, parse: Callable[[str], Any], problems: list[str]) -> Any:
+def _read_mapping(file: Path, parse: Callable[[str], Any], problems: list[str]) -> dict[str, Any]:
+    found = _parse_file(file, parse, problems)
+    return found if isinstance(found, dict) else {}
+
+
+def _parse_file(file: Path, parse: Callable[[str], Any], problems: list[str]) -> Any:
     try:
         return parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -119,17 +174,17 @@ def _load(file: Path, parse: Callable[[str], Any], problems: list[str]) -> Any:
     return None
 
 
-def put(file: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file next to `file`, then rename it, so that readers never see half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def put_text(file: Path, text: str) -> None:
-    """Write a text file in one move."""
-    put(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def _describe_non_finite(rows: list[MetricsRow]) -> list[str]:
+    found = [
+        (row, key)
+        for row in rows
+        for key, value in row.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    if not found:
+        return []
+    row, key = found[0]
+    return [
+        f"{len(found)} logged values are not finite, the first is {key} at step "
+        f"{row.get('step', '?')}: gaps in curves"
+    ]

@@ -1,0 +1,1 @@
+"""The training loop, with its optimizer, schedule, evaluation and metrics log."""

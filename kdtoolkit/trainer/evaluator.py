@@ -1,9 +1,9 @@
-"""Numbers of networks over whole splits, the same for any number of ranks."""
+"""Metrics of networks over whole splits, the same for any number of ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -14,18 +14,32 @@ from torch.utils.data import SequentialSampler
 from kdtoolkit.core.callback import Callback
 from kdtoolkit.core.method import Method
 from kdtoolkit.data.dataset import Data, Split
-from kdtoolkit.metrics.classification import ECE, Agreement, CrossEntropy, Top1, Top5
-from kdtoolkit.metrics.counting import Meter
 from kdtoolkit.types import Batch
 from kdtoolkit.utils import distributed
 
-LEAST_BATCH = 256  # images
+if TYPE_CHECKING:
+    from kdtoolkit.metrics.meter import Meter
+
+MIN_BATCH_SIZE = 256  # images over all ranks
+ENSEMBLE = "ensemble"
+
+Metrics = dict[str, float]  # "top1", "top5", "ece", "agreement": percent; "loss": nats
 
 
 class Evaluator:
-    """Evaluates the networks of a method and of callbacks, their ensembles, and the method's teachers.
+    """Evaluates the networks of a method and of callbacks, ensembles, and teachers.
 
-    teacher_metrics  {"teacher/test": numbers, "teacher/1/val": ...}, filled by `teachers`
+    Args:
+        method: Its networks and teachers are evaluated.
+        data: Splits and image size.
+        accelerator: Device, autocast and ranks.
+        prepare_batch: `(raw batch, train) -> Batch`, images in [0, 1].
+        batch_size: Images per training batch over all ranks; evaluation takes at least 256.
+        callbacks: Callbacks that may keep networks of their own.
+
+    Attributes:
+        teacher_metrics: `{"teacher/test": metrics, "teacher/1/val": ...}`, filled by
+            `evaluate_teachers`.
     """
 
     def __init__(
@@ -33,92 +47,85 @@ class Evaluator:
         method: Method,
         data: Data,
         accelerator: Accelerator,
-        finish: Callable[[Any, bool], Batch],
+        prepare_batch: Callable[[Any, bool], Batch],
         batch_size: int,
         callbacks: Sequence[Callback] = (),
-    ):
+    ) -> None:
+        self.method, self.data, self.accelerator = method, data, accelerator
+        self.prepare_batch = prepare_batch
+        self.batch_size = max(batch_size, MIN_BATCH_SIZE)
         self.callbacks = callbacks
-        self.method, self.data, self.accelerator, self.finish = method, data, accelerator, finish
-        self.batch_size = max(batch_size, LEAST_BATCH)
-        self.teacher_metrics: dict[str, dict[str, float]] = {}
-        self._last: dict[str, tuple[Tensor, dict[str, dict[str, float]]]] = {}  # by split
-        self._answers: dict[
-            str, list[Tensor]
-        ] = {}  # of the first teacher, by split: (B,) class ids of each batch
+        self.teacher_metrics: dict[str, Metrics] = {}
+        # split -> sums of the weights and metrics of the last evaluation
+        self._last: dict[str, tuple[Tensor, dict[str, Metrics]]] = {}
+        # split -> the first teacher's class ids of each batch, (B,) int64
+        self._teacher_classes: dict[str, list[Tensor]] = {}
 
     @torch.no_grad()
-    def networks(self, split: Split) -> dict[str, dict[str, float]]:
-        """{network: top1, top5, loss, ece, agreement with the first teacher} over one split, and of "ensemble" where
-        there are several networks: the method's own, else the mean of their probabilities.
+    def evaluate_networks(self, split: Split) -> dict[str, Metrics]:
+        """Evaluate every network, and the ensemble where there are several; all ranks call it.
 
-        Weights that are still those of the last evaluation of this split give its numbers again, unmeasured.
+        Networks whose weights are those of the last evaluation of this split are not measured
+        again.
+
+        Args:
+            split: The split to evaluate.
+
+        Returns:
+            Network -> `{"top1", "top5", "loss", "ece", "agreement"}`, agreement being that with the
+            first teacher, if there is one. `"ensemble"` is the method's own, else the mean of the
+            networks' probabilities.
         """
-        self.method.sync()
-        kept = [net for callback in self.callbacks for net in callback.networks().values()]
-        for callback in self.callbacks:
-            callback.sync()
-        for module in (self.method, *kept):
-            distributed.broadcast_buffers(module)
-        mark, last = (
-            torch.cat([_mark(module) for module in (self.method, *kept)]),
-            self._last.get(split.name),
-        )
-        if last is not None and torch.equal(last[0], mark):
+        networks = self._synchronise_networks()
+        weight_sums = torch.cat([_weight_sums(network) for network in networks])
+        last = self._last.get(split.name)
+        if last is not None and torch.equal(last[0], weight_sums):
             return {name: dict(row) for name, row in last[1].items()}
         self.method.eval()
-        answers = self._answers.get(split.name)
-        empty = torch.zeros(1, 3, *self.data.image_size, device=self.accelerator.device)
-        with (
-            self.accelerator.autocast()
-        ):  # every rank meters the same networks, also one that gets no batch
-            meters = {
-                n: Meter([Top1(), Top5(), CrossEntropy(), ECE(), Agreement()])
-                for n in self._predict(empty)
-            }
+        meters = self._make_meters()
+        known_classes = self._teacher_classes.get(split.name)
         for number, batch in enumerate(self.batches(split)):
             with self.accelerator.autocast():
-                found = self._predict(batch["x"])
-                if answers is not None:
-                    teacher: Tensor | None = answers[number]
-                else:
-                    teacher = self._ask(0, batch).argmax(1) if self._scored(0) else None
-            for name, logits in found.items():
-                meters[name].add(logits.float(), batch["y"], teacher=teacher)
+                predictions = self._predict(batch["x"])
+                classes: Tensor | None = None
+                if known_classes is not None:
+                    classes = known_classes[number]
+                elif self._has_logits(0):
+                    classes = self._teacher_logits(0, batch).argmax(1)
+            for name, logits in predictions.items():
+                meters[name].add(logits.float(), batch["y"], teacher=classes)
         self.method.train()
         rows = {name: meter.compute() for name, meter in meters.items()}
-        self._last[split.name] = mark, rows
+        self._last[split.name] = weight_sums, rows
         return {name: dict(row) for name, row in rows.items()}
 
-    def _predict(self, x: Tensor) -> dict[str, Tensor]:
-        """Logits of every network; those of an ensemble are the logarithm of the mean probability."""
-        found = _with_ensemble(self.method.predict(x), "ensemble")
-        for callback in self.callbacks:
-            found |= _with_ensemble(callback.predict(x), f"{callback.name}/ensemble")
-        return found
-
     @torch.no_grad()
-    def teachers(self) -> Iterator[tuple[str, str, dict[str, float]]]:
-        """(name, split, numbers) of each teacher on the test and the validation split."""
+    def evaluate_teachers(self) -> Iterator[tuple[str, str, Metrics]]:
+        """Evaluate each teacher on the test and the validation split; all ranks call it.
+
+        Yields:
+            Name, split and metrics. The name is `"teacher"`, or `"teacher/<number>"` from the
+            second on.
+        """
         for number in range(len(self.method.teachers)):
+            if not self._has_logits(number):
+                continue
+            name = "teacher" if number == 0 else f"teacher/{number}"
             for split in (self.data.test, self.data.val):
-                if split is None or not self._scored(number):
-                    continue
-                meter, answers = Meter([Top1(), Top5(), CrossEntropy(), ECE()]), []
-                for batch in self.batches(split):
-                    with self.accelerator.autocast():
-                        logits = self._ask(number, batch)
-                    meter.add(logits.float(), batch["y"])
-                    answers.append(logits.argmax(1))
-                if number == 0 and _in_order(split):
-                    self._answers[split.name] = answers
-                name = "teacher" if number == 0 else f"teacher/{number}"
-                self.teacher_metrics[f"{name}/{split.name}"] = row = meter.compute()
-                yield name, split.name, row
+                if split is not None:
+                    row = self._evaluate_teacher(number, split)
+                    self.teacher_metrics[f"{name}/{split.name}"] = row
+                    yield name, split.name, row
 
     def batches(self, split: Split) -> Iterator[Batch]:
-        accelerator, size = self.accelerator, self.batch_size
+        """This rank's batches of a split, without augmentation.
+
+        Args:
+            split: The split to read.
+        """
+        accelerator = self.accelerator
         loader = prepare_data_loader(
-            split.loader(size - size % accelerator.num_processes),
+            split.loader(self.batch_size - self.batch_size % accelerator.num_processes),
             accelerator.device,
             accelerator.num_processes,
             accelerator.process_index,
@@ -127,30 +134,79 @@ class Evaluator:
             even_batches=False,
         )
         for batch in loader:
-            yield self.finish(batch, False)
+            yield self.prepare_batch(batch, False)
 
-    def _scored(self, number: int) -> bool:
-        return number < len(self.method.teachers) and getattr(
-            self.method.teachers[number], "scored", True
-        )
+    def _synchronise_networks(self) -> list[nn.Module]:
+        """Give all ranks the same weights; returns the method and the callbacks' networks."""
+        self.method.sync()
+        networks: list[nn.Module] = [self.method]
+        for callback in self.callbacks:
+            networks += callback.networks().values()
+        for callback in self.callbacks:
+            callback.sync()
+        for network in networks:
+            distributed.broadcast_buffers(network)
+        return networks
 
-    def _ask(self, number: int, batch: Batch) -> Tensor:
-        return self.method.teachers[number](batch["x"]).logits
+    def _make_meters(self) -> dict[str, Meter]:
+        """A meter for each network and ensemble, also on a rank that gets no batch."""
+        from kdtoolkit.metrics.classification import ECE, Agreement, CrossEntropy, Top1, Top5
+        from kdtoolkit.metrics.meter import Meter
+
+        image = torch.zeros(1, 3, *self.data.image_size, device=self.accelerator.device)
+        with self.accelerator.autocast():
+            names = list(self._predict(image))
+        return {name: Meter([Top1(), Top5(), CrossEntropy(), ECE(), Agreement()]) for name in names}
+
+    def _evaluate_teacher(self, number: int, split: Split) -> Metrics:
+        from kdtoolkit.metrics.classification import ECE, CrossEntropy, Top1, Top5
+        from kdtoolkit.metrics.meter import Meter
+
+        meter = Meter([Top1(), Top5(), CrossEntropy(), ECE()])
+        classes = []
+        for batch in self.batches(split):
+            with self.accelerator.autocast():
+                logits = self._teacher_logits(number, batch)
+            meter.add(logits.float(), batch["y"])
+            classes.append(logits.argmax(1))
+        if number == 0 and _is_read_in_order(split):
+            self._teacher_classes[split.name] = classes
+        return meter.compute()
+
+    def _predict(self, x: Tensor) -> dict[str, Tensor]:
+        """Logits of every network and ensemble, all (B, C)."""
+        predictions = _add_ensemble(self.method.predict(x), ENSEMBLE)
+        for callback in self.callbacks:
+            predictions |= _add_ensemble(callback.predict(x), f"{callback.name}/{ENSEMBLE}")
+        return predictions
+
+    def _has_logits(self, number: int) -> bool:
+        """Whether there is such a teacher and its logits are those of the data's classes."""
+        teachers = self.method.teachers
+        return number < len(teachers) and teachers[number].has_data_classes
+
+    def _teacher_logits(self, number: int, batch: Batch) -> Tensor:
+        logits: Tensor = self.method.teachers[number](batch["x"]).logits
+        return logits
 
 
-def _with_ensemble(answers: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    if len(answers) < 2 or name in answers:
-        return answers
-    mean = torch.stack([z.float().softmax(1) for z in answers.values()]).mean(0)
-    return answers | {name: mean.log()}
+def _add_ensemble(predictions: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Add, where there are several networks, the logarithm of their mean probability."""
+    if len(predictions) < 2 or name in predictions:
+        return predictions
+    probabilities = [logits.float().softmax(1) for logits in predictions.values()]
+    return predictions | {name: torch.stack(probabilities).mean(0).log()}
 
 
-def _mark(module: nn.Module) -> Tensor:
-    """Two sums of each weight and buffer, (N, 2): other weights have others."""
-    states = (v.detach().double() for v in module.state_dict().values() if v.numel())
-    return torch.stack([torch.stack([v.sum(), v.square().sum()]) for v in states])
+def _weight_sums(module: nn.Module) -> Tensor:
+    """Sum and sum of squares of each weight and buffer, (N, 2) float64.
+
+    They tell whether weights changed.
+    """
+    tensors = (v.detach().double() for v in module.state_dict().values() if v.numel())
+    return torch.stack([torch.stack([v.sum(), v.square().sum()]) for v in tensors])
 
 
-def _in_order(split: Split) -> bool:
+def _is_read_in_order(split: Split) -> bool:
     """Whether a second reading gives the same batches; a user's DataLoader may shuffle."""
-    return split.own_loader is None or type(split.own_loader.sampler) is SequentialSampler
+    return split.user_loader is None or type(split.user_loader.sampler) is SequentialSampler

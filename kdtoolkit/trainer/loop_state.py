@@ -2,37 +2,65 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from kdtoolkit.trainer.loss_tracker import TrackerState
+from kdtoolkit.trainer.stop_signal import INTERRUPTED
 
 if TYPE_CHECKING:
     from kdtoolkit.trainer.trainer import Trainer
 
 
-class LoopState:
-    """What accelerate saves beside weights and optimizer, keyed by name: a callback more or less breaks no loading."""
+class LoopStateDict(TypedDict):
+    """State of the loop, as a checkpoint holds it."""
 
-    def __init__(self, run: Trainer):
+    step: int
+    epoch: int
+    epoch_start: int
+    best: dict[str, Any]
+    stop: str | None
+    losses: TrackerState
+    callbacks: dict[str, dict[str, Any]]
+
+
+class LoopState:
+    """What `accelerate` saves of a trainer beside weights, optimizer and random states.
+
+    States of callbacks are stored by name: a callback that was added or removed does not break
+    loading.
+
+    Args:
+        run: The trainer whose state is saved and restored.
+    """
+
+    def __init__(self, run: Trainer) -> None:
         self.run = run
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> LoopStateDict:
+        """Position, best evaluation, reason to stop, losses of open windows, states of callbacks.
+
+        An interruption is not saved as a reason to stop: a resumed run continues.
+        """
         run = self.run
-        states = {c.name: c.state_dict() for c in run.callbacks if c.name}
-        at = {"step": run.clock.step, "epoch": run.clock.epoch, "epoch_start": run.epoch_start}
-        stop = None if run.stop == "interrupted" else run.stop
-        return at | {
+        return {
+            "step": run.clock.step,
+            "epoch": run.clock.epoch,
+            "epoch_start": run.epoch_start,
             "best": dict(run.best),
-            "stop": stop,
+            "stop": None if run.stop == INTERRUPTED else run.stop,
             "losses": run.loss_tracker.state_dict(),
-            "callbacks": states,
+            "callbacks": {c.name: c.state_dict() for c in run.callbacks if c.name},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: LoopStateDict) -> None:
+        """Put a state into the trainer and its callbacks.
+
+        Args:
+            state: What `state_dict` returned.
+        """
         run = self.run
-        run.clock.step, run.clock.epoch, run.epoch_start = (
-            state["step"],
-            state["epoch"],
-            state["epoch_start"],
-        )
+        run.clock.step, run.clock.epoch = state["step"], state["epoch"]
+        run.epoch_start = state["epoch_start"]
         run.best, run.stop = dict(state["best"]), state["stop"]
         run.loss_tracker.load_state_dict(state["losses"], run.accelerator.device)
         for callback in run.callbacks:

@@ -1,123 +1,120 @@
-"""The numbers of a run on disk: metrics.jsonl (every row, as it comes) and summary.csv (one row an epoch)."""
+"""The rows of a run on disk: metrics.jsonl and summary.csv."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import os
-import platform
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from kdtoolkit.core.callback import MetricsRow
+from kdtoolkit.trainer.epoch_evaluation import metric_name
 from kdtoolkit.utils.io import to_plain, write_text
-
-MetricsRow = dict[str, Any]
 
 
 class MetricsLog:
-    """Rows of a run, in memory and, on rank 0 with a folder, in metrics.jsonl. A row has "event", "epoch" and "step":
+    """Rows of a run, in memory and, on rank 0 with a folder, in `metrics.jsonl`.
 
-    teacher  a teacher's numbers on a split
-    train    mean losses since the last such row; "epoch" counts finished ones
-    epoch    mean losses of an epoch
-    eval     a network's numbers on a split after an epoch
-    final    the numbers of the result
+    A row has "epoch" (finished epochs), "step" (batches since the start) and "event":
+
+    - "teacher": metrics of a teacher on a split
+    - "train": mean losses since the last such row
+    - "epoch": mean losses of an epoch
+    - "eval": metrics of a network on a split after an epoch
+    - "final": the metrics of the result
+
+    Args:
+        folder: Folder of the run; None keeps rows in memory only.
+        write: Whether this rank writes the file.
+
+    Attributes:
+        rows: All rows, in the order in which they were added.
+        path: The file that is written; None where none is.
     """
 
-    def __init__(self, folder: Path | None, write: bool = True):
-        self.file = folder / "metrics.jsonl" if folder is not None else None
-        self.path = self.file if write else None
+    def __init__(self, folder: Path | None, write: bool = True) -> None:
+        self._file = folder / "metrics.jsonl" if folder is not None else None
+        self.path = self._file if write else None
         self.rows: list[MetricsRow] = []
 
     def add(self, **row: Any) -> MetricsRow:
-        row = to_plain(row)
-        self.rows.append(row)
-        if self.path is not None:
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-            except OSError as error:
-                raise OSError(
-                    f"could not write {self.path}: {error}; checkpoints/last is whole: free some space and go on with "
-                    "resume='auto'"
-                ) from error
-        return row
+        """Append one row, and write it where the run has a folder.
+
+        Args:
+            **row: "event", "epoch", "step" and further values; what JSON cannot hold becomes text.
+
+        Returns:
+            The row as it was written.
+
+        Raises:
+            OSError: If the file cannot be written, for instance because the disk is full.
+        """
+        plain: MetricsRow = to_plain(row)
+        self.rows.append(plain)
+        if self.path is None:
+            return plain
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(plain) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"could not write {self.path}: {error}; checkpoints/last is complete: "
+                "free some space and continue with resume='auto'"
+            ) from error
+        return plain
 
     def rewind(self, step: int) -> None:
-        """After a resume: keep what was written up to `step`, drop what came later and an incomplete last line."""
-        if self.file is None or not self.file.exists():
+        """Take over the rows that an earlier part of the run wrote up to a step.
+
+        Later rows, the final row and an incomplete last line are removed from the file.
+
+        Args:
+            step: Batches since the start.
+        """
+        if self._file is None or not self._file.exists():
             return
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if row.get("step", 0) <= step and row.get("event") != "final":
+        lines = self._file.read_text(encoding="utf-8").splitlines()
+        for row in map(_parse_row, lines):
+            if row and row.get("step", 0) <= step and row.get("event") != "final":
                 self.rows.append(row)
         if self.path is not None:
-            write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.rows))
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def summary(self) -> None:
-        """summary.csv: one row an epoch, the means of its training rows and its evaluations."""
+    def write_summary(self) -> None:
+        """Write `summary.csv`: one row an epoch, the means of its losses and its evaluations."""
         if self.path is None:
             return
-        epochs: dict[int, MetricsRow] = {}
-        for row in self.rows:
-            if row["event"] == "eval":
-                target = epochs.setdefault(
-                    row["epoch"], {"epoch": row["epoch"], "step": row["step"]}
-                )
-                prefix = (
-                    row["split"]
-                    if row["network"] == "student"
-                    else f"{row['split']}/{row['network']}"
-                )
-                target |= {f"{prefix}/{k}": v for k, v in row.items() if isinstance(v, float)}
-            elif row["event"] == "epoch":
-                epochs.setdefault(
-                    row["epoch"], {"epoch": row["epoch"], "step": row["step"]}
-                ).update({f"train/{k}": v for k, v in row.items() if isinstance(v, float)})
-        names = list(dict.fromkeys(k for row in epochs.values() for k in row))
+        epochs = _summarise_epochs(self.rows)
+        columns = list(dict.fromkeys(name for row in epochs for name in row))
         text = io.StringIO()
-        writer = csv.DictWriter(text, names)
+        writer = csv.DictWriter(text, columns)
         writer.writeheader()
-        writer.writerows(epochs[e] for e in sorted(epochs))
+        writer.writerows(epochs)
         write_text(self.path.with_name("summary.csv"), text.getvalue())
 
 
-def describe_environment(accelerator: Any) -> dict[str, Any]:
-    """What a stranger needs to know about the machine: versions, device, processes, command."""
-    from importlib.metadata import PackageNotFoundError, version
+def _parse_row(line: str) -> MetricsRow | None:
+    """A line of metrics.jsonl; None where it is incomplete."""
+    try:
+        row: MetricsRow = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row
 
-    versions = {}
-    for package in (
-        "kdtoolkit",
-        "torch",
-        "torchvision",
-        "timm",
-        "accelerate",
-        "datasets",
-        "evaluate",
-        "numpy",
-    ):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    cuda = torch.cuda.is_available()
-    return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "processor": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": str(accelerator.device),
-        "processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-        "packages": versions,
-    }
+
+def _summarise_epochs(rows: Iterable[MetricsRow]) -> list[MetricsRow]:
+    """One row an epoch, in order, of the rows "epoch" and "eval"."""
+    epochs: dict[int, MetricsRow] = {}
+    for row in rows:
+        numbers = {name: value for name, value in row.items() if isinstance(value, float)}
+        if row["event"] == "eval":
+            named = {metric_name(row["split"], row["network"], k): v for k, v in numbers.items()}
+        elif row["event"] == "epoch":
+            named = {f"train/{name}": value for name, value in numbers.items()}
+        else:
+            continue
+        position = {"epoch": row["epoch"], "step": row["step"]}
+        epochs.setdefault(row["epoch"], position).update(named)
+    return [epochs[epoch] for epoch in sorted(epochs)]

@@ -1,101 +1,91 @@
-"""What the numbers of a run make: its loader, clock, optimizer and learning rate over time."""
+"""The optimizer of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]
 from torch import nn
-from torch.utils.data import DataLoader
 
-from kdtoolkit import schedules
 from kdtoolkit.core.config import PAPER_OPTIMIZERS, TrainerConfig
-from kdtoolkit.data.dataset import Data
+from kdtoolkit.core.method import Method
 from kdtoolkit.models.layer_groups import layer_decay_groups
-from kdtoolkit.types import Clock
 from kdtoolkit.utils.registry import suggestion
 
 
-def make_loader_and_schedule(
-    s: TrainerConfig, data: Data, ranks: int, sampling: Callable[..., Any] | None = None
-) -> tuple[DataLoader, Clock, Callable[[int], float]]:
-    """Training batches, how many of them, and the learning-rate factor of optimizer step n.
+def check_optimizer(name: str) -> None:
+    """Check that an optimizer exists.
 
-    sampling  of a Method that draws its rows in its own way
+    Args:
+        name: `"sgd"`, `"nesterov"` or a name of timm, which may start with `"lookahead_"`.
+
+    Raises:
+        ValueError: If it does not; the message suggests similar names.
     """
-    if s.batch_size % (s.grad_accum * ranks):
+    known = [*PAPER_OPTIMIZERS, *map(str, list_optimizers())]
+    if name.lower().removeprefix("lookahead_") not in known:
         raise ValueError(
-            f"batch_size {s.batch_size} is shared by {ranks} processes and {s.grad_accum} accumulation steps and "
-            f"does not divide by {s.grad_accum * ranks}; batch_size is images per optimizer step over all of them"
+            f"optimizer={name!r} is unknown; allowed: 'sgd', 'nesterov' and the names of "
+            f"timm.optim.list_optimizers(){suggestion(name, known)}"
         )
-    rows = data.train.len
-    if rows is not None and data.train.own_loader is None and rows < s.batch_size:
-        raise ValueError(
-            f"{rows} training images do not fill one batch of {s.batch_size}: use a smaller batch_size"
-        )
-    loader = data.train.loader(
-        s.batch_size // s.grad_accum, shuffle=True, drop_last=True, sampling=sampling, seed=s.seed
-    )
-    clock = _clock(s, None if rows is None else len(loader))
-    updates = -(-clock.total_steps // s.grad_accum)
-    warmup = round(s.warmup_epochs * clock.steps_per_epoch / s.grad_accum)
-    factor = schedules.lr_factor(
-        s.scheduler, updates, warmup=warmup, milestones=s.milestones, gamma=s.gamma
-    )
-    return loader, clock, factor
 
 
 def make_optimizer(
-    method: nn.Module, s: TrainerConfig, layers: Mapping[str, int] | None = None
+    method: Method, config: TrainerConfig, layers: Mapping[str, int] | None = None
 ) -> torch.optim.Optimizer:
-    """timm's optimizers by name. "sgd" is plain momentum and "nesterov" Nesterov's, both with decay on every parameter
-    as in the papers; every other name is timm's, without decay on biases and norms.
+    """Make one of timm's optimizers by name.
 
-    layers  parameter of the first network -> layer, as tuning.layer_numbers() gives it; needed for s.layer_decay
+    `"sgd"` is plain momentum and `"nesterov"` Nesterov's, both with decay on every parameter as in
+    the papers; every other name is timm's, without decay on biases and norms.
+
+    Args:
+        method: Owns the parameters.
+        config: Name, learning rate, decay and momentum.
+        layers: Parameter of the first network -> layer, as
+            `kdtoolkit.models.layer_groups.layer_numbers` returns it; needed for
+            `config.layer_decay`.
+
+    Raises:
+        ValueError: If the optimizer is unknown or refuses its numbers, or `layers` is missing.
     """
-    filtered = s.optimizer not in PAPER_OPTIMIZERS
-    given: dict[str, Any] = {"momentum": s.momentum, "lr": s.lr, "weight_decay": s.weight_decay}
-    groups: Any = method
-    if s.layer_decay is not None:
-        if layers is None:
-            raise ValueError(
-                f"layer_decay={s.layer_decay} needs the layers of the network: tuning.layer_numbers(taps)"
-            )
-        net = next(iter(method.networks().values()))  # type: ignore[operator]
-        same = {"lr": s.lr, "weight_decay": s.weight_decay, "decay": s.layer_decay}
-        groups = layer_decay_groups(method, net, layers, filtered=filtered, **same)
+    check_optimizer(config.optimizer)
+    decays_all = config.optimizer in PAPER_OPTIMIZERS
+    parameters = _parameters(method, config, layers)
     try:
         return create_optimizer_v2(
-            groups,
-            opt=PAPER_OPTIMIZERS.get(s.optimizer, s.optimizer),
-            filter_bias_and_bn=filtered,
-            **given,
+            parameters,
+            opt=PAPER_OPTIMIZERS.get(config.optimizer, config.optimizer),
+            filter_bias_and_bn=not decays_all,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        known = list(map(str, list_optimizers()))
-        if str(s.optimizer).lower().removeprefix("lookahead_") in [*PAPER_OPTIMIZERS, *known]:
-            raise ValueError(
-                f"optimizer={s.optimizer!r}, lr={s.lr}, weight_decay={s.weight_decay}: {error}"
-            ) from error
         raise ValueError(
-            f"optimizer={s.optimizer!r}: {error}; allowed are 'sgd', 'nesterov' and the names of "
-            f"timm.optim.list_optimizers(){suggestion(str(s.optimizer), known)}"
+            f"optimizer={config.optimizer!r}, lr={config.lr}, "
+            f"weight_decay={config.weight_decay}: {error}"
         ) from error
 
 
-def _clock(s: TrainerConfig, batches: int | None) -> Clock:
-    """`batches` of one pass; those that do not fill an optimizer step are left out."""
-    per_epoch = None if batches is None else batches // s.grad_accum * s.grad_accum
-    if per_epoch == 0:
+def _parameters(
+    method: Method, config: TrainerConfig, layers: Mapping[str, int] | None
+) -> nn.Module | list[dict[str, Any]]:
+    """The method, or parameter groups with a learning rate for each layer."""
+    if config.layer_decay is None:
+        return method
+    if layers is None:
         raise ValueError(
-            f"{batches} batches in an epoch do not fill one optimizer step of grad_accum={s.grad_accum} batches"
+            f"layer_decay={config.layer_decay} needs the layers of the network: pass "
+            "layers=kdtoolkit.models.layer_groups.layer_numbers(taps)"
         )
-    if s.max_steps is not None:
-        total = s.max_steps * s.grad_accum
-        return Clock(steps_per_epoch=per_epoch or total, total_steps=total)
-    if per_epoch is None:
-        raise ValueError("streamed data has no length: say how long to train with max_steps=...")
-    assert s.epochs is not None
-    return Clock(steps_per_epoch=per_epoch, total_steps=per_epoch * s.epochs)
+    return layer_decay_groups(
+        method,
+        next(iter(method.networks().values())),
+        layers,
+        filtered=config.optimizer not in PAPER_OPTIMIZERS,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        decay=config.layer_decay,
+    )

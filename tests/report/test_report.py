@@ -1,4 +1,4 @@
-"""Report pages from a small real run, curves of odd rows, Grad-CAM on networks whose answer is known."""
+"""Report pages of a small real run, curves of unusual rows, Grad-CAM with known results."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from kdtoolkit import report
-from kdtoolkit.report import plots, run_folder, tables
-from kdtoolkit.report.comparison import mean_std
+from kdtoolkit.report import curves, page_sections, plots, run_folder, tables
+from kdtoolkit.report.comparison import mean_and_std
 from kdtoolkit.report.gradcam import gradcam
 
 
@@ -247,8 +247,10 @@ def test_report_of_a_small_real_run(runs):
     )
     text = page.read_text()
     assert text.startswith("# big_net → small_net, method kd")
-    for part in ("**last** epoch (epoch 2), on the test split", "| student alone |", "| distilled student |", "| 123 |",
-                 "4.57 K", "2.50×", "0.500", "ce 1.0, kd 0.9", "points of top-1", "80.00"):  # fmt: skip
+    for part in (
+        "**last** epoch (epoch 2), on the test split", "| student alone |", "| distilled student |",
+        "| 123 |", "4.57 K", "2.50×", "0.500", "ce 1.0, kd 0.9", "points of top-1", "80.00",  # noqa: RUF001
+    ):  # fmt: skip
         assert part in text
     for name in ("accuracy", "eval_loss", "loss", "gradcam"):
         assert (
@@ -256,11 +258,11 @@ def test_report_of_a_small_real_run(runs):
             and min(png_size(path / "kd" / "figures" / f"{name}.png")) > 300
         )
     assert str(path) not in text and "alone: it has no `student/` folder" in text
-    assert not [f for f in (path / "kd").rglob(".*")]
+    assert not list((path / "kd").rglob(".*"))
 
 
 def test_report_without_matplotlib_is_still_written(runs, tmp_path, monkeypatch):
-    path, teacher, student = runs
+    path, _, student = runs
     real = builtins.__import__
 
     def no_matplotlib(name, *args, **kwargs):
@@ -337,9 +339,9 @@ def test_best_epoch_takes_the_numbers_of_that_epoch(tmp_path):
     rows.append({"event": "final", "epoch": 1, "chosen": "best", "split": "val", "top1": 89.0})
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run = run_folder.read(tmp_path)
-    assert tables.student_numbers(run)[
+    assert tables.student_metrics(run)[
         "loss"
-    ] == 1.0 and "**best** epoch (epoch 1), on the val split" in tables.where_from(run)
+    ] == 1.0 and "**best** epoch (epoch 1), on the val split" in tables.describe_source(run)
 
 
 def test_compare_groups_of_seeds(runs, tmp_path):
@@ -350,7 +352,7 @@ def test_compare_groups_of_seeds(runs, tmp_path):
     text = report.compare(
         {"alone": path / "alone", "kd": [path / "kd", str(tmp_path / "other")]}, tmp_path / "out"
     ).read_text()
-    mean, std = mean_std([tables.student_numbers(run_folder.read(path / "kd"))["top1"], 61.0])
+    mean, std = mean_and_std([tables.student_metrics(run_folder.read(path / "kd"))["top1"], 61.0])
     assert (
         f"| kd | 2 | {mean:.2f} ± {std:.2f} |" in text
         and "(n = 1)" in text
@@ -376,21 +378,70 @@ def test_gradcam_rows(tmp_path):
 
 
 def test_smoothing_keeps_constants_and_skips_what_is_not_finite():
-    assert plots.smooth([2.0] * 50) == pytest.approx([2.0] * 50)
-    assert plots.smooth([1.0, math.nan, 3.0]) == pytest.approx([1.0, 2.0, 3.0])
+    assert curves.smooth([2.0] * 50) == pytest.approx([2.0] * 50)
+    assert curves.smooth([1.0, math.nan, 3.0]) == pytest.approx([1.0, 2.0, 3.0])
 
 
-def test_half_written_files_never_show(tmp_path):
-    def fail(file):
+def test_a_figure_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    def fail(self, file, **options):
         file.write_text("half")
         raise OSError("disk full")
 
-    run_folder.put_text(tmp_path / "a.md", "old")
+    file = tmp_path / "a.png"
+    figure = plots.new_figure(1, 1)
+    plots.save_figure(figure, file)
+    before = file.read_bytes()
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
     with pytest.raises(OSError, match="disk full"):
-        run_folder.put(tmp_path / "a.md", fail)
-    assert [f.name for f in tmp_path.iterdir()] == ["a.md"] and (
-        tmp_path / "a.md"
-    ).read_text() == "old"
+        plots.save_figure(figure, file)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.png"] and file.read_bytes() == before
+
+
+FLAT_CONFIG = {
+    "teacher": "resnet50", "student": "resnet18", "method": "kd", "layers": ["auto"],
+    "losses": {"ce": 1.0, "kd": 0.9}, "epochs": 3, "max_steps": None, "lr": 0.1, "seed": 0,
+    "train_data": "digits",
+    "data": {"name": "digits", "num_classes": 10},
+}  # fmt: skip
+NESTED_CONFIG = {
+    "networks": {"teacher": "resnet50", "student": "resnet18"},
+    "data": {"train_data": "digits"},
+    "loss": {"method": "kd", "losses": {"ce": 1.0, "kd": 0.9}, "layers": ["auto"]},
+    "optim": {"lr": 0.1},
+    "loop": {"epochs": 3, "max_steps": None, "seed": 0},
+    "output": {"keep": "exported"},
+    "callbacks": [],
+}
+
+
+def test_settings_are_found_in_a_nested_and_in_a_flat_config(tmp_path):
+    sections = []
+    for name, config in (("flat", FLAT_CONFIG), ("nested", NESTED_CONFIG)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
+        run = run_folder.read(tmp_path / name)
+        assert run.setting("lr") == 0.1 and run.setting("seed") == 0 and run.has_teacher
+        assert run.setting("max_steps") is None and run.setting("nothing") is None
+        sections.append(page_sections.settings_section(run))
+        assert page_sections.page_title(run) == "resnet50 → resnet18, method kd"
+    for part in ("| `losses` | ce 1.0, kd 0.9 |", "| `epochs` | 3 |", "| `train_data` | digits |"):
+        assert all(part in section for section in sections)
+    assert "num_classes" not in sections[1] and "max_steps" not in "".join(sections)
+
+
+def test_objects_of_a_config_are_shown_by_their_class():
+    schedule = {"schedule": "Linear", "start": 1.0, "end": 0.0}
+    assert page_sections.format_setting({"kd": schedule}) == "kd Linear(start=1.0, end=0.0)"
+    assert page_sections.format_setting({"object": "package.Net"}) == "package.Net"
+
+
+def test_the_exported_network_is_named_with_its_reason(tmp_path):
+    reason = "it is the best on the val split"
+    final = {"event": "final", "split": "test", "top1": 61.0, "chosen": "best"}
+    final |= {"exported": "peer1", "exported_reason": reason, "networks": {"peer1": 61.0}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(final))
+    text = report.write(tmp_path).read_text()
+    assert "The exported network is `peer1`: it is the best on the val split." in text
 
 
 def test_teacher_is_shown_on_the_split_of_the_curve(tmp_path):
@@ -410,15 +461,15 @@ def test_teacher_is_shown_on_the_split_of_the_curve(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run = run_folder.read(tmp_path)
     assert (
-        tables.teacher_numbers(run)["top1"] == 71.0
-        and tables.teacher_numbers(run, "val")["top1"] == 70.0
+        tables.teacher_metrics(run)["top1"] == 71.0
+        and tables.teacher_metrics(run, "val")["top1"] == 70.0
     )
     assert tables.compression_parts(run) == {"compression": 4.0, "retention": 0.86}
 
 
 def test_both_retentions_are_shown_under_their_own_names(runs):
     path, _, _ = runs
-    final = run_folder.read(path / "kd").last("final")
+    final = run_folder.read(path / "kd").last_row("final")
     text = report.write(path / "kd").read_text()
     assert f"| retention, top-1 / teacher's top-1 | {final['top1'] / 80:.3f} |" in text
     assert "| retention above chance | 0.900 |" in text
@@ -435,7 +486,7 @@ def test_gradcam_of_a_network_with_a_size_of_its_own_resizes_as_training_does(tm
 
 
 def test_a_picture_that_fails_is_a_note(runs):
-    path, teacher, student = runs
+    path, _, student = runs
 
     class Broken(nn.Module):
         def forward(self, x):

@@ -39,7 +39,8 @@ class Net(nn.Module):
 
 class StopAt(Callback):
     def on_step_end(self, run, step):
-        if run.clock.step == stop and run.accelerator.process_index == 1:  # one rank is told, both must stop
+        # one rank gets the signal, both must stop
+        if run.clock.step == stop and run.accelerator.process_index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -59,19 +60,20 @@ def watch(event, args):
 sys.addaudithook(watch)
 try:
     result = distill(
-        teacher, student, "digits", method="at", layers=[("two", "two")], epochs=3, batch_size=64, train_limit=256,
-        losses={"ce": 1.0, "kd": 0.5, "at": 100.0}, lr=0.1, momentum=0.9, log_every=2, num_workers=0,
+        teacher, student, "digits", method="at", layers=[("two", "two")], epochs=3, batch_size=64,
+        losses={"ce": 1.0, "kd": 0.5, "at": 100.0}, lr=0.1, momentum=0.9, log_every=2,
+        num_workers=0, train_limit=256,
         output_dir=root / "run", resume=resume == "resume" and "auto", callbacks=[StopAt()],
     )
 except Interrupted as error:
     print(f"rank {rank} interrupted: {error}", flush=True)
     os._exit(0)
-told = {
+facts = {
     "metrics": {k: v for k, v in result.metrics.items() if isinstance(v, (int, float, str))},
     "wrote": sorted(p for p in opened if str(root / "run") in p),
     "rows": len(result.history),
 }
-(root / f"rank{rank}.json").write_text(json.dumps(told))
+(root / f"rank{rank}.json").write_text(json.dumps(facts))
 torch.save(result.student.state_dict(), root / f"rank{rank}.pt")
 '''
 
@@ -98,7 +100,7 @@ def launch(root: Path, processes: int, stop: int = -1, resume: str = "no") -> st
     return done.stdout
 
 
-def told(root: Path, rank: int) -> dict:
+def facts_of(root: Path, rank: int) -> dict:
     return json.loads((root / f"rank{rank}.json").read_text())
 
 
@@ -138,17 +140,17 @@ def test_two_processes_train_what_one_trains(tmp_path):
 
     timed = ("latency_ms", "teacher_latency_ms")
     first, second = (
-        {k: v for k, v in told(two, r)["metrics"].items() if k not in timed} for r in (0, 1)
+        {k: v for k, v in facts_of(two, r)["metrics"].items() if k not in timed} for r in (0, 1)
     )
-    assert first == second and told(two, 0)["rows"] == told(two, 1)["rows"] == len(b)
+    assert first == second and facts_of(two, 0)["rows"] == facts_of(two, 1)["rows"] == len(b)
 
-    wrote = told(two, 1)["wrote"]
+    wrote = facts_of(two, 1)["wrote"]
     assert all("random_states_1.pkl" in p for p in wrote), (
         wrote
     )  # each rank its own generator's state, nothing else
-    assert any("metrics.jsonl" in p for p in told(two, 0)["wrote"])
+    assert any("metrics.jsonl" in p for p in facts_of(two, 0)["wrote"])
 
-    # one rank is told to stop in the middle of the third epoch: both stop at the same step; then both go on
+    # one rank gets a signal in the third epoch: both stop at the same step; then both continue
     printed = launch(broken, 2, stop=9)
     assert printed.count("interrupted: stopped at step 10 of 12") == 2
     launch(broken, 2, resume="resume")

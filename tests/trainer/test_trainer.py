@@ -1,4 +1,4 @@
-"""The loop and distill(): what a run writes, returns and repeats to the last digit. Real digits throughout."""
+"""The loop and distill(): what a run writes, returns and repeats exactly, on real digits."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-import kdtoolkit.data as room
 from kdtoolkit import Callback, Frozen, Method, Taps, create_method, distill
 from kdtoolkit.core.config import TrainerConfig
+from kdtoolkit.data import Data
+from kdtoolkit.data import load as load_data
 from kdtoolkit.losses.sp import SP
 from kdtoolkit.pipeline.distill import DistillResult
 from kdtoolkit.schedules import Linear
@@ -56,11 +57,11 @@ def teacher(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def digits() -> room.Data:
-    return room.load("digits", train_limit=192, validation=64)
+def digits() -> Data:
+    return load_data("digits", train_limit=192, validation=64)
 
 
-SMALL = dict(batch_size=64, log_every=1, progress="off", lr=0.05, num_workers=0)
+SMALL = {"batch_size": 64, "log_every": 1, "progress": "off", "lr": 0.05, "num_workers": 0}
 
 
 def plain(student="cifar_resnet8", train_data="digits", **options) -> DistillResult:
@@ -98,7 +99,7 @@ def own(seed: int = 0, dropout: float = 0.0) -> Plain:
     return Plain(dropout)
 
 
-# ------------------------------------------------------------------------------------------------------- the whole way
+# ------------------------------------------------------------------------------------ the whole way
 @pytest.fixture(scope="session")
 def whole(teacher, tmp_path_factory) -> DistillResult:
     folder = tmp_path_factory.mktemp("whole") / "run"
@@ -118,15 +119,16 @@ def whole(teacher, tmp_path_factory) -> DistillResult:
 def test_output_folder_is_that_of_the_contract(whole):
     folder = whole.output_dir
     for name in (
-        "config.yaml", "env.json", "plan.json", "metrics.jsonl", "summary.csv", "checkpoints/last/checkpoint.json",
-        "checkpoints/best/model.safetensors", "student/model.safetensors", "student/config.json", "report.md",
+        "config.yaml", "env.json", "plan.json", "metrics.jsonl", "summary.csv", "report.md",
+        "checkpoints/last/checkpoint.json", "checkpoints/best/model.safetensors",
+        "student/model.safetensors", "student/config.json",
         "figures/accuracy.png", "figures/loss.png",
     ):  # fmt: skip
         assert (folder / name).stat().st_size > 0, name
     assert not [p for p in folder.rglob("*") if p.name.startswith(".") or p.suffix == ".tmp"]
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert config["epochs"] == 2 and config["weight_decay"] == 5e-4
-    assert config["losses"] == {"ce": 1.0, "kd": 1.0, "srkd": 0.1}
+    assert config["optim"]["epochs"] == 2 and config["optim"]["weight_decay"] == 5e-4
+    assert config["loss"]["losses"] == {"ce": 1.0, "kd": 1.0, "srkd": 0.1}
     assert json.loads((folder / "env.json").read_text())["processes"] == 1
 
 
@@ -209,7 +211,7 @@ def test_plan_tells_the_data_in_one_short_line(whole):
     assert len(line) < 300
 
 
-# -------------------------------------------------------------------------------------------------------------- events
+# ------------------------------------------------------------------------------------------- events
 class Recorder(Callback):
     def __init__(self):
         self.seen: list[str] = []
@@ -227,7 +229,7 @@ class Recorder(Callback):
         self.modes.add(all(m.training for m in run.method.networks()["student"].modules()))
         self.x = batch["x"]
         self.student = run.method.networks()["student"]
-        return None
+        return
 
     def on_grads(self, run):
         self.seen.append("on_grads")
@@ -274,7 +276,7 @@ def test_on_losses_adds_a_named_loss_and_refuses_a_name_that_is_taken(digits):
         plain(train_data=digits, max_steps=2, callbacks=[Norm("ce")])
 
 
-# --------------------------------------------------------------------------------------------------------- arithmetic
+# --------------------------------------------------------------------------------------- arithmetic
 def test_accumulated_gradients_are_those_of_the_bigger_batch(digits):
     a = plain(own(), digits, max_steps=4, batch_size=64)
     b = plain(own(), digits, max_steps=4, batch_size=64, grad_accum=4)
@@ -403,7 +405,7 @@ def test_optimizers_decay_as_in_the_papers_or_as_timm():
     assert sorted(g["weight_decay"] for g in adamw.param_groups) == [0.0, 0.05]
 
 
-# -------------------------------------------------------------------------------------------------------------- repeat
+# ------------------------------------------------------------------------------------------- repeat
 def test_same_seed_same_weights_other_seed_other_weights():
     a, b, c = (plain(max_steps=3, train_limit=192, seed=s) for s in (0, 0, 1))
     assert same(weights(a), weights(b)) and train_rows(a) == train_rows(b)
@@ -460,7 +462,7 @@ def test_every_parameter_gets_a_gradient_or_the_error_names_it(digits):
         plain(Spare(), digits, max_steps=1)
 
 
-# ----------------------------------------------------------------------------------------------- what may be passed in
+# ---------------------------------------------------------------------------- what may be passed in
 def test_without_output_dir_the_best_weights_are_kept_in_memory(digits):
     class Spoil(Callback):
         """From the second epoch on the student is worse than chance."""
@@ -493,7 +495,7 @@ def test_max_steps_ends_in_the_middle_of_an_epoch(digits, tmp_path):
 
 
 def arrays(rows: int = 192) -> TensorDataset:
-    batch = next(iter(room.load("digits").train.loader(rows)))
+    batch = next(iter(load_data("digits").train.loader(rows)))
     return TensorDataset(batch["x"], batch["y"])
 
 
@@ -508,7 +510,7 @@ def test_a_data_loader_keeps_its_batches():
 
 
 def test_agreement_with_a_shuffled_evaluation_loader(digits):
-    """The teacher's answers belong to the images, not to the place in the loader: a net agrees with itself."""
+    """The teacher's predictions belong to images, not to places in the loader."""
     teacher = own()
     student = own()
     for p in student.parameters():
@@ -648,8 +650,8 @@ def test_a_dry_run_and_a_refused_call_leave_the_teachers_head(digits):
     distill(teacher, "cifar_resnet8", "digits", teacher_head="finetune", dry_run=True)
     with pytest.raises(ValueError, match="nowhere"):
         distill(
-            teacher, "cifar_resnet8", digits, method="sp", layers=[("nowhere", "layer1")], max_steps=1,
-            teacher_head="linear-probe", **SMALL,
+            teacher, "cifar_resnet8", digits, method="sp", layers=[("nowhere", "layer1")],
+            max_steps=1, teacher_head="linear-probe", **SMALL,
         )  # fmt: skip
     assert same(before, weights_of(teacher)) and teacher.num_classes == 7
 
@@ -755,7 +757,7 @@ def test_the_last_epoch_is_evaluated_once(digits, monkeypatch):
                 run.method.networks()["student"].fc.weight.mul_(1.5)
 
     read.clear()
-    loader = room.load("digits", train_limit=192, validation="none")
+    loader = load_data("digits", train_limit=192, validation="none")
     result = plain(own(), loader, epochs=1, callbacks=[Average()])
     assert read == ["test", "test"], "changed after the evaluation: measured again"
 
@@ -817,7 +819,7 @@ def test_plain_lines_tell_processes_losses_and_retention(teacher, digits, capsys
     assert "left" in epochs[0] and "took" in epochs[1] and "retention" in lines[-1]
 
 
-# -------------------------------------------------------------------------------------------------------------- resume
+# ------------------------------------------------------------------------------------------- resume
 class StopAt(Callback):
     """Ctrl-C after `step`: a real signal to this process."""
 
@@ -854,16 +856,18 @@ def no_clock(rows: list[dict]) -> list[dict]:
 
 @pytest.mark.parametrize(("stop", "accum"), [(2, 1), (5, 1), (6, 1), (9, 1), (8, 2)])
 def test_interrupted_and_resumed_equals_uninterrupted(stop, accum, teacher, tmp_path):
-    """Losses, data order, augmentation, dropout, evaluations and weights, to the last digit; 3 epochs of 4 steps."""
+    """Losses, data order, augmentation, dropout, evaluations and weights; 3 epochs of 4 steps."""
 
     def run(folder: Path, **options) -> DistillResult:
         return distill(
-            teacher, own(3, dropout=0.3), "digits", epochs=3, train_limit=256, output_dir=folder, grad_accum=accum,
-            **{**SMALL, "log_every": 3, "batch_size": 64 * accum}, **options,
+            teacher, own(3, dropout=0.3), "digits", epochs=3, train_limit=256, output_dir=folder,
+            grad_accum=accum, **{**SMALL, "log_every": 3, "batch_size": 64 * accum}, **options,
         )  # fmt: skip
 
     straight = run(tmp_path / "straight", callbacks=[Count()])
-    with pytest.raises(Interrupted, match=rf"stopped at step {stop} of .*go on with resume='auto'"):
+    with pytest.raises(
+        Interrupted, match=rf"stopped at step {stop} of .*continue with resume='auto'"
+    ):
         run(tmp_path / "broken", callbacks=[Count(), StopAt(stop)])
     count = Count()
     resumed = run(tmp_path / "broken", resume="auto", callbacks=[count, Recorder()])
@@ -878,8 +882,8 @@ def test_resume_of_a_finished_run_trains_nothing_and_returns_the_result(whole, t
     recorder = Recorder()
     options = {**SMALL, "log_every": 50}
     again = distill(
-        teacher, "cifar_resnet8", "digits", method="srkd", epochs=2, train_limit=256, output_dir=whole.output_dir,
-        resume="auto", callbacks=[recorder], **options,
+        teacher, "cifar_resnet8", "digits", method="srkd", epochs=2, train_limit=256,
+        output_dir=whole.output_dir, resume="auto", callbacks=[recorder], **options,
     )  # fmt: skip
     assert recorder.seen == ["on_fit_start", "on_fit_end"]
     assert same(weights(again), weights(whole)) and no_clock(again.history) == no_clock(

@@ -1,0 +1,205 @@
+"""The sections of a report page as markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from kdtoolkit.core.callback import MetricsRow
+from kdtoolkit.report import tables
+from kdtoolkit.report.run_folder import RunFolder
+
+SETTINGS = (
+    "teacher",
+    "student",
+    "method",
+    "losses",
+    "layers",
+    "temperature",
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "scheduler",
+    "warmup_epochs",
+    "teacher_head",
+    "train_data",
+    "eval_data",
+    "num_classes",
+    "mixed_precision",
+    "grad_accum",
+    "grad_clip",
+    "channels_last",
+    "compile",
+    "seed",
+)
+ENVIRONMENT = (
+    "python",
+    "torch",
+    "timm",
+    "accelerate",
+    "kdtoolkit",
+    "device",
+    "gpu",
+    "world_size",
+    "num_processes",
+)
+COSTS = ("params", "macs", "latency_ms")
+MARKS = ("schedule", "transform")  # keys of config.yaml that name the class of an object
+
+LOADING = """## Load the student
+
+From this folder:
+
+```python
+import kdtoolkit  # registers its own networks with timm
+import timm
+
+student = timm.create_model("local-dir:student", pretrained=True).eval()
+mean, std = student.pretrained_cfg["mean"], student.pretrained_cfg["std"]  # of RGB in [0, 1]
+```
+"""
+NO_STUDENT = "The run folder has no `student/` yet, so there is nothing to load."
+
+
+def page_title(run: RunFolder) -> str:
+    """Teacher, student and method of a run."""
+    if not run.config:
+        return f"Run {run.path.resolve().name}"
+    student, method = _short_name(run.setting("student")), _short_name(run.setting("method"))
+    if not run.setting("teacher"):
+        return f"{student}, method {method}, no teacher"
+    teachers = [str(name) for role, name in run.models.items() if role.startswith("teacher")]
+    teacher = " + ".join(teachers) or _short_name(run.setting("teacher"))
+    return f"{teacher} → {run.models.get('student', student)}, method {method}"
+
+
+def _short_name(value: Any) -> str:
+    """The last part of a path or name; several are joined."""
+    if isinstance(value, (list, tuple)):
+        return " + ".join(map(_short_name, value))
+    if isinstance(value, Mapping):
+        return format_setting(value).rsplit(".", 1)[-1]
+    return str(value).rstrip("/").rsplit("/", 1)[-1] if value else "?"
+
+
+def environment_line(run: RunFolder) -> str:
+    """Versions and device of a run; empty where they are not known."""
+    facts = [
+        f"{key} {run.environment[key]}"
+        for key in ENVIRONMENT
+        if isinstance(run.environment.get(key), (str, int, float))
+    ]
+    return f"Made on: {', '.join(facts)}." if facts else ""
+
+
+def network_rows(
+    run: RunFolder,
+    baseline: RunFolder | None = None,
+    teacher: nn.Module | None = None,
+    student: nn.Module | None = None,
+) -> dict[str, MetricsRow]:
+    """Metrics of the teacher, the student trained alone, the student, and the other networks.
+
+    Args:
+        run: The run.
+        baseline: Run of the same student trained alone.
+        teacher: The teacher, to count its parameters where the run does not say them.
+        student: The student, for the same.
+
+    Returns:
+        Name in the table -> metrics.
+    """
+    rows: dict[str, MetricsRow] = {}
+    teacher_row = _num_parameters(teacher) | tables.teacher_metrics(run)
+    if teacher_row:
+        rows["teacher"] = teacher_row
+    student_row = _num_parameters(student) | tables.student_metrics(run)
+    if baseline is not None:
+        cost = {key: student_row[key] for key in COSTS if key in student_row}
+        rows["student alone"] = cost | tables.student_metrics(baseline)
+    name = "student" if run.exported == "student" else f"student ({run.exported})"
+    rows[f"distilled {name}" if run.has_teacher else name] = student_row
+    final_top1 = run.last_row("final").get("networks", {})
+    for network in run.networks[1:]:
+        evaluations = run.evaluations(network, student_row.get("split"))
+        epoch = student_row.get("epoch")
+        same_epoch = [row for row in evaluations if row.get("epoch") == epoch]
+        rows[network] = same_epoch[-1] if same_epoch else {"top1": final_top1.get(network)}
+    return rows
+
+
+def _num_parameters(model: nn.Module | None) -> MetricsRow:
+    return {} if model is None else {"params": sum(p.numel() for p in model.parameters())}
+
+
+def gain_line(run: RunFolder, baseline: RunFolder) -> str:
+    """The student's gain over the student trained alone; empty where one was not evaluated."""
+    ours, theirs = tables.student_metrics(run), tables.student_metrics(baseline)
+    if "top1" not in ours or "top1" not in theirs:
+        return ""
+    text = (
+        f"Against the student trained alone: {ours['top1'] - theirs['top1']:+.2f} points of "
+        "top-1, one run each."
+    )
+    if any(ours.get(key) != theirs.get(key) for key in ("split", "chosen")):
+        text += (
+            " Compare with care: the numbers of the student alone are of another choice. "
+            f"{tables.describe_source(baseline)}"
+        )
+    return text
+
+
+def compression_section(run: RunFolder) -> str:
+    """Retention and compression; empty where they are not known."""
+    parts = tables.compression_parts(run)
+    rows = [
+        [heading, tables.format_metric(key, parts[key])]
+        for key, heading in tables.COMPRESSION_PARTS.items()
+        if parts.get(key) is not None
+    ]
+    if not rows:
+        return ""
+    return f"## Task and compression together\n\n{tables.markdown_table(['part', 'value'], rows)}"
+
+
+def settings_section(run: RunFolder) -> str:
+    """The main settings; empty where they are not known."""
+    settings = {name: run.setting(name) for name in SETTINGS}
+    rows = [
+        [f"`{name}`", format_setting(value)]
+        for name, value in settings.items()
+        if value is not None
+    ]
+    if not rows:
+        return ""
+    table = tables.markdown_table(["setting", "value"], rows, align_right=False)
+    return f"## Settings\n\n{table}\n\nAll settings are in `config.yaml`."
+
+
+def format_setting(value: Any) -> str:
+    """A setting of config.yaml as text.
+
+    Args:
+        value: A plain value. A mapping with "object", "schedule" or "transform" stands for an
+            object of Python, of which it names the class.
+    """
+    if isinstance(value, Mapping):
+        if "object" in value:
+            return str(value["object"])
+        for mark in MARKS:
+            if mark in value:
+                arguments = [f"{k}={format_setting(v)}" for k, v in value.items() if k != mark]
+                return f"{value[mark]}({', '.join(arguments)})"
+        return ", ".join(f"{key} {_format_item(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_format_item, value))
+    return str(value)
+
+
+def _format_item(value: Any) -> str:
+    return format_setting(value) if isinstance(value, Mapping) else str(value)

@@ -1,7 +1,14 @@
-"""Weights and learning rates over time: pure functions of a Clock.
+"""Weights and learning rates over time: functions of the position in a run.
 
-A weight is a number or any callable of a Clock; the classes here print well and compare equal, so that they can stand
-in a configuration. Positions are shares of the run, 0 to 1.
+The weight of a loss is a number or any callable of a `Clock`. The classes here are such callables;
+they print well and compare equal, so that they can stand in a configuration. `Linear`, `Cosine` and
+`Steps` work on shares of the run, 0 to 1; the ramps of the papers on whole epochs.
+
+Example:
+    >>> from kdtoolkit import distill
+    >>> from kdtoolkit.schedules import Linear
+    >>> losses = {"ce": 0.1, "kd": Linear(0.9, 0.0)}
+    >>> result = distill("cifar_resnet56", "cifar_resnet20", "digits", losses=losses)
 """
 
 from __future__ import annotations
@@ -11,11 +18,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kdtoolkit.types import Clock, LossWeight
+from kdtoolkit.utils.validation import (
+    check_choice,
+    check_non_negative,
+    check_positive,
+    check_whole_number,
+)
+
+PAPER_RAMPUP_EPOCHS, PAPER_EPOCHS = 80, 300  # of ONE, OKDDip, PCL and DKEL
 
 
+# ------------------------------------------------------------------------- shares of the run
 @dataclass(frozen=True)
 class Linear:
-    """From `start` to `end` between the shares `begin` and `until` of the run, constant before and after."""
+    """From one weight to another along a straight line, constant before and after.
+
+    Attributes:
+        start: Weight up to the share `begin`.
+        end: Weight from the share `until` on.
+        begin: Share of the run, 0 to 1, at which the change begins.
+        until: Share of the run, 0 to 1, at which it ends.
+    """
 
     start: float
     end: float
@@ -23,12 +46,22 @@ class Linear:
     until: float = 1.0
 
     def __call__(self, clock: Clock) -> float:
+        """The weight at a position in the run."""
         return self.start + (self.end - self.start) * _share(clock, self.begin, self.until)
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """Half a cosine from `start` to `end` between the shares `begin` and `until` of the run."""
+    """From one weight to another along half a cosine, constant before and after.
+
+    end + (start - end) (1 + cos(pi share)) / 2, where share goes from 0 to 1.
+
+    Attributes:
+        start: Weight up to the share `begin`.
+        end: Weight from the share `until` on.
+        begin: Share of the run, 0 to 1, at which the change begins.
+        until: Share of the run, 0 to 1, at which it ends.
+    """
 
     start: float
     end: float
@@ -36,13 +69,22 @@ class Cosine:
     until: float = 1.0
 
     def __call__(self, clock: Clock) -> float:
+        """The weight at a position in the run."""
         share = _share(clock, self.begin, self.until)
         return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
 @dataclass(frozen=True)
 class Steps:
-    """`values[0]` until share `at[0]` of the run, then `values[1]` until `at[1]`, and so on."""
+    """A weight that jumps: `values[0]` until the share `at[0]`, then `values[1]` until `at[1]`, ...
+
+    Attributes:
+        at: Shares of the run, 0 to 1, ascending.
+        values: Weights, one more than shares.
+
+    Raises:
+        ValueError: If the numbers of shares and weights do not fit.
+    """
 
     at: tuple[float, ...]
     values: tuple[float, ...]
@@ -50,36 +92,95 @@ class Steps:
     def __post_init__(self) -> None:
         if len(self.values) != len(self.at) + 1:
             raise ValueError(
-                f"Steps needs one value more than positions, got {len(self.values)} and {len(self.at)}"
+                f"Steps needs one value more than positions, got {len(self.values)} and "
+                f"{len(self.at)}"
             )
 
     def __call__(self, clock: Clock) -> float:
+        """The weight at a position in the run."""
         return self.values[sum(clock.progress >= a for a in self.at)]
 
 
 def _share(clock: Clock, begin: float, until: float) -> float:
+    """Share of the way from `begin` to `until` that is over, 0 to 1."""
     return min(max((clock.progress - begin) / max(until - begin, 1e-12), 0.0), 1.0)
 
 
+# ------------------------------------------------------------------------------ loss weights
 def check_loss_weight(weight: LossWeight) -> None:
-    """ValueError unless it is a number from 0, or callable."""
-    if not callable(weight) and not weight >= 0:
-        raise ValueError(
-            f"the weight is {weight}: a number >= 0, or a schedule (kdtoolkit.schedules)"
-        )
+    """Check that a weight is a finite number from 0, or a schedule.
+
+    Args:
+        weight: What was given.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if not callable(weight):
+        check_non_negative("weight", weight, "or a schedule, see kdtoolkit.schedules")
 
 
 def describe_weight(weight: LossWeight) -> float | str:
-    """A weight for people: the number, or the schedule as it prints."""
+    """A weight as the plan shows it.
+
+    Args:
+        weight: A number or a schedule.
+
+    Returns:
+        The number, or the schedule as it prints.
+    """
     return weight if isinstance(weight, (int, float)) else repr(weight)
 
 
 def weight_at(weight: LossWeight, clock: Clock) -> float:
-    """The weight at this moment."""
+    """The value of a weight at a position in the run.
+
+    Args:
+        weight: A number or a schedule.
+        clock: The position.
+
+    Returns:
+        The number.
+    """
     return float(weight(clock)) if callable(weight) else float(weight)
 
 
+def with_rampup(
+    weights: Mapping[str, LossWeight], terms: Sequence[str], epochs: float | None
+) -> dict[str, LossWeight]:
+    """Weights in which some terms ramp up over a given number of epochs.
+
+    Args:
+        weights: Weight of each term.
+        terms: The terms that ramp up: a `SigmoidRampUp` gets the length, a number becomes one.
+        epochs: Length of the ramp-up; None leaves all weights as they are.
+
+    Returns:
+        The weights of all terms.
+
+    Raises:
+        ValueError: If a length is given for a term that has another schedule.
+    """
+    result = dict(weights)
+    if epochs is None:
+        return result
+    for term in terms:
+        weight = weights[term]
+        if isinstance(weight, SigmoidRampUp):
+            result[term] = replace(weight, length=epochs)
+        elif callable(weight):
+            raise ValueError(
+                f"rampup_epochs={epochs} and a schedule for {term!r} in losses={{...}}: give one "
+                "of them"
+            )
+        elif weight:
+            result[term] = SigmoidRampUp(weight, epochs)
+    return result
+
+
+# ---------------------------------------------------------------------------- learning rates
 SCHEDULERS = ("cosine", "multistep", "onecycle", "linear", "constant")
+ONECYCLE_RISE = 0.3  # share of the run
 
 
 def lr_factor(
@@ -90,20 +191,31 @@ def lr_factor(
     milestones: Sequence[float] = (0.5, 2 / 3, 5 / 6),
     gamma: float = 0.1,
 ) -> Callable[[int], float]:
-    """Learning-rate factor (0 to 1) of optimizer step number n, 0-based, of a run of `total` steps.
+    """Factor of the learning rate at each optimizer step of a run.
 
-    name        "cosine" to 0; "multistep" times `gamma` at each milestone; "onecycle" linear up over the first 30 %,
-                down to 0; "linear" down to 0; "constant"
-    warmup      optimizer steps of linear warm-up from 0 in front of any of them
-    milestones  shares of the run; the default is SRKD's 90, 120 and 150 of 180 epochs
+    Args:
+        name: "cosine": down to 0 along half a cosine; "linear": down to 0; "onecycle": linearly up
+            over the first 30 % of the run and down to 0; "multistep": times `gamma` at each
+            milestone; "constant".
+        total: Optimizer steps of the run.
+        warmup: Optimizer steps of linear warm-up from 0, in front of any of them.
+        milestones: Shares of the run, 0 to 1, of "multistep"; the default is SRKD's epochs 90, 120
+            and 150 of 180.
+        gamma: Factor of "multistep" at each milestone.
+
+    Returns:
+        Function of the number of an optimizer step, from 0, that returns the factor, 0 to 1.
+
+    Raises:
+        ValueError: If the name is unknown, or the warm-up longer than the run.
     """
-    if name not in SCHEDULERS:
-        raise ValueError(f"unknown scheduler {name!r}; known: {', '.join(SCHEDULERS)}")
-    if total < 1 or warmup < 0 or warmup > total:
+    check_choice("scheduler", name, SCHEDULERS)
+    check_whole_number("total", total, meaning="optimizer steps of the run")
+    if not 0 <= warmup <= total:
         raise ValueError(
             f"a run of {total} steps cannot warm up for {warmup}: use fewer warm-up epochs"
         )
-    marks = [round(m * total) for m in milestones]
+    milestone_steps = [round(m * total) for m in milestones]
 
     def factor(n: int) -> float:
         if n < warmup:
@@ -114,127 +226,198 @@ def lr_factor(
         if name == "linear":
             return 1.0 - share
         if name == "onecycle":
-            return max(share / 0.3, 1 / max(total, 25)) if share < 0.3 else (1.0 - share) / 0.7
+            return _onecycle_factor(share, total)
         if name == "multistep":
-            return gamma ** sum(n >= m for m in marks)
+            return gamma ** sum(n >= m for m in milestone_steps)
         return 1.0
 
     return factor
 
 
-# ------------------------------------------------------------------------------ coefficients by epoch, of the papers
-def sigmoid_rampup(epoch: float, length: float) -> float:
-    """exp(-5 (1 - epoch / length)^2) up to `length` epochs, then 1; 0.0067 at epoch 0, which is the first.
+def _onecycle_factor(share: float, total: int) -> float:
+    if share < ONECYCLE_RISE:
+        return max(share / ONECYCLE_RISE, 1 / max(total, 25))
+    return (1.0 - share) / (1.0 - ONECYCLE_RISE)
 
-    Laine & Aila 2017, "Temporal Ensembling"; length 80 in ONE, OKDDip, PCL and DKEL, 5 to 30 in Mean Teacher. Negative
-    epochs count as 0; length 0 is no ramp.
+
+# -------------------------------------------------------------- ramps of the papers, by epoch
+def sigmoid_rampup(epoch: float, length: float) -> float:
+    """Ramp-up of the papers: exp(-5 (1 - epoch / length)^2) up to `length` epochs, then 1.
+
+    Source: Laine & Aila 2017, "Temporal ensembling for semi-supervised learning". The length is 80
+    in ONE, OKDDip, PCL and DKEL, and 5 to 30 in Mean Teacher.
+
+    Args:
+        epoch: Epochs that are over; the first has 0 and the value 0.0067. Below 0 counts as 0.
+        length: Epochs, from 0; 0 is no ramp.
+
+    Returns:
+        Factor, 0 to 1.
     """
     return math.exp(-5.0 * (1.0 - linear_rampup(epoch, length)) ** 2)
 
 
 def linear_rampup(epoch: float, length: float) -> float:
-    """epoch / length, from 0 to 1 and then 1. Length 0 is no ramp.
+    """Straight ramp: epoch / length up to `length` epochs, then 1.
 
-    ReviewKD's authors pass the 0-based epoch (the first has weight 0), mdistiller (ReviewKD, DKD) epoch + 1.
+    ReviewKD's authors pass the epoch from 0, so that the first has the weight 0; mdistiller
+    (ReviewKD, DKD) passes epoch + 1.
+
+    Args:
+        epoch: Epochs; below 0 counts as 0.
+        length: Epochs, from 0; 0 is no ramp.
+
+    Returns:
+        Factor, 0 to 1.
+
+    Raises:
+        ValueError: If the length is below 0.
     """
-    if length < 0:
-        raise ValueError(f"a ramp is 0 epochs long or longer, got {length}")
+    check_non_negative("length", length, "epochs of a ramp")
     return min(max(epoch, 0.0) / length, 1.0) if length else 1.0
 
 
 def cosine_rampdown(epoch: float, length: float) -> float:
-    """(1 + cos(pi epoch / length)) / 2, from 1 to 0 at `length` epochs, then 0. Loshchilov & Hutter 2017, "SGDR"."""
+    """Ramp-down along half a cosine: (1 + cos(pi epoch / length)) / 2, from `length` epochs on 0.
+
+    Source: Loshchilov & Hutter 2017, "SGDR: Stochastic gradient descent with warm restarts".
+
+    Args:
+        epoch: Epochs that are over.
+        length: Epochs, from 0.
+
+    Returns:
+        Factor, from 1 down to 0.
+    """
     return 0.5 * (1.0 + math.cos(math.pi * linear_rampup(epoch, length)))
 
 
 def exponential_decay(epoch: float, rate: float = 0.5, cut: float = 0.01) -> float:
-    """exp(-rate * epoch), 0 once it is `cut` or less: the share of ensemble knowledge in DKEL (Shao & Chen 2023).
+    """Exponential decay: exp(-rate * epoch), and 0 once that is `cut` or less.
 
-    rate  per epoch; the paper tries 0.05 to 1
+    Source: the share of ensemble knowledge in DKEL, Shao & Chen 2023, "Decoupled knowledge with
+    ensemble learning for online distillation".
+
+    Args:
+        epoch: Epochs that are over.
+        rate: Per epoch, from 0; the paper tries 0.05 to 1.
+        cut: Largest share that becomes 0.
+
+    Returns:
+        Share, from 1 down to 0.
+
+    Raises:
+        ValueError: If the rate is below 0.
     """
-    if rate < 0:
-        raise ValueError(f"a decay has a rate of 0 or more an epoch, got {rate}")
+    check_non_negative("rate", rate, "decay per epoch")
     share = math.exp(-rate * epoch)
     return share if share > cut else 0.0
 
 
 def rampup_as_coded(epoch: float, weight: float, until: float = 80) -> float:
-    """weight * exp(-5 (1 - epoch / weight)^2) up to epoch `until`, `weight` after it: for reproduction only.
+    """Ramp-up as published code has it, for reproduction only.
 
-    What the published code of DKEL (weight 0.1) and of PCL's reproduction (weight 1) computes in place of
-    weight * sigmoid_rampup(epoch, 80): nearly 0 for all epochs from the second or third to the 80th.
+    weight * exp(-5 (1 - epoch / weight)^2) up to epoch `until`, then `weight`. That is computed
+    in place of `weight * sigmoid_rampup(epoch, 80)`, and nearly 0 from the second or third epoch
+    to the 80th.
+
+    Source: the authors' code of DKEL (Shao & Chen 2023; weight 0.1) and the reproduction of PCL
+    (Wu & Gong 2021; weight 1).
+
+    Args:
+        epoch: Epochs that are over.
+        weight: Final weight, above 0.
+        until: Last epoch of the ramp.
+
+    Returns:
+        The weight in this epoch.
+
+    Raises:
+        ValueError: If the weight is not above 0.
     """
-    if weight <= 0:
-        raise ValueError(f"this ramp divides by its weight, which must be above 0, got {weight}")
+    check_positive("weight", weight, "this ramp divides by it")
     return weight * math.exp(-5.0 * (1.0 - epoch / weight) ** 2) if epoch <= until else weight
 
 
 @dataclass(frozen=True)
 class SigmoidRampUp:
-    """`weight` times `sigmoid_rampup` of the whole epochs that are over; `length` in epochs. None is the papers' 80 in
-    runs of 300 epochs and more, and the same share (80 / 300) of shorter ones."""
+    """A weight times `sigmoid_rampup` of the whole epochs that are over.
+
+    Attributes:
+        weight: Final weight.
+        length: Epochs of the ramp, from 0. None is the papers' 80 in runs of 300 epochs and more,
+            and the same share (80 / 300) of shorter ones.
+
+    Raises:
+        ValueError: If the length is below 0.
+    """
 
     weight: float = 1.0
     length: float | None = None
 
     def __post_init__(self) -> None:
-        if self.length is not None and not self.length >= 0:
-            raise ValueError(f"a ramp is 0 epochs long or longer, got {self.length}")
+        if self.length is not None:
+            check_non_negative("length", self.length, "epochs of a ramp")
 
     def __call__(self, clock: Clock) -> float:
+        """The weight at a position in the run."""
         epochs = clock.total_steps / max(clock.steps_per_epoch, 1)
-        length = 80 * min(epochs / 300, 1.0) if self.length is None else self.length
+        length = self.length
+        if length is None:
+            length = PAPER_RAMPUP_EPOCHS * min(epochs / PAPER_EPOCHS, 1.0)
         return self.weight * sigmoid_rampup(clock.epoch, length)
-
-
-def with_rampup(
-    weights: Mapping[str, LossWeight], terms: Sequence[str], epochs: float | None
-) -> dict[str, LossWeight]:
-    """The weights, where a length of the ramp-up is given with that ramp-up of these terms."""
-    made = dict(weights)
-    for term in terms if epochs is not None else ():
-        weight = weights[term]
-        if isinstance(weight, SigmoidRampUp):
-            made[term] = replace(weight, length=epochs)
-        elif callable(weight):
-            raise ValueError(
-                f"rampup_epochs={epochs} and a schedule for {term!r} in losses={{...}}: give one of them"
-            )
-        elif weight:
-            made[term] = SigmoidRampUp(weight, epochs)
-    return made
 
 
 @dataclass(frozen=True)
 class LinearRampUp:
-    """`weight` times `linear_rampup` of the whole epochs that are over, plus `first` (1 counts epochs from 1)."""
+    """A weight times `linear_rampup` of the whole epochs that are over.
+
+    Attributes:
+        weight: Final weight.
+        length: Epochs of the ramp, from 0.
+        first: Number of the first epoch: 0, or 1 to start above 0.
+    """
 
     weight: float = 1.0
     length: float = 20.0
     first: int = 0
 
     def __call__(self, clock: Clock) -> float:
+        """The weight at a position in the run."""
         return self.weight * linear_rampup(clock.epoch + self.first, self.length)
 
 
 @dataclass(frozen=True)
 class ExponentialDecay:
-    """`weight` times `exponential_decay` of the whole epochs that are over."""
+    """A weight times `exponential_decay` of the whole epochs that are over.
+
+    Attributes:
+        weight: Weight of the first epoch.
+        rate: Per epoch, from 0.
+        cut: Largest share that becomes 0.
+    """
 
     weight: float = 1.0
     rate: float = 0.5
     cut: float = 0.01
 
     def __call__(self, clock: Clock) -> float:
+        """The weight at a position in the run."""
         return self.weight * exponential_decay(clock.epoch, self.rate, self.cut)
 
 
 @dataclass(frozen=True)
 class RampUpAsCoded:
-    """`rampup_as_coded` of the whole epochs that are over."""
+    """`rampup_as_coded` of the whole epochs that are over, for reproduction only.
+
+    Attributes:
+        weight: Final weight, above 0.
+        until: Last epoch of the ramp.
+    """
 
     weight: float = 0.1
     until: float = 80.0
 
     def __call__(self, clock: Clock) -> float:
+        """The weight at a position in the run."""
         return rampup_as_coded(clock.epoch, self.weight, self.until)

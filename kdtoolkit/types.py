@@ -1,46 +1,70 @@
-"""The four shapes of data that travel through a step: Batch, Out, Step, Clock; and Shape, what a tap measures."""
+"""The data of a step (Batch, Out, Step, Clock) and the shape of a feature (Shape)."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-from torch import Tensor
+if TYPE_CHECKING:  # so that the command line answers without importing torch
+    from torch import Tensor
 
-TapKey = int | str
+TapKey = int | str  # number of a stage, from 1 (-1 is the last), or name of a module
 
 
 class Batch(TypedDict, total=False):
-    """One batch, on the training device."""
+    """One batch, on the training device.
 
-    x: Tensor  # (B, 3, H, W) float in [0, 1], not yet normalised: each model normalises its own input
-    y: Tensor  # (B,) int64 class ids
-    index: (
-        Tensor  # (B,) int64 row in the training set; always there (memory banks and caches need it)
-    )
-    views: Tensor  # (B, V, 3, H, W), only when the method asks for several views
+    Attributes:
+        x: Images (B, 3, H, W), float in [0, 1]; each model normalises its own input.
+        y: Class ids (B,), int64; -1 where a row has no label.
+        index: Rows (B,) in the training set, int64; always there, for memory banks and caches.
+        views: Augmentations (B, V, 3, H, W), only where the method reads several views.
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    views: Tensor
 
 
 class Out(NamedTuple):
-    """What one forward of a tapped model returns."""
+    """What one forward pass of a network with taps returns.
 
-    logits: Tensor  # (B, C)
-    feats: Mapping[TapKey, Tensor]  # stage number or tap name -> feature, in the model's own layout
+    Attributes:
+        logits: (B, C).
+        feats: Feature of each tap by its key, in the model's own layout.
+    """
+
+    logits: Tensor
+    feats: Mapping[TapKey, Tensor]
 
 
 class Step(NamedTuple):
-    """What one forward of a method returns: weighted losses by name, logits by network, figures to log."""
+    """What one forward pass of a method returns.
+
+    Attributes:
+        losses: Weighted terms of the total, scalars by name.
+        logits: Logits (B, C) by network.
+        logs: Further scalars to log, by name.
+    """
 
     losses: dict[str, Tensor]
     logits: dict[str, Tensor]
-    logs: dict[str, Tensor] = {}
+    logs: dict[str, Tensor] = {}  # noqa: RUF012 (a NamedTuple, whose default is never changed)
 
 
 @dataclasses.dataclass
 class Clock:
-    """Where a run stands. `step` counts batches since the start, `epoch` whole passes over the training data."""
+    """Position in a run.
+
+    Attributes:
+        step: Batches since the start.
+        epoch: Complete passes over the training data.
+        steps_per_epoch: Batches of one epoch, from 1.
+        total_steps: Batches of the whole run, from 1.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -54,23 +78,43 @@ class Clock:
 
     @property
     def epochs(self) -> float:
-        """Epochs since the start, with fraction."""
+        """Epochs since the start, with their fraction."""
         return self.step / max(self.steps_per_epoch, 1)
 
 
-LossWeight = float | Callable[[Clock], float]
+LossWeight = float | Callable[[Clock], float]  # a number, or a schedule (kdtoolkit.schedules)
+
+LAYOUTS = ("NCHW", "NHWC", "NLC", "NCL", "NC", "windows")
+LAYOUT_OF_RANK = {3: "NCHW", 2: "NLC", 1: "NC"}  # where none is given
+CHANNELS_FIRST = ("NCHW", "NCL", "NC")
 
 
 class Shape(tuple[int, ...]):
     """Shape of one feature without its batch dimension; equal to the plain tuple of its sizes.
 
-    layout    "NCHW" (C, H, W), "NHWC" (H, W, C), "NLC" (L, C) tokens, "NCL" (C, L), "NC" (C,) a vector, "windows"
-              (L, C) tokens of one window, the windows of an image following each other in the batch
-    grid      (rows, columns) of positions of the whole image; (1, 1) for a vector
-    channels  C
-    prefix    class, register and distillation tokens in front of the L - prefix positions ("NLC", "NCL")
-    order     "NLC" only: where each position of the grid, row by row, stands among the tokens; None is row by row
-    windows   (rows, columns) of windows in an image ("windows" only); the batch is that many times larger
+    Args:
+        sizes: The sizes, one to three.
+        layout: See below; default "NCHW", "NLC" or "NC" by the number of sizes.
+        grid: See below; default by the sizes, for tokens the most square one.
+        prefix: See below.
+        order: See below.
+        windows: See below.
+
+    Attributes:
+        layout: "NCHW" (C, H, W); "NHWC" (H, W, C); "NLC" (L, C), tokens; "NCL" (C, L); "NC" (C,), a
+            vector; "windows" (L, C), tokens of one window, where the windows of an image follow
+            each other in the batch.
+        grid: Rows and columns of positions of the whole image; (1, 1) for a vector.
+        channels: C.
+        prefix: Class, register and distillation tokens in front of the L - prefix positions ("NLC",
+            "NCL").
+        order: Where each position of the grid, row by row, stands among the tokens ("NLC"); None is
+            row by row.
+        windows: Rows and columns of windows in an image ("windows"); the batch is that many times
+            larger.
+
+    Raises:
+        ValueError: If the sizes have no such layout.
     """
 
     layout: str
@@ -80,7 +124,7 @@ class Shape(tuple[int, ...]):
     order: tuple[int, ...] | None
     windows: tuple[int, int]
 
-    def __new__(
+    def __new__(  # noqa: D102 (described in the class)
         cls,
         sizes: tuple[int, ...],
         layout: str | None = None,
@@ -90,34 +134,51 @@ class Shape(tuple[int, ...]):
         windows: tuple[int, int] = (1, 1),
     ) -> Shape:
         self = super().__new__(cls, sizes)
-        self.layout = layout or {3: "NCHW", 2: "NLC", 1: "NC"}.get(len(sizes), "?")
-        if self.layout not in ("NCHW", "NHWC", "NLC", "NCL", "NC", "windows"):
+        self.layout = layout or LAYOUT_OF_RANK.get(len(sizes), "?")
+        if self.layout not in LAYOUTS:
             raise ValueError(
                 f"feature of shape {tuple(sizes)} without batch: expected (C, H, W), (L, C) or (C,)"
             )
         self.prefix, self.order, self.windows = prefix, order, windows
-        self.channels = sizes[0] if self.layout in ("NCHW", "NCL", "NC") else sizes[-1]
-        if self.layout in ("NLC", "NCL", "windows"):
-            self.grid = grid or _token_grid(sizes[self.layout == "NCL"], prefix)
-        else:
-            self.grid = {"NCHW": tuple(sizes[1:3]), "NHWC": tuple(sizes[:2]), "NC": (1, 1)}[
-                self.layout
-            ]  # type: ignore[assignment]
+        self.channels = sizes[0] if self.layout in CHANNELS_FIRST else sizes[-1]
+        self.grid = _find_grid(self.layout, sizes, grid, prefix)
         return self
 
     def like(self, other: Shape) -> bool:
-        """Whether a feature of this shape can stand where one of the other is expected."""
-        mine, its = (
-            (s.layout, s.grid, s.prefix, s.order, s.windows) if s.layout != "NC" else s.layout
-            for s in (self, other)
-        )
-        return self == other and mine == its
+        """Whether a feature of this shape can stand where one of another is expected.
 
-    def __getnewargs__(self):  # deepcopy and pickle
+        Args:
+            other: The shape that is expected.
+
+        Returns:
+            True if sizes, layout, grid, prefix, order and windows are the same; of a vector sizes
+            and layout.
+        """
+        return self == other and self._arrangement() == other._arrangement()
+
+    def _arrangement(self) -> tuple[Any, ...]:
+        if self.layout == "NC":
+            return (self.layout,)
+        return self.layout, self.grid, self.prefix, self.order, self.windows
+
+    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]  # deepcopy and pickle
         return tuple(self), self.layout, self.grid, self.prefix, self.order, self.windows
 
 
+def _find_grid(
+    layout: str, sizes: tuple[int, ...], grid: tuple[int, int] | None, prefix: int
+) -> tuple[int, int]:
+    if layout == "NCHW":
+        return sizes[1], sizes[2]
+    if layout == "NHWC":
+        return sizes[0], sizes[1]
+    if layout == "NC":
+        return 1, 1
+    return grid or _token_grid(sizes[1] if layout == "NCL" else sizes[0], prefix)
+
+
 def _token_grid(tokens: int, prefix: int) -> tuple[int, int]:
+    """The most square grid that holds all tokens but the prefix."""
     positions = tokens - prefix
     rows = math.isqrt(max(positions, 0))
     while rows > 1 and positions % rows:

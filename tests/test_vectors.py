@@ -1,7 +1,7 @@
-"""The losses against reference vectors: whatever files lie in the folder, with the shapes and numbers that they state.
+"""The losses against reference vectors: all files of a folder, with the shapes that they state.
 
-KDTOOLKIT_VECTORS names the folder; a second set with other shapes, taps and hyper-parameters is made here from slow
-loops over the papers' equations, and goes through the same check.
+KDTOOLKIT_VECTORS names the folder. A second set with other shapes, taps and hyper-parameters is
+computed here by slow loops over the papers' equations, and goes through the same check.
 """
 
 import functools
@@ -11,6 +11,7 @@ import random
 import re
 from pathlib import Path
 
+import paper_totals
 import pytest
 import torch
 from safetensors import safe_open
@@ -28,7 +29,7 @@ DEFAULT = Path(__file__).parents[1] / "../shared/vectors/public"
 FOLDER = Path(os.environ.get("KDTOOLKIT_VECTORS") or DEFAULT)
 FILES = sorted(FOLDER.glob("*.safetensors"))
 FITNET = ("fitnet_same", "fitnet_down", "fitnet_up", "fitnet_valid")
-OBJECTIVE_OF = {
+LOSS_OF_VECTOR = {
     "kd": "kd",
     "logits_mse": "logits",
     "at": "at",
@@ -107,7 +108,7 @@ class Vector:
         return seen
 
 
-# -------------------------------------------------------------------------------------------------- pure functions
+# ----------------------------------------------------------------------------------- pure functions
 def kd(v):
     h = v.hparams
     student, teacher, labels = v["student_logits"], v["teacher_logits"], v["labels"]
@@ -166,24 +167,23 @@ def layer_losses(layers):
     return {f"loss.layer{i}": loss for i, loss in enumerate(layers)}
 
 
-# -------------------------------------------------------------------- strategies: losses of several networks, updates
+# -------------------------------------------------- strategies: losses of several networks, updates
 def numbered(prefix, values):
     return {f"{prefix}{i}": value for i, value in enumerate(values)}
 
 
 def dml(v):
     h, student, labels = v.hparams, v["student_logits"], v["labels"]
-    each = functional.ce_each(student, labels) + h["lambda"] * functional.mutual_kl(
-        student, temperature=h["T"]
-    )
-    loss = functional.dml(student, labels, temperature=h["T"], weight=h["lambda"])
+    mutual = functional.mutual_loss(student, temperature=h["T"])
+    each = paper_totals.ce_each(student, labels) + h["lambda"] * mutual
+    loss = paper_totals.dml(student, labels, temperature=h["T"], weight=h["lambda"])
     return {"loss": loss, **numbered("loss.net", each)}, {}
 
 
 def dml_tf(v):
     h, student, labels = v.hparams, v["student_logits"], v["labels"]
-    hard = functional.ce_each(student, labels, label_smoothing=h["label_smoothing"])
-    loss = functional.dml_tf(student, labels, label_smoothing=h["label_smoothing"], eps=h["eps"])
+    hard = paper_totals.ce_each(student, labels, label_smoothing=h["label_smoothing"])
+    loss = paper_totals.dml_tf(student, labels, label_smoothing=h["label_smoothing"], eps=h["eps"])
     return {
         "loss": loss,
         **numbered("loss.net", hard + functional.mutual_kl_tf(student, eps=h["eps"])),
@@ -193,7 +193,7 @@ def dml_tf(v):
 def dml_okddip(v):
     options = {"temperature": v.hparams["T"], "eps": v.hparams["eps"]}
     losses = [
-        functional.dml_okddip(v["student_logits"], v["labels"], ensemble_first=first, **options)
+        paper_totals.dml_okddip(v["student_logits"], v["labels"], ensemble_first=first, **options)
         for first in (False, True)
     ]
     return {"loss": losses[0], "loss.ensemble_first": losses[1]}, {}
@@ -202,12 +202,12 @@ def dml_okddip(v):
 def cl_paper(v):
     h, student, labels = v.hparams, v["student_logits"], v["labels"]
     loss, squared = (
-        functional.cl_paper(student, labels, temperature=h["T"], beta=h["beta"], squared=squared)
+        paper_totals.cl_paper(student, labels, temperature=h["T"], beta=h["beta"], squared=squared)
         for squared in (False, True)
     )
     hard, soft = (
-        functional.ce_each(student, labels),
-        functional.others_soft_ce(student, temperature=h["T"]),
+        paper_totals.ce_each(student, labels),
+        paper_totals.others_soft_ce(student, temperature=h["T"]),
     )
     return {
         "loss": loss,
@@ -225,16 +225,16 @@ def classified(v, features, i):
 
 def cl_okddip(v):
     h, labels = v.hparams, v["labels"]
-    trunk = functional.scale_gradient(v["trunk_features"], h["ilr_scale"])
+    trunk = paper_totals.scale_gradient(v["trunk_features"], h["ilr_scale"])
     weights = [v[f"param.branch.{i}.conv.weight"] for i in range(h["branches"])]
     student = [
         classified(v, nn.functional.conv2d(trunk, w).mean((2, 3)), i) for i, w in enumerate(weights)
     ]
     options = {"temperature": h["T"], "eps": h["eps"]}
     return {
-        "loss": functional.cl_okddip(student, labels, weight=h["consistency_weight"], **options),
-        "loss.ce": functional.ce_each(student, labels).sum(),
-        "loss.kl_unweighted": functional.others_kl_eps(student, **options).sum(),
+        "loss": paper_totals.cl_okddip(student, labels, weight=h["consistency_weight"], **options),
+        "loss.ce": paper_totals.ce_each(student, labels).sum(),
+        "loss.kl_unweighted": paper_totals.others_kl_eps(student, **options).sum(),
         "out.logits": torch.stack(student, -1),
         "out.targets": functional.others_mean(student).movedim(0, -1),
     }, {}
@@ -258,8 +258,8 @@ def one(v):
     weight = schedules.sigmoid_rampup(h["epoch"], h["rampup_length"])
     options = {"temperature": h["T"], "eps": h["eps"]}
     return {
-        "loss": functional.one(student, ensemble, labels, weight=weight, **options),
-        "loss.ce": functional.ce_each(student, labels).sum() + functional.ce(ensemble, labels),
+        "loss": paper_totals.one(student, ensemble, labels, weight=weight, **options),
+        "loss.ce": paper_totals.ce_each(student, labels).sum() + functional.ce(ensemble, labels),
         "loss.kl_unweighted": functional.kd_ensemble_eps(student, ensemble, **options).sum(),
         "out.ensemble_logits": ensemble,
         "out.rampup": torch.tensor(weight, dtype=v.dtype),
@@ -276,9 +276,9 @@ def okddip(v):
     attention = functional.okddip_attention(*projected)
     weight = h["alpha"] * schedules.sigmoid_rampup(h["epoch"], h["rampup_length"])
     options = {"temperature": h["T"], "eps": h["eps"]}
-    hard = functional.ce_each(student, labels)
+    hard = paper_totals.ce_each(student, labels)
     return {
-        "loss": functional.okddip(student, attention, labels, weight=weight, **options),
+        "loss": paper_totals.okddip(student, attention, labels, weight=weight, **options),
         "loss.ce_leader": hard[-1],
         "loss.ce_peers": hard[:-1].sum(),
         "loss.kl_leader": functional.okddip_leader(student, **options),
@@ -294,14 +294,14 @@ def pcl(v):
     given = v["student_logits"], v["ensemble_logits"], v["teacher_logits"], v["labels"]
     weight = h["lambda"] * schedules.sigmoid_rampup(h["epoch"], h["rampup_length"])
     coded = {
-        name: functional.pcl(
+        name: paper_totals.pcl(
             *given, temperature=h["T"], weight=schedules.rampup_as_coded(epoch, h["lambda"])
         )
         for name, epoch in v.epochs("loss.code_epoch_")
     }
-    each = functional.pcl_each(*given, temperature=h["T"], weight=weight)
+    each = paper_totals.pcl_each(*given, temperature=h["T"], weight=weight)
     return {
-        "loss": functional.pcl(*given, temperature=h["T"], weight=weight),
+        "loss": paper_totals.pcl(*given, temperature=h["T"], weight=weight),
         **numbered("loss.peer", each),
         **coded,
     }, {}
@@ -314,15 +314,15 @@ def dkel(v):
     share = h.get("ensemble_weight", schedules.exponential_decay(h["epoch"], h["exp"], h["cut"]))
     options = {"temperature": h["T"], "ensemble_weight": share}
     values = {
-        "loss": functional.dkel(*given, weight=weight, **options),
-        "loss.full_rampup": functional.dkel(*given, weight=h["lambda"], **options),
-        **numbered("loss.peer", functional.dkel_each(*given, weight=weight, **options)),
+        "loss": paper_totals.dkel(*given, weight=weight, **options),
+        "loss.full_rampup": paper_totals.dkel(*given, weight=h["lambda"], **options),
+        **numbered("loss.peer", paper_totals.dkel_each(*given, weight=weight, **options)),
     }
     for name, epoch in v.epochs("loss.code_epoch_"):
         options["ensemble_weight"] = schedules.exponential_decay(
             epoch, h["exp_of_code_epoch_entries"], h["cut"]
         )
-        values[name] = functional.dkel(
+        values[name] = paper_totals.dkel(
             *given, weight=schedules.rampup_as_coded(epoch, h["lambda"]), **options
         )
     return values, {}
@@ -336,14 +336,14 @@ def kdcl_targets(v):
         for rule in functional.KDCL_RULES
     }
     losses = {
-        rule: functional.kdcl(student, target, labels, temperature=h["T"], weight=h["lambda"])
+        rule: paper_totals.kdcl(student, target, labels, temperature=h["T"], weight=h["lambda"])
         for rule, target in targets.items()
     }
     hard = [
         nn.functional.cross_entropy(z, labels, reduction="none")
         for z in (*student, targets["linear"])
     ]
-    at_temperature = functional.kdcl_general_probabilities(student, w, temperature=h["T"])
+    at_temperature = paper_totals.kdcl_general_probabilities(student, w, temperature=h["T"])
     return {
         "loss": losses["minlogit"],
         **{f"loss.{rule}": losses[rule] for rule in ("naive", "linear")},
@@ -374,22 +374,25 @@ def auxiliary_logits(v):
 def sokd(v):
     h, student, teacher, labels = v.hparams, v["student_logits"], v["teacher_logits"], v["labels"]
     weights = {
-        "ce_weight": h["lambda_a_ce"], "teacher_weight": h["lambda_a_kd_t"], "student_weight": h["lambda_a_kd_s"]
-    }  # fmt: skip
-    branch, T = auxiliary_logits(v), h["T"]
-    auxiliary = functional.sokd_auxiliary(
-        branch, student, teacher, labels, temperature=T, **weights
-    )
-    own = functional.sokd_student(
-        student, branch, labels, temperature=T, ce_weight=h["lambda_ce"], kd_weight=h["lambda_kd"]
-    )
-    if {*weights.values(), h["lambda_ce"], h["lambda_kd"]} == {1.0}:
-        whole = functional.sokd(student, branch, teacher, labels, temperature=T)
-        torch.testing.assert_close(whole, auxiliary + own, rtol=1e-6, atol=0)
+        "ce": h["lambda_ce"],
+        "kd": h["lambda_kd"],
+        "ce/branch": h["lambda_a_ce"],
+        "kd/branch": h["lambda_a_kd_t"],
+        "mutual/branch": h["lambda_a_kd_s"],
+    }
+    branch = auxiliary_logits(v)
+    given = student, branch, teacher, labels
+    terms = functional.sokd_terms(*given, temperature=h["T"])
+    parts = {
+        side: sum(
+            weights[name] * term for name, term in terms.items() if ("/" in name) == of_branch
+        )
+        for side, of_branch in (("student", False), ("auxiliary", True))
+    }
     return {
-        "loss": auxiliary + own,
-        "loss.auxiliary": auxiliary,
-        "loss.student": own,
+        "loss": paper_totals.sokd(*given, temperature=h["T"], weights=weights),
+        "loss.auxiliary": parts["auxiliary"],
+        "loss.student": parts["student"],
         "out.auxiliary_logits": branch,
     }, {}
 
@@ -397,7 +400,7 @@ def sokd(v):
 def mean_teacher(v):
     student, teacher, labels = v["student_logits"], v["teacher_logits"], v["labels"]
     losses = {
-        kind: functional.mean_teacher(
+        kind: paper_totals.mean_teacher(
             student, teacher, labels, weight=v.hparams["consistency_weight"], kind=kind
         )
         for kind in ("mse", "kl")
@@ -427,10 +430,10 @@ def byot(v):
         for i, f in enumerate(features)
     ]
     soft, share = functional.byot_logits(student, temperature=h["T"]), h["loss_coefficient"]
-    hard, distance = functional.ce_each(student, labels), functional.byot_features(adapted)
+    hard, distance = paper_totals.ce_each(student, labels), functional.byot_features(adapted)
     weights = {"soft_weight": share, "feature_weight": h["feature_loss_coefficient"]}
     return {
-        "loss": functional.byot(student, adapted, labels, temperature=h["T"], **weights),
+        "loss": paper_totals.byot(student, adapted, labels, temperature=h["T"], **weights),
         "loss.deepest_ce": hard[0],
         "loss.shallow_logits": (share * soft + (1 - share) * hard[1:]).sum(),
         "loss.shallow_features": h["feature_loss_coefficient"] * distance,
@@ -446,10 +449,10 @@ def byot_unofficial(v):
     )
     options = {"temperature": h["T"], "alpha": h["alpha"], "beta": h["beta"]}
     return {
-        "loss": functional.byot_unofficial(student, features, labels, **options),
-        "loss.ce": functional.ce_each(student, labels).sum(),
+        "loss": paper_totals.byot_unofficial(student, features, labels, **options),
+        "loss.ce": paper_totals.ce_each(student, labels).sum(),
         "loss.kd": h["T"] ** 2 * functional.byot_logits(student, temperature=h["T"]).sum(),
-        "loss.feature": functional.byot_features_unofficial(features),
+        "loss.feature": paper_totals.byot_features_unofficial(features),
     }, {}
 
 
@@ -457,7 +460,7 @@ def bake(v):
     h, student, features = v.hparams, v["student_logits"], v["student_features.0"]
     T, omega = h["T"], h["omega"]
     targets = functional.bake_targets(student, features, temperature=T, omega=omega)
-    loss = functional.bake(
+    loss = paper_totals.bake(
         student, features, v["labels"], temperature=T, omega=omega, weight=h["lambda"]
     )
     soft = functional.bake_kd(student, targets, temperature=T)
@@ -530,7 +533,13 @@ def rampups(v):
     return values, {}
 
 
-VECTOR_LOSSES = {"kd": kd, "logits_mse": logits_mse, "at": at, "sp": sp, **dict.fromkeys(FITNET, fitnet)}
+VECTOR_LOSSES = {
+    "kd": kd,
+    "logits_mse": logits_mse,
+    "at": at,
+    "sp": sp,
+    **dict.fromkeys(FITNET, fitnet),
+}
 STRATEGIES = {
     f.__name__: f
     for f in (
@@ -559,9 +568,9 @@ def function_for(name):
     return FUNCTIONS.get(re.sub(r"^(dcl_merge)_k\d+$", r"\1", name))
 
 
-# ------------------------------------------------------------------------------------------------- objective modules
-class Maps(nn.Module):
-    """A network whose stages end in features of exactly these shapes, so that an Objective can be built for them."""
+# ------------------------------------------------------------------------- DistillationLoss modules
+class NetworkWithShapes(nn.Module):
+    """A network whose stages end in features of exactly these shapes, so that a loss can be built."""
 
     def __init__(self, sizes):
         super().__init__()
@@ -581,12 +590,13 @@ class Maps(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def by_objective(v):
-    """(values, parameters) from the Objective that distill() would build for features of these shapes."""
-    cls = LOSSES[OBJECTIVE_OF[v.name]]
+def values_of_loss(v):
+    """(values, parameters) from the loss that distill() would build for features of these shapes."""
+    cls = LOSSES[LOSS_OF_VECTOR[v.name]]
     students, teachers = v.maps() if cls.needs_taps else ([], [])
     nets = [
-        Maps([tuple(f.shape[1:]) for f in side] or [(4, 8, 8)]) for side in (students, teachers)
+        NetworkWithShapes([tuple(f.shape[1:]) for f in side] or [(4, 8, 8)])
+        for side in (students, teachers)
     ]
     keys = [f"stages.{i}" for i in range(len(students))]
     student, teacher = Taps(nets[0], keys or None, 16), Frozen(nets[1], keys or None, 16)
@@ -609,15 +619,15 @@ def by_objective(v):
 
 
 def check_vector(path, dtype):
-    """The function over one file, and the Objective where there is one; the names that were compared."""
+    """Check one file with its function, and its DistillationLoss; the names that were compared."""
     v = Vector(path, dtype)
     values, parameters = function_for(v.name)(v)
     seen = v.check(values, parameters)
-    if v.name not in OBJECTIVE_OF:
+    if v.name not in LOSS_OF_VECTOR:
         return seen
     w = Vector(path, dtype)
     w.expected = {k: t for k, t in w.expected.items() if k == "loss" or k.startswith("grad.")}
-    w.check(*by_objective(w))
+    w.check(*values_of_loss(w))
     return seen
 
 
@@ -639,7 +649,7 @@ def test_vector_folder_is_there():
     )
 
 
-# ------------------------------------------------------------------------- a second set, from the papers' equations
+# --------------------------------------------------------- a second set, from the papers' equations
 def loop_kd(s, t, temperature):
     total = 0.0
     for a, b in zip(s, t, strict=True):

@@ -1,45 +1,43 @@
 """Branches on a shared trunk: ONE and OKDDip.
 
-Logits of K branches as in `peers`: (K, B, C, ...) or K tensors (B, C, ...). Weights that ramp up are those of
-`schedules.sigmoid_rampup`.
+The logits of K branches are given as in `kdtoolkit.functional.peers`. The weights of these terms
+ramp up with `kdtoolkit.schedules.sigmoid_rampup`.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdtoolkit.functional.logits import at_least_float32, ce, check_shapes, kd_eps
-from kdtoolkit.functional.peers import PeerLogits, ce_each, stack_logits
+from kdtoolkit.functional.logits import at_least_float32, check_shapes, kd_eps
+from kdtoolkit.functional.peers import PeerLogits, loss_to_each, stack_logits
 
 
 def one_ensemble(student_logits: PeerLogits, gates: Tensor) -> Tensor:
-    """sum_k g_k z_k, (B, C, ...): logits of K branches mixed by gates (B, K), a softmax over branches."""
+    """Mix the logits of the branches by the shares of a gate: z_e = sum_k g_k z_k.
+
+    Source: Lan, Zhu, Gong 2018, "Knowledge distillation by on-the-fly native ensemble" (ONE).
+
+    Args:
+        student_logits: z, (K, B, C, ...), or K tensors (B, C, ...).
+        gates: g, (B, K), a softmax over the branches.
+
+    Returns:
+        Logits (B, C, ...).
+
+    Raises:
+        ValueError: If `gates` has another shape.
+    """
     z = stack_logits(student_logits)
     if tuple(gates.shape) != (z.shape[1], len(z)):
         raise ValueError(
-            f"one gate a sample and branch, shape ({z.shape[1]}, {len(z)}), got {tuple(gates.shape)}"
+            f"one gate a sample and branch, shape ({z.shape[1]}, {len(z)}), "
+            f"got {tuple(gates.shape)}"
         )
-    return (_trailing(at_least_float32(gates).T, z.ndim) * z).sum(0)
-
-
-def one(
-    student_logits: PeerLogits,
-    ensemble_logits: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float = 3.0,
-    weight: float = 1.0,
-    eps: float = 1e-7,
-) -> Tensor:
-    """sum_k CE_k + CE(z_e) + weight * sum_k `kd_eps`(z_k, z_e detached). Scalar.
-
-    Lan, Zhu, Gong 2018, "Knowledge Distillation by On-the-Fly Native Ensemble". z_e (B, C, ...) is `one_ensemble`: the
-    gate learns from its cross-entropy alone. weight: exp(-5 (1 - e / 80)^2) of the 0-based epoch e.
-    """
-    soft = kd_ensemble_eps(student_logits, ensemble_logits, temperature=temperature, eps=eps)
-    return ce_each(student_logits, labels).sum() + ce(ensemble_logits, labels) + weight * soft.sum()
+    return (_with_trailing_dimensions(at_least_float32(gates).T, z.ndim) * z).sum(0)
 
 
 def kd_ensemble_eps(
@@ -49,17 +47,43 @@ def kd_ensemble_eps(
     temperature: float = 3.0,
     eps: float = 1e-7,
 ) -> Tensor:
-    """`kd_eps` of every branch to the ensemble's logits (B, C, ...), detached, (K,)."""
+    """Distance (`kd_eps`) of every branch to the logits of the ensemble, which are detached.
+
+    Source: Lan, Zhu, Gong 2018 (ONE), as published. The gate gets no gradient from this term.
+
+    Args:
+        student_logits: (K, B, C, ...), or K tensors (B, C, ...).
+        ensemble_logits: (B, C, ...), of `one_ensemble`.
+        temperature: T, no unit, above 0.
+        eps: A probability.
+
+    Returns:
+        (K,).
+    """
     target = ensemble_logits.detach()
-    return torch.stack(
-        [kd_eps(z, target, temperature=temperature, eps=eps) for z in stack_logits(student_logits)]
-    )
+    losses = [
+        kd_eps(z, target, temperature=temperature, eps=eps) for z in stack_logits(student_logits)
+    ]
+    return torch.stack(losses)
 
 
 def okddip_attention(queries: PeerLogits, keys: PeerLogits) -> Tensor:
-    """a_ij = softmax_j(q_i . k_j), (B, K, K): how much peer i listens to peer j, itself included; no scaling.
+    """How much peer i learns from peer j, itself included: a_ij = softmax_j(q_i . k_j).
 
-    Queries and keys (K, B, d): W_q h_i and W_k h_j of pooled embeddings h, d = D / 8, no bias. Chen et al. 2020.
+    The products are not scaled. q_i = W_q h_i and k_j = W_k h_j of pooled embeddings h (B, D), with
+    D / 8 rows and no bias.
+
+    Source: Chen, Mei, Wang, Feng, Chen 2020, "Online knowledge distillation with diverse peers".
+
+    Args:
+        queries: q, (K, B, d), or K tensors (B, d).
+        keys: k, of the same shape.
+
+    Returns:
+        a, (B, K, K); every row sums to 1.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
     q, k = stack_logits(queries), stack_logits(keys)
     check_shapes(queries=q, keys=k)
@@ -67,54 +91,76 @@ def okddip_attention(queries: PeerLogits, keys: PeerLogits) -> Tensor:
 
 
 def okddip_targets(peer_logits: PeerLogits, attention: Tensor) -> Tensor:
-    """target_i = sum_j a_ij z_j, (K, B, C, ...). Mixed LOGITS, as in the code; the paper mixes softened predictions."""
+    """Mix the logits of all peers by attention for every peer: target_i = sum_j a_ij z_j.
+
+    Logits are mixed, as in the code; the paper mixes softened predictions.
+
+    Source: Chen et al. 2020 (OKDDip).
+
+    Args:
+        peer_logits: z, (K, B, C, ...), or K tensors (B, C, ...).
+        attention: a, (B, K, K), of `okddip_attention`.
+
+    Returns:
+        (K, B, C, ...).
+
+    Raises:
+        ValueError: If `attention` has another shape.
+    """
     z = stack_logits(peer_logits)
-    if tuple(attention.shape) != (z.shape[1], len(z), len(z)):
-        wanted = (z.shape[1], len(z), len(z))
+    wanted = (z.shape[1], len(z), len(z))
+    if tuple(attention.shape) != wanted:
         raise ValueError(
-            f"attention weighs every peer for every peer, shape {wanted}, got {tuple(attention.shape)}"
+            f"attention weighs every peer for every peer, shape {wanted}, "
+            f"got {tuple(attention.shape)}"
         )
-    return (_trailing(at_least_float32(attention).permute(1, 2, 0), z.ndim + 1) * z).sum(1)
+    shares = at_least_float32(attention).permute(1, 2, 0)
+    return (_with_trailing_dimensions(shares, z.ndim + 1) * z).sum(1)
 
 
 def okddip_peers(
     peer_logits: PeerLogits, attention: Tensor, *, temperature: float = 3.0, eps: float = 1e-7
 ) -> Tensor:
-    """`kd_eps` of every peer to its own target, (K,). Not detached: peers are pulled both ways, attention learns."""
+    """Distance (`kd_eps`) of every peer to its own target of `okddip_targets`.
+
+    Targets are not detached: gradients reach the peers from both sides, and the attention learns.
+
+    Source: Chen et al. 2020 (OKDDip).
+
+    Args:
+        peer_logits: (K, B, C, ...), or K tensors (B, C, ...).
+        attention: (B, K, K), of `okddip_attention`.
+        temperature: T, no unit, above 0.
+        eps: A probability.
+
+    Returns:
+        (K,).
+    """
     targets = okddip_targets(peer_logits, attention)
-    pairs = zip(stack_logits(peer_logits), targets, strict=True)
-    return torch.stack([kd_eps(s, t, temperature=temperature, eps=eps) for s, t in pairs])
+    loss = partial(kd_eps, temperature=temperature, eps=eps)
+    return loss_to_each(loss, stack_logits(peer_logits), targets)
 
 
 def okddip_leader(
     student_logits: PeerLogits, *, temperature: float = 3.0, eps: float = 1e-7
 ) -> Tensor:
-    """`kd_eps` of the leader, the last of `student_logits`, to the mean logits of the peers, not detached. Scalar."""
+    """Distance (`kd_eps`) of the leader to the mean logits of the peers, which are not detached.
+
+    Source: Chen et al. 2020 (OKDDip).
+
+    Args:
+        student_logits: Logits of the peers and, last, of the leader: (K + 1, B, C, ...), or K + 1
+            tensors (B, C, ...).
+        temperature: T, no unit, above 0.
+        eps: A probability.
+
+    Returns:
+        Scalar.
+    """
     z = stack_logits(student_logits)
     return kd_eps(z[-1], z[:-1].mean(0), temperature=temperature, eps=eps)
 
 
-def okddip(
-    student_logits: PeerLogits,
-    attention: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float = 3.0,
-    weight: float = 1.0,
-    eps: float = 1e-7,
-) -> Tensor:
-    """sum over peers and leader of CE + weight * (sum of `okddip_peers` + `okddip_leader`). Scalar.
-
-    Chen, Mei, Wang, Feng, Chen 2020, "Online Knowledge Distillation with Diverse Peers". `student_logits` are K peers
-    and, last, the leader; attention (B, K, K). weight: alpha = 1 times the ramp-up over 80 epochs.
-    """
-    z = stack_logits(student_logits, labels)
-    soft = okddip_peers(z[:-1], attention, temperature=temperature, eps=eps).sum()
-    return ce_each(z, labels).sum() + weight * (
-        soft + okddip_leader(z, temperature=temperature, eps=eps)
-    )
-
-
-def _trailing(weights: Tensor, dimensions: int) -> Tensor:
+def _with_trailing_dimensions(weights: Tensor, dimensions: int) -> Tensor:
     """Dimensions of length 1 appended, so that weights broadcast over classes and positions."""
     return weights.reshape(*weights.shape, *[1] * (dimensions - weights.ndim))

@@ -1,4 +1,4 @@
-"""Losses between feature maps of student and teacher, and the maps and matrices they compare."""
+"""Losses between features of student and teacher, and the maps and matrices that they compare."""
 
 from __future__ import annotations
 
@@ -12,9 +12,20 @@ from kdtoolkit.functional.logits import at_least_float32
 
 
 def fitnet(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    """Mean squared difference of the regressed student map and the teacher's, equal shapes (B, C, H, W).
+    """Mean squared difference of the student's regressed feature map and the teacher's.
 
-    Romero et al. 2015, "FitNets: Hints for Thin Deep Nets"; the regressor is `objectives.fitnet.Regressor`.
+    Source: Romero et al. 2015, "FitNets: Hints for thin deep nets". The regressor is
+    `kdtoolkit.losses.fitnet.Regressor`.
+
+    Args:
+        student_features: Feature of the student after the regressor, usually (B, C, H, W).
+        teacher_features: Feature of the teacher, of the same shape.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
     if student_features.shape != teacher_features.shape:
         raise ValueError(
@@ -25,44 +36,89 @@ def fitnet(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 
 
 def smaller_grid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps (B, C, H, W) average-pooled to the smaller height and width of the two."""
+    """Average-pool two feature maps to the smaller height and the smaller width of the two.
+
+    Args:
+        a: Feature map (B, C, H, W).
+        b: Feature map (B, C', H', W').
+
+    Returns:
+        Both maps, with one height and one width.
+    """
     grid = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
-    a, b = (f if tuple(f.shape[2:]) == grid else F.adaptive_avg_pool2d(f, grid) for f in (a, b))
-    return a, b
+    return _pooled(a, grid), _pooled(b, grid)
+
+
+def _pooled(feature: Tensor, grid: tuple[int, int]) -> Tensor:
+    if tuple(feature.shape[2:]) == grid:
+        return feature
+    return F.adaptive_avg_pool2d(feature, grid)
 
 
 def attention(feature: Tensor, *, p: float = 2.0) -> Tensor:
-    """Spatial attention of a map (B, C, H, W): channel mean of f^p, flattened, unit length. (B, H * W)
+    """Spatial attention of a feature map: the channel mean of f^p, flattened, with unit length.
 
-    For whole p it is the power itself, with its sign where p is odd, as published code has it; else of |f|.
+    A whole `p` is the power itself, with its sign where p is odd, as in published code; any other
+    `p` is a power of |f|.
+
+    Source: Zagoruyko & Komodakis 2017, "Paying more attention to attention".
+
+    Args:
+        feature: Feature map f, (B, C, H, W).
+        p: The power, above 0.
+
+    Returns:
+        Attention maps (B, H * W).
     """
-    feature = (
-        at_least_float32(feature) if float(p).is_integer() else at_least_float32(feature).abs()
-    )
-    return F.normalize(feature.pow(p).mean(1).flatten(1), dim=1)
+    x = at_least_float32(feature)
+    powers = (x if float(p).is_integer() else x.abs()).pow(p)
+    return F.normalize(powers.mean(1).flatten(1), dim=1)
 
 
 def at(
     student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], *, p: float = 2.0
 ) -> Tensor:
-    """Sum over taps of the mean squared difference of attention maps; each map (B, C, H, W), channels may differ.
+    """Sum over taps of the mean squared difference of `attention` maps.
 
-    Zagoruyko & Komodakis 2017, "Paying More Attention to Attention"; sizes are matched by average pooling.
+    Grids of different sizes are matched by `smaller_grid`.
+
+    Source: Zagoruyko & Komodakis 2017, "Paying more attention to attention".
+
+    Args:
+        student_features: One feature map (B, C, H, W) for each tap.
+        teacher_features: As many feature maps; channels and grids may differ.
+        p: The power of the attention maps, above 0.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: If the numbers of features differ or are 0.
     """
-    _same_number(student_features, teacher_features)
+    _check_same_number(student_features, teacher_features)
     loss = at_least_float32(student_features[0]).new_zeros(())
-    for s, t in zip(student_features, teacher_features, strict=True):
-        s, t = smaller_grid(at_least_float32(s), at_least_float32(t))
+    for student, teacher in zip(student_features, teacher_features, strict=True):
+        s, t = smaller_grid(at_least_float32(student), at_least_float32(teacher))
         loss = loss + F.mse_loss(attention(s, p=p), attention(t, p=p))
     return loss
 
 
 def sp(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
-    """Sum over taps of ||G_t - G_s||_F^2 / B^2, G the row-normalised Gram matrix (B, B) of flattened features.
+    """Sum over taps of ||G_t - G_s||_F^2 / B^2, where G are the `similarities` of the samples.
 
-    Tung & Mori 2019, "Similarity-Preserving Knowledge Distillation". Features (B, ...), any shapes.
+    Source: Tung & Mori 2019, "Similarity-preserving knowledge distillation".
+
+    Args:
+        student_features: One feature (B, ...) for each tap.
+        teacher_features: As many features (B, ...), of any shapes.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: If the numbers of features differ or are 0.
     """
-    _same_number(student_features, teacher_features)
+    _check_same_number(student_features, teacher_features)
     loss = at_least_float32(student_features[0]).new_zeros(())
     for s, t in zip(student_features, teacher_features, strict=True):
         loss = loss + (similarities(t) - similarities(s)).square().sum() / len(s) ** 2
@@ -70,27 +126,47 @@ def sp(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -
 
 
 def similarities(feature: Tensor) -> Tensor:
-    """Row-normalised Gram matrix (B, B) of features (B, ...), never in half precision, not under autocast either."""
+    """Gram matrix of the flattened samples, each row with unit length.
+
+    It is never computed in half precision, under autocast neither.
+
+    Args:
+        feature: Feature (B, ...).
+
+    Returns:
+        Matrix (B, B).
+    """
     with torch.autocast(feature.device.type, enabled=False):
         rows = at_least_float32(feature).flatten(1)
         return F.normalize(rows @ rows.T, dim=1)
 
 
 def srkd(student_features: Sequence[Tensor], reset_features: Sequence[Tensor]) -> Tensor:
-    """Sum over stages of the mean squared difference of the student's stage output and the teacher's stage run on
-    the student's previous output; equal shapes per stage.
+    """Sum over stages of the mean squared difference of the student's and the reset stage's output.
 
-    Chen & Sun 2024, "Design and Simulation of Stage Reset Knowledge Distillation Method".
+    Source: Chen & Sun 2024, "Design and simulation of stage reset knowledge distillation method".
+
+    Args:
+        student_features: Output of each of the student's stages, after its adapter.
+        reset_features: Output of each of the teacher's stages, run on the student's output of the
+            stage before; of the same shapes.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: If the numbers of features differ or are 0, or two shapes differ.
     """
-    _same_number(student_features, reset_features)
+    _check_same_number(student_features, reset_features)
     loss = at_least_float32(student_features[0]).new_zeros(())
     for s, t in zip(student_features, reset_features, strict=True):
         loss = loss + fitnet(s, t)
     return loss
 
 
-def _same_number(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> None:
+def _check_same_number(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> None:
     if len(students) != len(teachers) or not students:
         raise ValueError(
-            f"as many student features as teacher features are compared, got {len(students)} and {len(teachers)}"
+            "as many student features as teacher features are compared, got "
+            f"{len(students)} and {len(teachers)}"
         )

@@ -1,26 +1,41 @@
-"""Networks of equal standing that learn from each other's logits: DML and collaborative learning (CL).
+"""Several networks that learn from each other's logits: DML, CL and the variants of both.
 
-`student_logits` are those of K >= 2 networks (or branches) on one batch: a stacked tensor (K, B, C, ...) or a sequence
-of K tensors (B, C, ...). A result (K,) holds one loss a network, a scalar is their sum with the cross-entropies, as
-each paper has it. Labels (B, ...) int64.
+The logits of K networks (or branches) on one batch are a stacked tensor (K, B, C, ...) or a
+sequence of K tensors (B, C, ...), K from 2. A result (K,) holds one loss for each network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdtoolkit.functional.logits import at_least_float32, ce, kd, kd_eps, soft_ce
-from kdtoolkit.utils.validation import check_temperature
+from kdtoolkit.functional.logits import at_least_float32, kd, kd_eps, soft_ce
+from kdtoolkit.utils.validation import check_choice, check_temperature
 
 PeerLogits = Tensor | Sequence[Tensor]
 
+MUTUAL_TARGETS = ("pairwise", "ensemble")
+MUTUAL_FORMS = ("kl", "eps", "soft-ce", "tf")
+_LOSS_OF_FORM: dict[str, Callable[..., Tensor]] = {"kl": kd, "eps": kd_eps, "soft-ce": soft_ce}
+
 
 def stack_logits(student_logits: PeerLogits, labels: Tensor | None = None) -> Tensor:
-    """Logits of K networks as one tensor (K, B, C, ...), at least float32; ValueError on what cannot be peers."""
+    """Stack the logits of K networks, at least in float32.
+
+    Args:
+        student_logits: (K, B, C, ...), or K tensors (B, C, ...).
+        labels: Class ids (B, ...), for a check of their shape.
+
+    Returns:
+        One tensor (K, B, C, ...).
+
+    Raises:
+        ValueError: If there are fewer than two networks, or shapes do not fit together.
+    """
     given = [at_least_float32(z) for z in student_logits]
     shapes = [tuple(z.shape) for z in given]
     if len(given) < 2:
@@ -31,31 +46,38 @@ def stack_logits(student_logits: PeerLogits, labels: Tensor | None = None) -> Te
         raise ValueError(f"logits of every network have one shape (B, C, ...), got {shapes}")
     if labels is not None and tuple(labels.shape) != shapes[0][:1] + shapes[0][2:]:
         raise ValueError(
-            f"labels are class ids of shape (B, ...), got {tuple(labels.shape)} for logits {shapes[0]}"
+            f"labels are class ids of shape (B, ...), got {tuple(labels.shape)} for logits "
+            f"{shapes[0]}"
         )
     return torch.stack(given)
 
 
 def others_mean(student_logits: PeerLogits) -> Tensor:
-    """For every network the mean logits of all the others, (K, B, C, ...)."""
+    """For every network the mean logits of all the others.
+
+    Args:
+        student_logits: (K, B, C, ...), or K tensors (B, C, ...).
+
+    Returns:
+        (K, B, C, ...).
+    """
     z = stack_logits(student_logits)
     return torch.stack([torch.cat([z[:k], z[k + 1 :]]).mean(0) for k in range(len(z))])
-
-
-def ce_each(student_logits: PeerLogits, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of every network, (K,)."""
-    return torch.stack(
-        [
-            ce(z, labels, label_smoothing=label_smoothing)
-            for z in stack_logits(student_logits, labels)
-        ]
-    )
 
 
 def mean_over_others(
     loss: Callable[[Tensor, Tensor], Tensor], students: Tensor, teachers: Tensor
 ) -> Tensor:
-    """For every network k the mean over l != k of loss(students[k], teachers[l]), (K,). Both (K, B, C, ...)."""
+    """For every network k the mean over l != k of loss(students[k], teachers[l]).
+
+    Args:
+        loss: Function of two logits (B, C, ...) that returns a scalar.
+        students: (K, B, C, ...).
+        teachers: (K, B, C, ...), in the same order.
+
+    Returns:
+        (K,).
+    """
     numbers = range(len(students))
     rows = [
         torch.stack([loss(students[k], teachers[m]) for m in numbers if m != k]).mean()
@@ -64,34 +86,85 @@ def mean_over_others(
     return torch.stack(rows)
 
 
-def mutual_kl(student_logits: PeerLogits, *, temperature: float = 1.0) -> Tensor:
-    """For every network k the mean over l != k of T^2 KL(p_l || p_k), p_l detached, (K,).
-
-    Zhang, Xiang, Hospedales, Lu 2018, "Deep Mutual Learning". The paper has T = 1 and no T^2; for another T the factor
-    keeps gradients at their size, as in `kd`.
-    """
-    check_temperature(temperature)
-    z = stack_logits(student_logits)
-    return mean_over_others(lambda s, t: kd(s, t, temperature=temperature), z, z.detach())
-
-
-def dml(
-    student_logits: PeerLogits, labels: Tensor, *, temperature: float = 1.0, weight: float = 1.0
+def loss_to_each(
+    loss: Callable[[Tensor, Tensor], Tensor], students: Tensor, teachers: Tensor
 ) -> Tensor:
-    """Deep mutual learning: sum over networks of CE_k + weight * `mutual_kl`_k. Scalar.
+    """For every network k loss(students[k], teachers[k]).
 
-    Zhang et al. 2018; all networks step on one forward pass, where the paper lets the second see the updated first.
+    Args:
+        loss: Function of two logits (B, C, ...) that returns a scalar.
+        students: (K, B, C, ...).
+        teachers: (K, B, C, ...), one target for each network.
+
+    Returns:
+        (K,).
     """
-    return (
-        ce_each(student_logits, labels)
-        + weight * mutual_kl(student_logits, temperature=temperature)
-    ).sum()
+    return torch.stack([loss(s, t) for s, t in zip(students, teachers, strict=True)])
+
+
+def mutual_loss(
+    student_logits: PeerLogits,
+    *,
+    temperature: float = 1.0,
+    target: str = "pairwise",
+    detach: bool = True,
+    form: str = "kl",
+    eps: float | None = None,
+) -> Tensor:
+    """Distance of every network to the probabilities of the others.
+
+    The defaults are deep mutual learning: the mean over l != k of T^2 KL(p_l || p_k), p_l detached.
+    The paper has T = 1; for another T the factor T^2 keeps gradients at their size, as in `kd`.
+
+    Source: Zhang, Xiang, Hospedales, Lu 2018, "Deep mutual learning". `form="tf"`: the authors'
+    TensorFlow release, `mutual_kl_tf`. `form="eps"`, `detach=False`, T = 3: OKDDip's benchmark
+    (Chen et al. 2020), whose DML has either target and whose CL-ILR has the target "ensemble".
+    `form="soft-ce"`, `target="ensemble"`, T = 2: collaborative learning (Song & Chai 2018).
+
+    Args:
+        student_logits: (K, B, C, ...), or K tensors (B, C, ...).
+        temperature: T, no unit, above 0.
+        target: "pairwise": each of the others in turn, the mean of their losses; "ensemble": the
+            mean of the others' logits.
+        detach: Whether the networks that teach get no gradient.
+        form: "kl" is `kd`, "eps" is `kd_eps`, "soft-ce" is `soft_ce`; "tf" is `mutual_kl_tf`, which
+            has T = 1, the target "pairwise" and is detached.
+        eps: A probability, of "eps" and "tf"; None is 1e-7 and 1e-8.
+
+    Returns:
+        (K,).
+
+    Raises:
+        ValueError: If an option is not one of those named here.
+    """
+    check_choice("form", form, MUTUAL_FORMS)
+    check_choice("target", target, MUTUAL_TARGETS)
+    check_temperature(temperature)
+    students = stack_logits(student_logits)
+    if form == "tf":
+        return mutual_kl_tf(students, eps=1e-8 if eps is None else eps)
+    loss = partial(_LOSS_OF_FORM[form], temperature=temperature)
+    if form == "eps" and eps is not None:
+        loss = partial(loss, eps=eps)
+    teachers = students.detach() if detach else students
+    if target == "pairwise":
+        return mean_over_others(loss, students, teachers)
+    return loss_to_each(loss, students, others_mean(teachers))
 
 
 def mutual_kl_tf(student_logits: PeerLogits, *, eps: float = 1e-8) -> Tensor:
-    """For every network k the sum over l != k of sum_c p_l log(eps + p_l / (p_k + eps)), p_l detached, (K,).
+    """For every network k the sum over l != k of sum_c p_l log(eps + p_l / (p_k + eps)).
 
-    The authors' TensorFlow release of DML: a sum over the peers, not their mean, and `eps` (a probability) twice.
+    The sum over the others has no mean; p_l is detached.
+
+    Source: the authors' TensorFlow release of deep mutual learning (Zhang et al. 2018).
+
+    Args:
+        student_logits: (K, B, C, ...), or K tensors (B, C, ...).
+        eps: A probability.
+
+    Returns:
+        (K,).
     """
     p = F.softmax(stack_logits(student_logits), dim=2)
 
@@ -99,93 +172,3 @@ def mutual_kl_tf(student_logits: PeerLogits, *, eps: float = 1e-8) -> Tensor:
         return (t * torch.log(eps + t / (s + eps))).sum(1).mean()
 
     return mean_over_others(divergence, p, p.detach()) * (len(p) - 1)
-
-
-def dml_tf(
-    student_logits: PeerLogits, labels: Tensor, *, label_smoothing: float = 0.1, eps: float = 1e-8
-) -> Tensor:
-    """DML as in the authors' TensorFlow release (re-identification): smoothed CE_k + `mutual_kl_tf`_k, summed."""
-    hard = ce_each(student_logits, labels, label_smoothing=label_smoothing)
-    return (hard + mutual_kl_tf(student_logits, eps=eps)).sum()
-
-
-def mutual_kl_eps(
-    student_logits: PeerLogits, *, temperature: float = 3.0, eps: float = 1e-7
-) -> Tensor:
-    """For every network k the mean over l != k of `kd_eps`(z_k, z_l), targets NOT detached, (K,)."""
-    z = stack_logits(student_logits)
-    return mean_over_others(lambda s, t: kd_eps(s, t, temperature=temperature, eps=eps), z, z)
-
-
-def others_kl_eps(
-    student_logits: PeerLogits, *, temperature: float = 3.0, eps: float = 1e-7
-) -> Tensor:
-    """For every network k `kd_eps`(z_k, mean logits of the others), target NOT detached, (K,)."""
-    pairs = zip(stack_logits(student_logits), others_mean(student_logits), strict=True)
-    return torch.stack([kd_eps(s, t, temperature=temperature, eps=eps) for s, t in pairs])
-
-
-def dml_okddip(
-    student_logits: PeerLogits,
-    labels: Tensor,
-    *,
-    temperature: float = 3.0,
-    eps: float = 1e-7,
-    ensemble_first: bool = False,
-) -> Tensor:
-    """DML as OKDDip's benchmark (Chen et al. 2020) runs it: sum of CE_k + `mutual_kl_eps`_k, gradients in both sides.
-
-    ensemble_first  the target is the mean of the others' logits (`others_kl_eps`), the default mode of that code
-    """
-    soft = others_kl_eps if ensemble_first else mutual_kl_eps
-    return (
-        ce_each(student_logits, labels) + soft(student_logits, temperature=temperature, eps=eps)
-    ).sum()
-
-
-def others_soft_ce(student_logits: PeerLogits, *, temperature: float = 2.0) -> Tensor:
-    """For every head h the soft cross-entropy to softmax(mean of the others' logits / T), detached, no T^2, (K,)."""
-    pairs = zip(stack_logits(student_logits), others_mean(student_logits).detach(), strict=True)
-    return torch.stack([soft_ce(s, t, temperature=temperature) for s, t in pairs])
-
-
-def cl_paper(
-    student_logits: PeerLogits,
-    labels: Tensor,
-    *,
-    temperature: float = 2.0,
-    beta: float = 0.5,
-    squared: bool = False,
-) -> Tensor:
-    """Collaborative learning: sum over heads of beta CE_h + (1 - beta) `others_soft_ce`_h. Scalar.
-
-    Song & Chai 2018, "Collaborative Learning for Deep Neural Networks". squared: T^2 before the soft term; whether the
-    paper has it could not be confirmed. What heads share gets its gradient divided by `scale_gradient`.
-    """
-    factor = temperature**2 if squared else 1.0
-    soft = others_soft_ce(student_logits, temperature=temperature)
-    return (beta * ce_each(student_logits, labels) + (1 - beta) * factor * soft).sum()
-
-
-def cl_okddip(
-    student_logits: PeerLogits,
-    labels: Tensor,
-    *,
-    temperature: float = 3.0,
-    weight: float = 1.0,
-    eps: float = 1e-7,
-) -> Tensor:
-    """CL-ILR as OKDDip's benchmark runs it: sum of CE_h + weight * `others_kl_eps`_h, targets not detached. Scalar.
-
-    weight  the ramp-up `schedules.sigmoid_rampup(epoch, 80)`
-    """
-    soft = others_kl_eps(student_logits, temperature=temperature, eps=eps)
-    return (ce_each(student_logits, labels) + weight * soft).sum()
-
-
-def scale_gradient(shared: Tensor, scale: float) -> Tensor:
-    """The same values, exactly; the gradient that flows back is multiplied by `scale` (1 / number of children in CL).
-
-    Song & Chai 2018, "intermediate-level representation sharing". Finite tensors of any shape.
-    """
-    return shared.detach() + scale * (shared - shared.detach())

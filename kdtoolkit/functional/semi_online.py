@@ -1,4 +1,4 @@
-"""SOKD (Liu, Liu, Huang 2021): a trained branch of the frozen teacher between teacher and student."""
+"""The five terms of SOKD: a trained branch of the frozen teacher between teacher and student."""
 
 from __future__ import annotations
 
@@ -8,58 +8,45 @@ from kdtoolkit.functional.logits import ce, check_shapes, kd
 from kdtoolkit.utils.validation import check_temperature
 
 
-def sokd_auxiliary(
-    auxiliary_logits: Tensor,
+def sokd_terms(
     student_logits: Tensor,
+    branch_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor,
     *,
     temperature: float = 4.0,
-    ce_weight: float = 1.0,
-    teacher_weight: float = 1.0,
-    student_weight: float = 1.0,
-) -> Tensor:
-    """The branch's loss: weighted CE(a), KD(a, teacher) and KD(a, student), targets detached. Logits (B, C, ...)."""
-    soft = teacher_weight * _kd_to(auxiliary_logits, teacher_logits, temperature)
-    soft = soft + student_weight * _kd_to(auxiliary_logits, student_logits, temperature)
-    return ce_weight * ce(auxiliary_logits, labels) + soft
+) -> dict[str, Tensor]:
+    """The unweighted terms of SOKD; the paper adds them up with weights of 1.
 
+    In every KL divergence the other side is detached, so the terms of the student train the student
+    alone, and those of the branch the branch alone.
 
-def sokd_student(
-    student_logits: Tensor,
-    auxiliary_logits: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float = 4.0,
-    ce_weight: float = 1.0,
-    kd_weight: float = 1.0,
-) -> Tensor:
-    """The student's loss: weighted CE(s) and KD(s, branch), the branch detached. Logits (B, C, ...)."""
-    return ce_weight * ce(student_logits, labels) + kd_weight * _kd_to(
-        student_logits, auxiliary_logits, temperature
-    )
+    Source: Liu, Liu, Huang 2021, "Semi-online knowledge distillation".
 
+    Args:
+        student_logits: s, (B, C, ...).
+        branch_logits: a, (B, C, ...), of a trained branch behind the frozen teacher's last shared
+            stage.
+        teacher_logits: t, (B, C, ...).
+        labels: Class ids (B, ...), int64.
+        temperature: T, no unit, above 0.
 
-def sokd(
-    student_logits: Tensor,
-    auxiliary_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float = 4.0,
-) -> Tensor:
-    """`sokd_auxiliary` + `sokd_student`, all five weights 1. Scalar.
+    Returns:
+        Scalars: "ce" CE(s), "kd" KD(s, a), "ce/branch" CE(a), "kd/branch" KD(a, t) and
+        "mutual/branch" KD(a, s).
 
-    Liu, Liu, Huang 2021, "Semi-Online Knowledge Distillation": a trainable branch on the frozen teacher's last shared
-    stage stands between teacher and student.
+    Raises:
+        ValueError: If shapes differ or the temperature is not above 0.
     """
-    branch = sokd_auxiliary(
-        auxiliary_logits, student_logits, teacher_logits, labels, temperature=temperature
-    )
-    return branch + sokd_student(student_logits, auxiliary_logits, labels, temperature=temperature)
-
-
-def _kd_to(student_logits: Tensor, target_logits: Tensor, temperature: float) -> Tensor:
     check_temperature(temperature)
-    check_shapes(student_logits=student_logits, target_logits=target_logits)
-    return kd(student_logits, target_logits.detach(), temperature=temperature)
+    check_shapes(
+        student_logits=student_logits, branch_logits=branch_logits, teacher_logits=teacher_logits
+    )
+    s, a, t = student_logits, branch_logits, teacher_logits
+    return {
+        "ce": ce(s, labels),
+        "kd": kd(s, a.detach(), temperature=temperature),
+        "ce/branch": ce(a, labels),
+        "kd/branch": kd(a, t.detach(), temperature=temperature),
+        "mutual/branch": kd(a, s.detach(), temperature=temperature),
+    }

@@ -1,0 +1,1 @@
+"""Small services: files, checkpoints, processes, checks of options, registries, imports."""

@@ -1,29 +1,43 @@
-"""Checkpoints: accelerate's state in one folder, with a card that says of which run it is.
+"""Checkpoints: accelerate's state in one folder, with metadata that says of which run it is.
 
-`save` is atomic: the previous checkpoint stays whole until the new one is. `check` refuses a checkpoint of another
-method, network or loss before anything is touched.
+`save` is atomic: the previous checkpoint stays whole until the new one is. `check_metadata` refuses
+a checkpoint of another method, network or loss before anything is changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from kdtoolkit.utils.io import atomic_folder, recover_folder, swap_folders, write_json
 
+Metadata: TypeAlias = dict[str, Any]  # plain numbers, strings, lists and dicts, as in JSON
+
 METADATA_FILE = "checkpoint.json"
-FOLDERS = ("checkpoints", "student", "networks", "figures", "baseline", "finetuned")
-FILES = ("config.yaml", "env.json", "plan.json", "metrics.jsonl", "summary.csv", "report.md")
-BROKEN = (
+STATE_FILE = "custom_checkpoint_0.pkl"  # accelerate's name for the first registered object
+MUST_MATCH = (
+    "method",
+    "losses",
+    "networks",
+    "options",
+    "callbacks",
+    "seed",
+    "total_steps",
+    "batch_size",
+    "optimizer",
+)
+# What torch and safetensors raise for a full disk or a broken file.
+FILE_ERRORS = (
     OSError,
     RuntimeError,
     ValueError,
@@ -35,19 +49,23 @@ BROKEN = (
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or does not belong to this run."""
+    """A checkpoint could not be written, or does not belong to this run."""
 
 
-class OutputDirNotEmpty(ValueError):
-    """The output folder holds something else."""
+def save(accelerator: Accelerator, folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Write the state of everything that was prepared by, or registered with, the accelerator.
 
+    All ranks call it; rank 0 renames.
 
-def save(accelerator: Accelerator, folder: Path, card: dict[str, Any]) -> None:
-    """Write the state of everything that was prepared or registered. All ranks call it, rank 0 renames."""
-    temporary, old = (
-        folder.with_name(f".{folder.name}.tmp"),
-        folder.with_name(f".{folder.name}.old"),
-    )
+    Args:
+        accelerator: The accelerator of the run.
+        folder: Folder of the checkpoint, which replaces an earlier one.
+        metadata: What `check_metadata` compares, with "epoch" and "step".
+
+    Raises:
+        CheckpointError: If it could not be written; the previous checkpoint is whole.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -56,186 +74,191 @@ def save(accelerator: Accelerator, folder: Path, card: dict[str, Any]) -> None:
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write_json(temporary / METADATA_FILE, card)
-            swap_folders(temporary, folder, old)
+            write_json(temporary / METADATA_FILE, dict(metadata))
+            swap_folders(temporary, folder)
         accelerator.wait_for_everyone()
-    except (
-        BROKEN
-    ) as error:  # a full disk is a RuntimeError of torch and an error of its own in safetensors
+    except FILE_ERRORS as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _not_written(folder, error) from error
+        raise _write_error(folder, error) from error
 
 
-def _not_written(folder: Path, error: BaseException) -> CheckpointError:
+def _write_error(folder: Path, error: BaseException) -> CheckpointError:
     kept = "there is no earlier one"
     if folder.exists():
         kept = f"the previous one is whole ({describe_position(read_metadata(folder))})"
     return CheckpointError(
-        f"could not write checkpoint {folder}: {error}; {kept}. Free some space and go on with resume='auto'"
+        f"could not write checkpoint {folder}: {error}; {kept}. Free some space and continue with "
+        "resume='auto'"
     )
 
 
 def copy(source: Path, target: Path) -> None:
-    """A second checkpoint, as atomic as the first."""
+    """Copy a checkpoint, as atomically as `save`.
+
+    Args:
+        source: Folder of the checkpoint.
+        target: Folder of the copy, which replaces an earlier one.
+
+    Raises:
+        CheckpointError: If it could not be written; an earlier one in `target` is whole.
+    """
     try:
         with atomic_folder(target) as temporary:
             shutil.copytree(source, temporary, dirs_exist_ok=True)
     except (OSError, shutil.Error) as error:
-        raise _not_written(target, error) from error
+        raise _write_error(target, error) from error
 
 
 def restore_best(
-    accelerator: Accelerator, resumed: Path, output_dir: Path | None, best_at: dict[str, float]
+    accelerator: Accelerator,
+    resumed: Path,
+    output_dir: Path | None,
+    best_evaluation: Mapping[str, Any],
 ) -> None:
-    """checkpoints/best of `output_dir` is that of the best step again, where the machine stopped between two writes or
-    the run goes on in another folder."""
-    step = best_at.get("step")
+    """Restore checkpoints/best of the output folder, if it is not that of the best step.
+
+    It is missing or another one where the machine stopped between two writes, or where a run is
+    resumed in another folder. All ranks call it.
+
+    Args:
+        accelerator: The accelerator of the run.
+        resumed: Folder of the checkpoint that the run resumes from.
+        output_dir: Output folder of the run; None where nothing is written.
+        best_evaluation: "step" of the best evaluation; empty before the first.
+
+    Raises:
+        CheckpointError: If the best checkpoint is not found.
+    """
+    step = best_evaluation.get("step")
     if output_dir is None or step is None:
         return
     best = output_dir / "checkpoints" / "best"
     if accelerator.is_main_process and read_metadata(best).get("step") != step:
-        for source in (resumed, resumed.with_name("best")):
-            if read_metadata(source).get("step") == step:
-                copy(source, best)
-                break
-        else:
+        candidates = (resumed, resumed.with_name("best"))
+        source = next((c for c in candidates if read_metadata(c).get("step") == step), None)
+        if source is None:
             raise CheckpointError(
                 f"the best epoch so far (step {step}) is neither in {best} nor beside {resumed}: "
-                "put it there, or start anew"
+                "put it there, or start a new run"
             )
+        copy(source, best)
     accelerator.wait_for_everyone()
 
 
-def claim_output_dir(folder: Path | None, resume: Any, overwrite: bool) -> Path | None:
-    """The checkpoint to go on from, if any; ValueError where `folder` is not free. Nothing is changed."""
-    if folder is None:
-        if resume:
-            raise ValueError(
-                f"resume={resume!r} needs output_dir, the folder of the run to go on with"
-            )
-        return None
-    last = folder / "checkpoints" / "last"
-    recover_folder(last)
-    source = None
-    if isinstance(resume, (str, os.PathLike)) and resume != "auto":
-        source = Path(resume)
-        if not source.is_dir():
-            raise ValueError(
-                f"resume={str(resume)!r} is no folder: give a checkpoint such as {last}, or 'auto'"
-            )
-        if source.resolve().is_relative_to(folder.resolve()):
-            return source
-    elif resume and last.exists():
-        return last
-    if resume is True:
-        raise ValueError(
-            f"resume=True, but {last} does not exist; resume='auto' starts anew where there is none"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file: give a folder")
-    begun = resume == "auto" and not (folder / "checkpoints").exists()
-    if _used(folder) and not overwrite and not begun:
-        holds = (
-            f"checkpoints/last ({describe_position(read_metadata(last))})"
-            if last.exists()
-            else "other files"
-        )
-        raise OutputDirNotEmpty(
-            f"{folder} holds {holds}: pass resume='auto' or overwrite=True, or another output_dir"
-        )
-    return source
+def read_metadata(folder: Path) -> Metadata:
+    """Read the metadata of a checkpoint.
+
+    Args:
+        folder: Folder of the checkpoint.
+
+    Returns:
+        The metadata; empty where there is no readable checkpoint.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        metadata: Metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
+        return metadata
+    return {}
 
 
-def _used(folder: Path) -> bool:
-    return folder.exists() and any(
-        p.name not in ("baseline", "finetuned", "teacher") for p in folder.iterdir()
-    )
+def describe_position(metadata: Mapping[str, Any]) -> str:
+    """Phrase that says where in a run a checkpoint was written.
+
+    Args:
+        metadata: Metadata of the checkpoint.
+
+    Returns:
+        "epoch 3, step 120", with "?" for what is not known.
+    """
+    return f"epoch {metadata.get('epoch', '?')}, step {metadata.get('step', '?')}"
 
 
-def clear_output_dir(folder: Path) -> None:
-    """Take away what an earlier run wrote; also its baseline and its finetuned teacher."""
-    if not _used(folder):
-        return
-    for name in FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
+def check_metadata(folder: Path, expected: Mapping[str, Any]) -> Metadata:
+    """Check that a checkpoint is one of this run.
 
+    Args:
+        folder: Folder of the checkpoint.
+        expected: Metadata of this run; of its keys those in `MUST_MATCH` are compared.
 
-def read_metadata(folder: Path) -> dict[str, Any]:
-    path = folder / METADATA_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    Returns:
+        Metadata of the checkpoint.
 
-
-def describe_position(card: dict[str, Any]) -> str:
-    return f"epoch {card.get('epoch', '?')}, step {card.get('step', '?')}"
-
-
-def check_metadata(folder: Path, card: dict[str, Any]) -> dict[str, Any]:
-    """The card of `folder`, if it fits this run; else CheckpointError with what differs."""
+    Raises:
+        CheckpointError: If there is no checkpoint, or it differs; the message says in what.
+    """
     recover_folder(folder)
     found = read_metadata(folder)
     if not found:
         raise CheckpointError(
-            f"{folder} holds no checkpoint ({METADATA_FILE} is missing); start without resume, or give its folder"
+            f"{folder} holds no checkpoint ({METADATA_FILE} is missing); start without resume, or "
+            "give its folder"
         )
-    keys = (
-        "method",
-        "losses",
-        "networks",
-        "options",
-        "callbacks",
-        "seed",
-        "total_steps",
-        "batch_size",
-        "optimizer",
-    )
-    wrong = [
-        f"{k}: {found.get(k)!r} there, {card[k]!r} now"
-        for k in keys
-        if k in card and found.get(k) != card[k]
-    ]
+    keys = [key for key in MUST_MATCH if key in expected]
+    wrong = [key for key in keys if found.get(key) != expected[key]]
     if wrong:
+        differences = "; ".join(
+            f"{key}: {found.get(key)!r} there, {expected[key]!r} now" for key in wrong
+        )
         raise CheckpointError(
-            f"{folder} is a checkpoint of another run: {'; '.join(wrong)}. Use its settings, another output_dir, "
-            "or overwrite=True"
+            f"{folder} is a checkpoint of another run: {differences}. Use its settings, another "
+            "output_dir, or overwrite=True"
         )
     return found
 
 
 def load(accelerator: Accelerator, folder: Path) -> None:
-    """Give every prepared and registered object its state back."""
+    """Load the state of everything that was prepared or registered.
+
+    Args:
+        accelerator: The accelerator of the run.
+        folder: Folder of the checkpoint.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged or does not fit.
+    """
     try:
         accelerator.load_state(str(folder))
-    except BROKEN as error:
+    except FILE_ERRORS as error:
         raise CheckpointError(
-            f"{folder} cannot be loaded: {error}; give another checkpoint (resume=PATH), or start anew with "
-            "overwrite=True"
+            f"{folder} cannot be loaded: {error}; give another checkpoint (resume=PATH), or start "
+            "a new run with overwrite=True"
         ) from error
 
 
 def callback_states(folder: Path) -> dict[str, Any]:
-    """{name: state} of the callbacks of a run, as its checkpoint holds them."""
-    return torch.load(folder / "custom_checkpoint_0.pkl", map_location="cpu", weights_only=True)[
-        "callbacks"
-    ]
+    """State of every callback of the run, by its name.
+
+    Args:
+        folder: Folder of the checkpoint.
+
+    Returns:
+        What `Callback.state_dict` returned when the checkpoint was written.
+    """
+    state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    callbacks: dict[str, Any] = state["callbacks"]
+    return callbacks
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:
-    """Only the weights of the method, for instance of the best epoch."""
+    """Load only the weights of the method, for instance of the best epoch.
+
+    Args:
+        module: The method.
+        folder: Folder of the checkpoint.
+    """
     from safetensors.torch import load_file
 
     path = folder / "model.safetensors"
-    state = (
-        load_file(path)
-        if path.exists()
-        else torch.load(folder / "pytorch_model.bin", map_location="cpu")
-    )
+    stored: dict[str, Tensor]
+    if path.exists():
+        stored = load_file(path)
+    else:
+        stored = torch.load(folder / "pytorch_model.bin", map_location="cpu")
+    module.load_state_dict(_with_tied_tensors(module, stored))
+
+
+def _with_tied_tensors(module: nn.Module, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All entries of a state_dict; of tied tensors the file holds one."""
     own = module.state_dict(keep_vars=True)
-    held = {
-        id(own[key]): state[key] for key in state if key in own
-    }  # of tied tensors the file holds one
-    module.load_state_dict({key: held[id(v)] for key, v in own.items() if id(v) in held} | state)
+    by_identity = {id(own[key]): tensor for key, tensor in stored.items() if key in own}
+    known = {key: by_identity[id(own[key])] for key in own if id(own[key]) in by_identity}
+    return known | stored

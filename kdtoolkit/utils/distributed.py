@@ -1,4 +1,4 @@
-"""The few collectives that more than one room needs; each is the identity in a run of one process."""
+"""Collective operations over the processes of a run; in a run of one process each does nothing."""
 
 from __future__ import annotations
 
@@ -11,19 +11,30 @@ from torch import Tensor, nn
 
 
 def is_distributed() -> bool:
+    """Whether the run has several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def world_size() -> int:
+    """Number of processes, from 1."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def rank() -> int:
+    """Number of this process, from 0."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank when it is true on one. All ranks must call it."""
+    """Whether a flag is true on any rank; all ranks call it.
+
+    Args:
+        flag: The flag of this rank.
+        device: Device for the exchange.
+
+    Returns:
+        The same on every rank.
+    """
     if not is_distributed():
         return flag
     seen = torch.tensor(float(flag), device=device)
@@ -32,53 +43,86 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum over ranks, in place."""
+    """Sum a tensor over all ranks, in place; all ranks call it.
+
+    Args:
+        x: Tensor of one shape on all ranks.
+
+    Returns:
+        `x` itself.
+    """
     if is_distributed():
         dist.all_reduce(x)
     return x
 
 
 def all_gather(x: Tensor) -> list[Tensor]:
-    """The tensors of all ranks, which have one shape, in the order of ranks; without gradient."""
+    """Collect a tensor of every rank, without gradient; all ranks call it.
+
+    Args:
+        x: Tensor of one shape on all ranks.
+
+    Returns:
+        One tensor for each rank, in their order.
+    """
     if not is_distributed():
         return [x]
-    found = [
+    gathered = [
         torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())
     ]
-    dist.all_gather(found, x.contiguous())
-    return found
+    dist.all_gather(gathered, x.contiguous())
+    return gathered
 
 
 @torch.no_grad()
 def broadcast_parameters(source: int, tensors: Iterable[Tensor]) -> None:
-    """Rank `source`'s values in the tensors of every rank, in place."""
-    if is_distributed():
-        for tensor in tensors:
-            value = tensor.contiguous()  # collectives take no channels_last
-            dist.broadcast(value, src=source)
-            tensor.copy_(value)
+    """Copy the values of one rank to all others, in place; all ranks call it.
+
+    Args:
+        source: The rank whose values are copied.
+        tensors: The same tensors, in the same order, on every rank.
+    """
+    if not is_distributed():
+        return
+    for tensor in tensors:
+        value = tensor.contiguous()  # collectives do not take channels_last
+        dist.broadcast(value, src=source)
+        tensor.copy_(value)
 
 
 def broadcast_optimizer_state(
     source: int, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
 ) -> None:
-    """What rank `source`'s optimizer keeps of these parameters (momentum, ...), on every rank."""
+    """Copy what one rank's optimizer keeps of parameters (momentum, ...); all ranks call it.
+
+    Args:
+        source: The rank whose state is copied.
+        optimizer: The optimizer of this rank, as it is or prepared by accelerate.
+        parameters: The parameters, in the same order on every rank.
+    """
     if not is_distributed():
         return
-    state: dict[Any, Any] = getattr(optimizer, "optimizer", optimizer).state
-    kept = [
-        {i: dict(state[p]) for i, p in enumerate(parameters) if p in state}
-        if rank() == source
-        else None
-    ]
+    state: dict[Tensor, Any] = getattr(optimizer, "optimizer", optimizer).state
     device = parameters[0].device
+    kept: list[dict[int, dict[str, Any]] | None] = [None]
+    if rank() == source:
+        kept = [{i: dict(state[p]) for i, p in enumerate(parameters) if p in state}]
     dist.broadcast_object_list(kept, src=source, device=device if device.type != "cpu" else None)
-    for i, values in (kept[0] or {}).items() if rank() != source else ():
-        state[parameters[i]] = {
-            k: v.to(device) if isinstance(v, Tensor) and v.dim() else v for k, v in values.items()
-        }
+    if rank() == source:
+        return
+    for i, values in (kept[0] or {}).items():
+        state[parameters[i]] = {key: _moved(value, device) for key, value in values.items()}
+
+
+def _moved(value: object, device: torch.device) -> object:
+    """A tensor on the device; step counters (0-dimensional) stay where they are."""
+    return value.to(device) if isinstance(value, Tensor) and value.dim() else value
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Rank 0's buffers (BatchNorm statistics) on every rank, so that all ranks evaluate the same network."""
+    """Copy rank 0's buffers, such as BatchNorm statistics, so that all ranks evaluate one network.
+
+    Args:
+        module: The same module on every rank.
+    """
     broadcast_parameters(0, module.buffers())

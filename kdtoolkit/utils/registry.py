@@ -1,4 +1,4 @@
-"""Names: a registry remembers what was registered under which name, and answers a wrong name with the nearest ones."""
+"""Objects by name; a wrong name is answered with the nearest known ones."""
 
 from __future__ import annotations
 
@@ -8,25 +8,59 @@ from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+SIMILARITY = 0.5  # of two names, 0 to 1, from which one is suggested for the other
 
 
 def suggestion(name: str, known: Iterable[str], count: int = 3) -> str:
-    """A phrase for error messages: "; did you mean 'a', 'b'?" or an empty string."""
-    close = difflib.get_close_matches(name, dict.fromkeys(known), n=count, cutoff=0.5)
+    """Phrase for an error message that names the known names most like a wrong one.
+
+    Args:
+        name: The wrong name.
+        known: All names that exist.
+        count: Most names to suggest.
+
+    Returns:
+        "; did you mean 'a', 'b'?", or "" where no name is similar.
+    """
+    close = difflib.get_close_matches(name, dict.fromkeys(known), n=count, cutoff=SIMILARITY)
     return f"; did you mean {', '.join(repr(c) for c in close)}?" if close else ""
 
 
 class Registry(Generic[T]):
-    """Objects of one kind by name. `kind` is the word that error messages use."""
+    """Objects of one kind by name.
 
-    def __init__(self, kind: str):
+    Args:
+        kind: Word for the objects in error messages, such as "loss".
+
+    Attributes:
+        kind: The same word.
+
+    Example:
+        >>> losses = Registry("loss")
+        >>> @losses.add("mine")
+        ... class Mine: ...
+        >>> losses["mine"] is Mine
+        True
+    """
+
+    def __init__(self, kind: str) -> None:
         self.kind = kind
         self._items: dict[str, T] = {}
 
     def add(self, name: str) -> Callable[[T], T]:
-        """Decorator; a name that is taken is an error."""
+        """Decorator that registers an object.
 
-        def store(item: T) -> T:
+        Args:
+            name: The name it gets.
+
+        Returns:
+            A decorator that returns the object itself.
+
+        Raises:
+            ValueError: From the decorator, if the name is taken.
+        """
+
+        def register(item: T) -> T:
             if name in self._items:
                 raise ValueError(
                     f"{self.kind} {name!r} is registered twice: {self._items[name]} and {item}"
@@ -34,7 +68,7 @@ class Registry(Generic[T]):
             self._items[name] = item
             return item
 
-        return store
+        return register
 
     def __getitem__(self, name: str) -> T:
         if name not in self._items:
@@ -46,15 +80,30 @@ class Registry(Generic[T]):
         return name in self._items
 
     def names(self) -> list[str]:
+        """All names, sorted."""
         return sorted(self._items)
 
 
-def keyword_defaults(function: Callable) -> dict[str, Any]:
-    """Keyword-only parameters of `function`, the options a user may set, and their defaults."""
+def keyword_defaults(function: Callable[..., object]) -> dict[str, Any]:
+    """Keyword-only parameters of a function, which are the options that a user may set.
+
+    Args:
+        function: Any function or class.
+
+    Returns:
+        Their defaults by name; `inspect.Parameter.empty` for one without.
+    """
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def keyword_options(function: Callable) -> list[str]:
-    """Names of the options that `function` takes."""
+def keyword_options(function: Callable[..., object]) -> list[str]:
+    """Names of the keyword-only parameters of a function.
+
+    Args:
+        function: Any function or class.
+
+    Returns:
+        The names, in their order.
+    """
     return list(keyword_defaults(function))

@@ -1,7 +1,8 @@
-"""The mathematics of training strategies against slow loops over the papers' equations, written without the package.
+"""The losses of training strategies against slow loops over the papers' equations.
 
-Every case draws shapes, numbers of networks and hyper-parameters, writes a file like the reference vectors, and goes
-through the same check (losses, outputs, gradients; float64 and float32).
+The loops use nothing of the package. Every case draws shapes, numbers of networks and
+hyper-parameters, writes a file like the reference vectors, and goes through the same check (losses,
+outputs, gradients; float64 and float32).
 """
 
 import json
@@ -9,6 +10,7 @@ import math
 import random
 from fractions import Fraction
 
+import paper_totals as totals
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -23,11 +25,9 @@ from test_vectors import (
 )
 
 from kdtoolkit import functional as f
-from kdtoolkit import schedules
-from kdtoolkit.types import Clock
 
 
-# ---------------------------------------------------------------------------------------------------- the slow loops
+# ----------------------------------------------------------------------------------- the slow loops
 def softened(z, temperature=1.0):
     powers = torch.exp(z / temperature)
     return powers / powers.sum()
@@ -380,7 +380,7 @@ def kdcl_targets(d):
         hard = torch.stack(
             [torch.stack([ce(x[b : b + 1], y[b : b + 1]) for b in range(d.B)]) for x in z]
         )
-        naive = torch.stack([z[min(range(d.K), key=lambda k: hard[k, b])][b] for b in range(d.B)])  # noqa: B023
+        naive = torch.stack([z[min(range(d.K), key=lambda k: hard[k, b])][b] for b in range(d.B)])
         least = torch.stack(
             [
                 torch.stack(
@@ -727,7 +727,7 @@ def test_a_wrong_value_is_found(tmp_path, case):
         v.check(*function_for(v.name)(v))
 
 
-# ------------------------------------------------------------------------------------------------------ exchange of DCL
+# ---------------------------------------------------------------------------------- exchange of DCL
 def exact_average(w, eps):
     """The literal formula in fractions."""
     w = [Fraction(x) for x in w]
@@ -787,7 +787,7 @@ def test_dcl_merges_dicts_as_tensors_and_keeps_the_inputs():
     assert not f.dcl_merge(trained)[0].requires_grad
 
 
-# --------------------------------------------------------------------------------------------- KDCL's best mixture
+# ------------------------------------------------------------------------------ KDCL's best mixture
 @pytest.mark.parametrize("students", [2, 3, 6])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 10.0])
 def test_linear_weights_meet_the_conditions_of_a_minimum(students, scale):
@@ -821,7 +821,7 @@ def test_general_weights_of_equal_students_are_equal():
     assert w.min() > 0 and abs(w.sum() - 1) < 1e-12
 
 
-# ------------------------------------------------------------------------------------- precision, dense logits, errors
+# ------------------------------------------------------------------ precision, dense logits, errors
 def logits(*shape, seed=0, dtype=torch.float64):
     return (
         2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -839,22 +839,22 @@ def losses(dtype, tail=(), at=()):
     features = [logits(2, 3, seed=i, dtype=dtype) for i in range(3)]
     attention = f.okddip_attention(torch.stack(features)[:2], torch.stack(features)[1:])
     return {
-        "dml": lambda: f.dml(z, y, temperature=2.0),
-        "dml_tf": lambda: f.dml_tf(z, y),
-        "dml_okddip": lambda: f.dml_okddip(z, y),
-        "cl_paper": lambda: f.cl_paper(z, y),
-        "cl_okddip": lambda: f.cl_okddip(z, y),
-        "one": lambda: f.one(z, f.one_ensemble(z, torch.softmax(features[0].float(), 1).to(dtype)), y),
-        "okddip": lambda: f.okddip(z, attention, y),
-        "pcl": lambda: f.pcl(z, e, m, y),
-        "dkel": lambda: f.dkel(z, e, m, y, ensemble_weight=0.4),
-        **{f"kdcl-{rule}": lambda rule=rule: f.kdcl(z, f.kdcl_targets(z, y, rule=rule), y)
+        "dml": lambda: totals.dml(z, y, temperature=2.0),
+        "dml_tf": lambda: totals.dml_tf(z, y),
+        "dml_okddip": lambda: totals.dml_okddip(z, y),
+        "cl_paper": lambda: totals.cl_paper(z, y),
+        "cl_okddip": lambda: totals.cl_okddip(z, y),
+        "one": lambda: totals.one(z, f.one_ensemble(z, torch.softmax(features[0].float(), 1).to(dtype)), y),
+        "okddip": lambda: totals.okddip(z, attention, y),
+        "pcl": lambda: totals.pcl(z, e, m, y),
+        "dkel": lambda: totals.dkel(z, e, m, y, ensemble_weight=0.4),
+        **{f"kdcl-{rule}": lambda rule=rule: totals.kdcl(z, f.kdcl_targets(z, y, rule=rule), y)
            for rule in ("naive", "linear", "minlogit", "mean")},
-        "sokd": lambda: f.sokd(z[0], z[1], e, y),
-        "mean_teacher": lambda: f.mean_teacher(z[0], e, y),
-        "byot": lambda: f.byot(z, features, y),
-        "byot_unofficial": lambda: f.byot_unofficial(z, features, y),
-        **({} if tail else {"bake": lambda: f.bake(z[0], features[0], y)}),
+        "sokd": lambda: totals.sokd(z[0], z[1], e, y),
+        "mean_teacher": lambda: totals.mean_teacher(z[0], e, y),
+        "byot": lambda: totals.byot(z, features, y),
+        "byot_unofficial": lambda: totals.byot_unofficial(z, features, y),
+        **({} if tail else {"bake": lambda: totals.bake(z[0], features[0], y)}),
     }  # fmt: skip
 
 
@@ -883,7 +883,7 @@ def test_dense_logits_are_a_mean_over_positions(name):
 
 def test_scaled_gradient_keeps_every_value():
     x = torch.randn(5, requires_grad=True)
-    y = f.scale_gradient(x, 0.25)
+    y = totals.scale_gradient(x, 0.25)
     assert torch.equal(x, y)
     y.sum().backward()
     assert torch.equal(x.grad, torch.full((5,), 0.25))
@@ -892,7 +892,7 @@ def test_scaled_gradient_keeps_every_value():
 def test_unlabelled_samples_count_in_the_batch_only():
     s, t, y = logits(4, 3), logits(4, 3, seed=1), torch.tensor([0, -1, 2, -1])
     want = (ce(s[[0, 2]], y[[0, 2]]) * 2) / 4 + 7 * f.consistency(s, t)
-    torch.testing.assert_close(f.mean_teacher(s, t, y, weight=7.0), want)
+    torch.testing.assert_close(totals.mean_teacher(s, t, y, weight=7.0), want)
 
 
 def test_byot_exempts_one_feature_or_none():
@@ -908,7 +908,7 @@ def test_bake_of_a_batch_of_one_and_of_sure_logits():
         f.bake_targets(logits(1, 4), logits(1, 3)), torch.softmax(logits(1, 4) / 4, 1)
     )
     z = 900 * torch.eye(4)[torch.tensor([0, 1, 2, 0])]
-    loss = f.bake(z, torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
+    loss = totals.bake(z, torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))
     assert loss.isfinite()
 
 
@@ -919,73 +919,43 @@ def test_first_ema_step_counted_from_0_copies_the_student_exactly():
     assert f.ema_update({"w": student.bfloat16()}, {"w": teacher})["w"].dtype == torch.float32
 
 
-def test_ramps_as_weights():
-    clock = Clock(epoch=40, total_steps=300)
-    assert schedules.SigmoidRampUp(0.1)(
-        Clock(epoch=4, steps_per_epoch=5, total_steps=150)
-    ) == 0.1 * math.exp(-5 / 4)
-    assert schedules.SigmoidRampUp(0.1)(Clock(epoch=40, total_steps=600)) == 0.1 * math.exp(-5 / 4)
-    assert schedules.SigmoidRampUp(100.0, 5)(Clock(epoch=5)) == 100 and repr(
-        schedules.SigmoidRampUp()
-    ).endswith("None)")
-    assert (
-        schedules.SigmoidRampUp(0.1)(clock)
-        == 0.1 * schedules.sigmoid_rampup(40, 80)
-        == 0.1 * math.exp(-5 / 4)
-    )
-    assert schedules.LinearRampUp(2.0, 80)(clock) == 1.0
-    assert schedules.LinearRampUp(first=1, length=20)(Clock()) == 0.05
-    assert schedules.ExponentialDecay(2.0)(Clock(epoch=9)) == 2 * math.exp(-4.5)
-    assert schedules.ExponentialDecay()(Clock(epoch=10)) == 0.0
-    assert (
-        schedules.RampUpAsCoded(0.1)(clock) == 0.0
-        and schedules.RampUpAsCoded(0.1)(Clock(epoch=81)) == 0.1
-    )
-    assert schedules.sigmoid_rampup(3, 0) == schedules.linear_rampup(0, 0) == 1.0
-    for wrong in (
-        lambda: schedules.linear_rampup(1, -1),
-        lambda: schedules.exponential_decay(1, -1),
-        lambda: schedules.rampup_as_coded(1, 0),
-    ):
-        with pytest.raises(ValueError, match="got -?[01]"):
-            wrong()
-
-
 Z, Y, E = logits(3, 2, 5), torch.tensor([0, 1]), logits(2, 5)
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: f.dml(Z[:1], Y), "2 or more are needed, got logits of 1"),
-    (lambda: f.dml([Z[0], Z[1][:1]], Y), r"one shape \(B, C, ...\), got \[\(2, 5\), \(1, 5\)\]"),
-    (lambda: f.dml(Z[0], Y), r"one shape \(B, C, ...\), got \[\(5,\), \(5,\)\]"),
-    (lambda: f.dml(Z, Y[:1]), r"shape \(B, ...\), got \(1,\) for logits \(2, 5\)"),
-    (lambda: f.dml(Z, Y, temperature=0), "above 0, got 0"),
-    (lambda: f.cl_paper(Z, Y, temperature=-1), "above 0, got -1"),
-    (lambda: f.cl_okddip(Z, Y, temperature=0), "above 0, got 0"),
+    (lambda: totals.dml(Z[:1], Y), "2 or more are needed, got logits of 1"),
+    (lambda: totals.dml([Z[0], Z[1][:1]], Y), r"one shape \(B, C, ...\), got \[\(2, 5\), \(1, 5\)\]"),
+    (lambda: totals.dml(Z[0], Y), r"one shape \(B, C, ...\), got \[\(5,\), \(5,\)\]"),
+    (lambda: totals.dml(Z, Y[:1]), r"shape \(B, ...\), got \(1,\) for logits \(2, 5\)"),
+    (lambda: totals.dml(Z, Y, temperature=0), "temperature is 0; allowed: a finite number above 0"),
+    (lambda: totals.cl_paper(Z, Y, temperature=-1), "temperature is -1; allowed"),
+    (lambda: totals.cl_okddip(Z, Y, temperature=0), "temperature is 0; allowed: a finite number above 0"),
     (lambda: f.one_ensemble(Z, torch.ones(2, 2)), r"shape \(2, 3\), got \(2, 2\)"),
-    (lambda: f.one(Z, E[:1], Y), r"student_logits \(2, 5\), teacher_logits \(1, 5\)"),
+    (lambda: totals.one(Z, E[:1], Y), r"student_logits \(2, 5\), teacher_logits \(1, 5\)"),
     (lambda: f.okddip_targets(Z, torch.ones(2, 3)), r"shape \(2, 3, 3\), got \(2, 3\)"),
     (lambda: f.okddip_attention(Z, Z[:2]), r"queries \(3, 2, 5\), keys \(2, 2, 5\)"),
-    (lambda: f.pcl(Z, E, Z[:2], Y), r"student_logits \(3, 2, 5\), teacher_logits \(2, 2, 5\)"),
-    (lambda: f.dkel(Z, E, Z, Y, temperature=0), "above 0, got 0"),
-    (lambda: f.kdcl_targets(Z, Y, rule="best"), "unknown rule 'best' of KDCL; known: naive, linear, minlogit"),
+    (lambda: totals.pcl(Z, E, Z[:2], Y), r"student_logits \(3, 2, 5\), teacher_logits \(2, 2, 5\)"),
+    (lambda: totals.dkel(Z, E, Z, Y, temperature=0), "temperature is 0; allowed: a finite number above 0"),
+    (lambda: f.kdcl_targets(Z, Y, rule="best"), "rule is 'best'; allowed: 'naive', 'linear', 'minlogit'"),
     (lambda: f.kdcl_targets(Z, Y, rule="general"), r"shape \(3,\), got None"),
-    (lambda: f.sokd(E, E, E[:1], Y), r"target_logits \(1, 5\)"),
-    (lambda: f.mean_teacher(E, E, Y, kind="mae"), "unknown consistency 'mae'"),
-    (lambda: f.byot(Z, [E, E, E[:1]], Y), r"adapted_feature_2 \(1, 5\), deepest_feature \(2, 5\)"),
-    (lambda: f.bake(E, E, Y, omega=1.0), "omega < 1, got 1.0"),
-    (lambda: f.bake(E, E[:1], Y), r"got \(2, 5\) and \(1, 5\)"),
+    (lambda: totals.sokd(E, E, E[:1], Y), r"teacher_logits \(1, 5\)"),
+    (lambda: totals.mean_teacher(E, E, Y, kind="mae"), "kind is 'mae'; allowed: 'mse', 'kl'"),
+    (lambda: f.mutual_loss(Z, form="js"), "form is 'js'; allowed: 'kl', 'eps', 'soft-ce', 'tf'"),
+    (lambda: f.mutual_loss(Z, target="all"), "target is 'all'; allowed: 'pairwise', 'ensemble'"),
+    (lambda: totals.byot(Z, [E, E, E[:1]], Y), r"adapted_feature_2 \(1, 5\), deepest_feature \(2, 5\)"),
+    (lambda: totals.bake(E, E, Y, omega=1.0), "omega is 1.0; allowed: a finite number from 0 below 1"),
+    (lambda: totals.bake(E, E[:1], Y), r"got \(2, 5\) and \(1, 5\)"),
     (lambda: f.dcl_merge([E]), "2 or more networks share parameters, got 1"),
     (lambda: f.dcl_merge([]), "2 or more networks share parameters, got 0"),
     (lambda: f.dcl_merge([E, E[:1]]), r"one shape in all networks, got \[\(2, 5\), \(1, 5\)\]"),
     (lambda: f.dcl_merge([{"a": E}, {"b": E}]), r"\['a', 'b'\] are not in all"),
     (lambda: f.dcl_merge([{"n": Y}, {"n": Y}]), "parameter 'n' is torch.int64: pass parameters"),
-    (lambda: f.dcl_merge([E, E], beta=2.0), "between 0 and 1, got 2.0"),
-    (lambda: f.dcl_merge([E, E], eps=-1.0), "0 or more, got -1.0"),
-    (lambda: f.dcl_merge([E, E], rule="median"), "unknown rule 'median' of DCL; known: paper, eps-free, mean"),
-    (lambda: f.ema_alpha(-1), "got -1 and 0.999"),
+    (lambda: f.dcl_merge([E, E], beta=2.0), "beta is 2.0; allowed: a finite number from 0 up to 1"),
+    (lambda: f.dcl_merge([E, E], eps=-1.0), "eps is -1.0; allowed: a finite number from 0"),
+    (lambda: f.dcl_merge([E, E], rule="median"), "rule is 'median'; allowed: 'paper', 'eps-free', 'mean'"),
+    (lambda: f.ema_alpha(-1), "step is -1; allowed"),
     (lambda: f.ema_update(E, E[:1]), r"got \[\(2, 5\), \(1, 5\)\]"),
-    (lambda: f.ema_update(E, E, alpha=1.5), "between 0 and 1, got 1.5"),
+    (lambda: f.ema_update(E, E, alpha=1.5), "alpha is 1.5; allowed"),
 ])  # fmt: skip
 def test_errors(call, words):
     with pytest.raises(ValueError, match=words):

@@ -986,3 +986,14 @@ def test_one_teacher_twice_is_given_back_as_it_was():
 def test_arguments_of_another_kind(at, size, message):
     with pytest.raises(ValueError, match=message):
         Taps(Own(), at, size)
+
+
+def test_old_names_of_methods_warn():
+    taps, teacher = Taps(Own(), size=32), Frozen(Own(), size=32)
+    for old, new in {"end": "boundary_of", "key": "resolve_key", "rest": "forward_from"}.items():
+        with pytest.warns(DeprecationWarning, match=f"Taps.{old} is named {new} now"):
+            assert getattr(taps, old) == getattr(taps, new)
+    with pytest.warns(DeprecationWarning, match="Frozen.fold is named fold_batch_norms now"):
+        assert teacher.fold() == 3
+    with pytest.raises(AttributeError, match="'Taps' object has no attribute 'fold_batch_norms'"):
+        taps.fold_batch_norms()

@@ -1,4 +1,5 @@
-"""Branches on a shared trunk: each is a complete network, alone they are alone, joined they agree with the papers."""
+"""Branches on a shared trunk: each is a complete network, alone they are alone, joined they agree
+with the papers."""
 
 import copy
 import functools
@@ -20,13 +21,9 @@ from kdtoolkit.methods.factory import create_method
 from kdtoolkit.methods.okddip import PeerAttention
 from kdtoolkit.methods.one import GatedEnsemble
 from kdtoolkit.methods.pcl import EnsembleClassifier
-from kdtoolkit.models.subnetwork import (
-    EmbeddingHook,
-    Tail,
-    boundary_taps,
-    embedding_size,
-    find_last_cut,
-)
+from kdtoolkit.models.embedding import EmbeddingHook, embedding_size
+from kdtoolkit.models.network_cut import boundary_taps, find_last_cut
+from kdtoolkit.models.tail import Tail
 from kdtoolkit.schedules import Linear, SigmoidRampUp, with_rampup
 from kdtoolkit.types import Clock
 
@@ -76,7 +73,7 @@ def strategy(name, family="cifar_resnet8", **options):
     )
 
 
-# ------------------------------------------------------------------------------------------------- complete networks
+# -------------------------------------------------------------------------------- complete networks
 @pytest.mark.parametrize("family", ["cifar_resnet8", "vit", "convnext"])
 def test_a_branch_is_a_complete_network(family):
     method = strategy("one", family, branches=3)
@@ -204,7 +201,8 @@ def test_copies_and_states(name):
 
 
 def test_moves_and_memory_formats():
-    """What lies in mixed modules themselves moves too: a ViT's tables, buffers of the network itself."""
+    """What lies in mixed modules themselves moves too: a ViT's tables, buffers of the network
+    itself."""
     method = strategy("one", "vit", branches=2)
     net = method.networks()["branch1"]
     net.register_buffer("scale", torch.ones(1))
@@ -223,7 +221,7 @@ def test_moves_and_memory_formats():
     )
 
 
-# --------------------------------------------------------------------------------------------------- alone, together
+# ---------------------------------------------------------------------------------- alone, together
 @pytest.mark.parametrize("family", ["cifar_resnet8", "vit"])
 def test_branches_that_nothing_joins_are_alone(family):
     """Loss and tail's gradients of each as in a run of its own; the trunk gets the sum."""
@@ -241,10 +239,8 @@ def test_branches_that_nothing_joins_are_alone(family):
         assert torch.equal(loss, step.losses["ce" if name == "student" else f"ce/{name}"])
         for n, p in single.named_parameters():
             total[n] = total[n] + p.grad
-            if (
-                net.get_parameter(n) is not method.student.get_parameter(n)
-                or name == "student"
-                and n[:2] == "fc"
+            if net.get_parameter(n) is not method.student.get_parameter(n) or (
+                name == "student" and n[:2] == "fc"
             ):
                 torch.testing.assert_close(net.get_parameter(n).grad, p.grad, rtol=1e-9, atol=1e-12)
     other = method.networks()["branch1"]
@@ -284,7 +280,7 @@ def test_views_are_each_branch_its_own():
         assert torch.equal(z, method.logits(name, batch["views"][:, k]))
 
 
-# --------------------------------------------------------------------------------------------------------- the papers
+# --------------------------------------------------------------------------------------- the papers
 @pytest.mark.parametrize("weight", [0.0067, 1.0])
 @pytest.mark.parametrize("name", ["one", "pcl", "okddip", "cl"])
 def test_the_sum_is_the_papers(name, weight):
@@ -374,7 +370,7 @@ def test_ramps():
     assert strategy("one", rampup_epochs=7).weights["ensemble"] == SigmoidRampUp(1.0, 7)
 
 
-# --------------------------------------------------------------------------------------------------------- embeddings
+# --------------------------------------------------------------------------------------- embeddings
 class ConvolutionalHead(nn.Module):
     """A classifier that is a 1x1 convolution on the map."""
 
@@ -396,8 +392,8 @@ class ConvolutionalHead(nn.Module):
 def test_embeddings_are_the_classifiers_input():
     net = nets(1)[0].eval()
     taps, x = Taps(net, None, 32), batch_of()["x"]
-    embedding = EmbeddingHook.at(taps)
-    logits, h = embedding.of(net, x)
+    embedding = EmbeddingHook.from_taps(taps)
+    logits, h = embedding.capture(net, x)
     assert h.shape == (8, embedding_size(taps)) and torch.equal(net.fc(h), logits)
     embedding.remove()
     assert not net.fc._forward_pre_hooks
@@ -418,44 +414,77 @@ def test_embeddings_are_the_classifiers_input():
 def test_an_embedding_of_a_copy_is_the_copys():
     holder = nn.Module()
     holder.net = nets(1)[0].eval()
-    holder.embedding = EmbeddingHook.at(Taps(holder.net, None, 32))
+    holder.embedding = EmbeddingHook.from_taps(Taps(holder.net, None, 32))
     twin, x = copy.deepcopy(holder), batch_of()["x"]
     nn.init.constant_(twin.net.conv1.weight, 0.1)
-    _, mine = holder.embedding.of(holder.net, x)
-    _, its = twin.embedding.of(twin.net, x)
+    _, mine = holder.embedding.capture(holder.net, x)
+    _, its = twin.embedding.capture(twin.net, x)
     assert not torch.equal(mine, its)
     with pytest.raises(RuntimeError, match="the classifier \\(Linear\\) was not called"):
-        twin.embedding.of(holder.net, x)
+        twin.embedding.capture(holder.net, x)
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# ----------------------------------------------------------------------------------------- refusals
 def own(**options):
     return Branches(nets(2), **options)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: Branches(nets(1)), "Branches of 1 networks: give two or more of one architecture"),
-    (lambda: Branches(nets(1) * 2), "networks 0 and 1 .* equal weights behind the cut"),
-    (lambda: Branches([*nets(2), nets(2)[1]]), "networks 1 and 2 .* would stay equal: re-initialise them"),
-    (lambda: Branches([*nets(1), timm.create_model("cifar_resnet14")]), "network 1 of Branches .* other parameters"),
-    (lambda: Branches([*nets(1), timm.create_model("cifar_resnet8", num_classes=5)]), "use Peers"),
-    (lambda: own(cut="layer9"), "tap 'layer9' is not a module of"),
-    (lambda: own(cut="layer2.0.conv1"), "cannot reset .* at 'layer2.0.conv1'"),
-    (lambda: own(cut=9), "3 stages, stage 9 is none of them|stage 9 is none"),
-    (lambda: own(label_smoothing=1.0), "label_smoothing is 1.0"),
-    (lambda: own(weights={"cee": 1}), "unknown loss 'cee'; did you mean 'ce'"),
-    (lambda: own(join=GatedEnsemble(Taps(nets(1)[0], None, 32).boundary_of(2).shape, 2), views=True), "GatedEnsemble reads the one feature map"),
-    (lambda: own().compile(), "compile=True: branches are run from the feature"),
-    (lambda: strategy("one", branches=1), "branches is 1; allowed: a whole number from 2"),
-    (lambda: strategy("okddip", branches=2), "a leader and two peers"),
-    (lambda: strategy("one", temperature=0), "temperature is 0; allowed: a finite number above 0"),
-    (lambda: strategy("cl", losses={"c": 1.0}), "unknown loss 'c'"),
-    (lambda: strategy("one", rampup_epochs=5, losses={"ensemble": Linear(0, 1)}), "rampup_epochs=5 and a schedule"),
-    (lambda: find_last_cut(Taps(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(3600, 10)), None, 32)),
-     "Sequential has . stages, and none in front of the last"),
-    (lambda: PeerAttention(8, temperature=-1), "temperature is .*; allowed: a finite number above 0"),
-    (lambda: EnsembleClassifier(8, 2, 10, temperature=-1), "temperature is .*; allowed: a finite number above 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Branches(nets(1)), "Branches of 1 networks: give two or more of one architecture"),
+        (lambda: Branches(nets(1) * 2), "networks 0 and 1 .* equal weights behind the cut"),
+        (
+            lambda: Branches([*nets(2), nets(2)[1]]),
+            "networks 1 and 2 .* would stay equal: re-initialise them",
+        ),
+        (
+            lambda: Branches([*nets(1), timm.create_model("cifar_resnet14")]),
+            "network 1 of Branches .* other parameters",
+        ),
+        (
+            lambda: Branches([*nets(1), timm.create_model("cifar_resnet8", num_classes=5)]),
+            "use Peers",
+        ),
+        (lambda: own(cut="layer9"), "tap 'layer9' is not a module of"),
+        (lambda: own(cut="layer2.0.conv1"), "cannot reset .* at 'layer2.0.conv1'"),
+        (lambda: own(cut=9), "3 stages, stage 9 is none of them|stage 9 is none"),
+        (lambda: own(label_smoothing=1.0), "label_smoothing is 1.0"),
+        (lambda: own(weights={"cee": 1}), "unknown loss 'cee'; did you mean 'ce'"),
+        (
+            lambda: own(
+                join=GatedEnsemble(Taps(nets(1)[0], None, 32).boundary_of(2).shape, 2), views=True
+            ),
+            "GatedEnsemble reads the one feature map",
+        ),
+        (lambda: own().compile(), "compile=True: branches are run from the feature"),
+        (lambda: strategy("one", branches=1), "branches is 1; allowed: a whole number from 2"),
+        (lambda: strategy("okddip", branches=2), "a leader and two peers"),
+        (
+            lambda: strategy("one", temperature=0),
+            "temperature is 0; allowed: a finite number above 0",
+        ),
+        (lambda: strategy("cl", losses={"c": 1.0}), "unknown loss 'c'"),
+        (
+            lambda: strategy("one", rampup_epochs=5, losses={"ensemble": Linear(0, 1)}),
+            "rampup_epochs=5 and a schedule",
+        ),
+        (
+            lambda: find_last_cut(
+                Taps(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(3600, 10)), None, 32)
+            ),
+            "Sequential has . stages, and none in front of the last",
+        ),
+        (
+            lambda: PeerAttention(8, temperature=-1),
+            "temperature is .*; allowed: a finite number above 0",
+        ),
+        (
+            lambda: EnsembleClassifier(8, 2, 10, temperature=-1),
+            "temperature is .*; allowed: a finite number above 0",
+        ),
+    ],
+)
 def test_messages(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -463,7 +492,7 @@ def test_messages(make, message):
 
 def test_a_refusal_leaves_the_networks_as_they_were():
     given = nets(1) * 2
-    before = [m for m in given[0].modules()]
+    before = list(given[0].modules())
     with pytest.raises(ValueError):
         Branches(given)
     assert all(a is b for a, b in zip(before, given[0].modules(), strict=True))

@@ -1,4 +1,5 @@
-"""Peers and the callbacks that join them, on digits: alone they are alone, joined they agree with the formulas."""
+"""Peers and the callbacks that join them, on digits: alone they are alone, joined they agree with
+the formulas."""
 
 import copy
 import json
@@ -179,18 +180,24 @@ def test_two_architectures_of_different_sizes():
         train(Peers([nets(1)[0], copy.deepcopy(vit)], image=(32, 32)), DCLMerger())
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: Peers([]), "at least one network"),
-    (lambda: Peers(nets(1) * 2), "network 1 of Peers has parameters in common"),
-    (lambda: MutualKL(target="all"), "target is 'all'; allowed: 'pairwise', 'ensemble'"),
-    (lambda: MutualKL(temperature=0), "temperature is 0; allowed: a finite number above 0"),
-    (lambda: MutualKL(-1.0), "the weight is -1.0"),
-    (lambda: DCLMerger(0), "every is 0: a whole number of steps from 1"),
-    (lambda: DCLMerger(unit="days"), "unit is 'days'"),
-    (lambda: DCLMerger(beta=2), "beta is 2"),
-    (lambda: DCLMerger(rule="median"), "rule is 'median'"),
-    (lambda: train(Peers(nets(1)), MutualKL()), "MutualKL needs two networks or more, this run trains 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Peers([]), "at least one network"),
+        (lambda: Peers(nets(1) * 2), "network 1 of Peers has parameters in common"),
+        (lambda: MutualKL(target="all"), "target is 'all'; allowed: 'pairwise', 'ensemble'"),
+        (lambda: MutualKL(temperature=0), "temperature is 0; allowed: a finite number above 0"),
+        (lambda: MutualKL(-1.0), "the weight is -1.0"),
+        (lambda: DCLMerger(0), "every is 0: a whole number of steps from 1"),
+        (lambda: DCLMerger(unit="days"), "unit is 'days'"),
+        (lambda: DCLMerger(beta=2), "beta is 2"),
+        (lambda: DCLMerger(rule="median"), "rule is 'median'"),
+        (
+            lambda: train(Peers(nets(1)), MutualKL()),
+            "MutualKL needs two networks or more, this run trains 1",
+        ),
+    ],
+)
 def test_messages(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,5 +1,6 @@
-"""Networks spread over two real processes (gloo): each trains its own, and the result is that of one process, bit for
-bit; and teams that every process trains whole: equal gradients, equal EMA copies, equal weights."""
+"""Networks spread over two real processes (gloo): each trains its own, and the result is that of
+one process, bit for bit; and teams that every process trains whole: equal gradients, equal EMA
+copies, equal weights."""
 
 from __future__ import annotations
 
@@ -48,25 +49,27 @@ class Watch(Callback):
         self.grads.append({n: p.grad.clone() for n, p in mine.items()})
 
     def on_step_end(self, run, step):
-        if run.clock.step == stop and run.accelerator.process_index == 0:  # one is told, all must stop
+        if run.clock.step == stop and run.accelerator.process_index == 0:  # all must stop
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 watch = Watch()
-strategies = [MutualKL(0.5), DCLMerger(3), EMATeacher(0.3, decay=0.9), DecayingEnsemble(0.3, rate=0.1)]
+ema, decaying = EMATeacher(0.3, decay=0.9), DecayingEnsemble(0.3, rate=0.1)
+strategies = [MutualKL(0.5), DCLMerger(3), ema, decaying]
 try:
     result = distill(
-        None, None, "digits", method=Peers(nets, spread=spread), callbacks=[*strategies, watch], epochs=2, lr=0.05,
-        batch_size=32, train_limit=256, validation=64, num_workers=0, output_dir=root / "run", resume="auto",
-        grad_clip=1.0, progress="off", keep="all",
+        None, None, "digits", method=Peers(nets, spread=spread), callbacks=[*strategies, watch],
+        epochs=2, lr=0.05, batch_size=32, train_limit=256, validation=64, num_workers=0,
+        output_dir=root / "run", resume="auto", grad_clip=1.0, progress="off", keep="all",
     )
 except Interrupted as error:
     print("interrupted", error, flush=True)
     os._exit(0)
 torch.save({n: net.state_dict() for n, net in result.networks.items()}, root / f"nets{rank}.pt")
 torch.save(watch.grads, root / f"grads{rank}.pt")
-numbers = {k: v for k, v in result.metrics.items() if k in ("top1", "loss", "networks", "exported", "epoch")}
-(root / f"told{rank}.json").write_text(json.dumps(numbers))
+keys = ("top1", "loss", "networks", "exported", "epoch")
+numbers = {k: v for k, v in result.metrics.items() if k in keys}
+(root / f"metrics{rank}.json").write_text(json.dumps(numbers))
 '''
 
 
@@ -116,8 +119,8 @@ def test_spread_over_two_processes_is_one_process_bit_for_bit(one, tmp_path):
     launch(two, 2, "spread")
     same(nets(one), nets(two))
     same(nets(one), nets(two, 1))
-    assert json.loads((one / "told0.json").read_text()) == json.loads(
-        (two / "told1.json").read_text()
+    assert json.loads((one / "metrics0.json").read_text()) == json.loads(
+        (two / "metrics1.json").read_text()
     )
     rows = [
         [json.loads(x) for x in (r / "run/metrics.jsonl").read_text().splitlines()]
@@ -127,9 +130,9 @@ def test_spread_over_two_processes_is_one_process_bit_for_bit(one, tmp_path):
         assert {k: v for k, v in a.items() if k.startswith(("loss", "top1", "event"))} == {
             k: v for k, v in b.items() if k.startswith(("loss", "top1", "event"))
         }
-    product = json.loads((two / "told0.json").read_text())["exported"]
+    exported = json.loads((two / "metrics0.json").read_text())["exported"]
     saved = {p.name for p in (two / "run/networks").iterdir()}
-    assert saved == {"student", "peer1", "ema", "ema-peer1"} - {product.replace("/", "-")}
+    assert saved == {"student", "peer1", "ema", "ema-peer1"} - {exported.replace("/", "-")}
 
 
 def test_spread_goes_on_in_the_middle_of_an_epoch(one, tmp_path):
@@ -181,14 +184,17 @@ for name in list_methods():
         continue
     watch = Watch()
     torch.manual_seed(5)
-    teacher = timm.create_model("cifar_resnet14", num_classes=10) if METHODS[name].needs_teacher else None
+    teacher = None
+    if METHODS[name].needs_teacher:
+        teacher = timm.create_model("cifar_resnet14", num_classes=10)
     own = {"spread": False} if "spread" in METHODS[name].options else {}
     result = distill(
-        teacher, "cifar_resnet8", "digits", method=name, max_steps=2, batch_size=32, train_limit=64, validation="none",
-        num_workers=0, progress="off", callbacks=[watch], eval_test="end", **own,
+        teacher, "cifar_resnet8", "digits", method=name, max_steps=2, batch_size=32, train_limit=64,
+        validation="none", num_workers=0, progress="off", callbacks=[watch], eval_test="end", **own,
     )
-    kept[name] = {"grads": watch.grads, "nets": {n: net.state_dict() for n, net in result.networks.items()}}
-    kept[name]["top1"] = result.metrics.get("networks", result.metrics["top1"])
+    states = {n: net.state_dict() for n, net in result.networks.items()}
+    top1 = result.metrics.get("networks", result.metrics["top1"])
+    kept[name] = {"grads": watch.grads, "nets": states, "top1": top1}
 torch.save(kept, root / f"every{rank}.pt")
 '''
 

@@ -1,4 +1,5 @@
-"""Networks that teach themselves, BYOT and BAKE, on digits: the formulas, the gradients, and whole runs."""
+"""Networks that teach themselves, BYOT and BAKE, on digits: the formulas, the gradients, and whole
+runs."""
 
 from __future__ import annotations
 
@@ -26,11 +27,20 @@ VIT = {"img_size": SIDE, "patch_size": 8, "depth": 3, "embed_dim": 32, "num_head
 NETS = {
     "cifar_resnet8": ("cifar_resnet8", {}, 16),
     "vit": ("vit_tiny_patch16_224", VIT, SIDE),
-    "swin": ("swin_tiny_patch4_window7_224", dict(
-        img_size=SIDE, patch_size=4, window_size=3, embed_dim=12, depths=(1, 1, 1), num_heads=(1, 2, 2)
-    ), SIDE),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {
+            "img_size": SIDE,
+            "patch_size": 4,
+            "window_size": 3,
+            "embed_dim": 12,
+            "depths": (1, 1, 1),
+            "num_heads": (1, 2, 2),
+        },
+        SIDE,
+    ),
     "mobilenet": ("mobilenetv3_small_050", {}, SIDE),
-}  # fmt: skip
+}
 METHODS = {"byot": BYOT, "bake": BAKE}
 
 
@@ -60,7 +70,7 @@ def total(step):
     return torch.stack(list(step.losses.values())).sum()
 
 
-# ------------------------------------------------------------------------------------------------------- the formulas
+# ------------------------------------------------------------------------------------- the formulas
 @pytest.mark.parametrize("exempt", [1, 2, None])
 @pytest.mark.parametrize("name", ["cifar_resnet8", "vit", "swin"])
 def test_byot_is_that_of_the_reference(name, exempt, batches):
@@ -120,11 +130,12 @@ def test_weights_are_numbers_or_schedules(batches):
         )
 
 
-# ------------------------------------------------------------------------------------------------------ the contract
+# ------------------------------------------------------------------------------------- the contract
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("kind", METHODS)
 def test_gradients_reach_every_parameter(kind, name, batches):
-    """With every term, and with each alone: what is switched off still has a gradient, zero, for DDP."""
+    """With every term, and with each alone: what is switched off still has a gradient, zero, for
+    DDP."""
     batch = batches[NETS[name][2]]
     terms = list(build(kind, name).weights)
     for losses in [None, *({term: 1.0} for term in terms if name == "cifar_resnet8")]:
@@ -139,7 +150,8 @@ def test_gradients_reach_every_parameter(kind, name, batches):
 
 
 def test_the_deepest_learns_nothing_from_its_exits(batches):
-    """Targets are constants: the last stage and the classifier have the gradient of the cross-entropy alone."""
+    """Targets are constants: the last stage and the classifier have the gradient of the
+    cross-entropy alone."""
     grads = []
     for losses in ({"ce": 1.0}, None):
         method = build("byot", "cifar_resnet8", losses=losses, exempt=None).train()
@@ -244,7 +256,11 @@ def test_under_autocast(kind, batches):
 
 
 ERRORS = {
-    "temperature": ("byot", {"temperature": 0.0}, "temperature is .*; allowed: a finite number above 0"),
+    "temperature": (
+        "byot",
+        {"temperature": 0.0},
+        "temperature is .*; allowed: a finite number above 0",
+    ),
     "exempt": (
         "byot",
         {"exempt": 3},
@@ -276,16 +292,16 @@ def test_unknown_terms_are_refused(cls):
         cls(Taps(net("cifar_resnet8"), None, 16), {"kd": 1.0})
 
 
-# -------------------------------------------------------------------------------------------------------- whole runs
-RUN = dict(
-    train_limit=128,
-    validation=64,
-    batch_size=32,
-    lr=0.05,
-    progress="off",
-    num_workers=0,
-    log_every=1,
-)
+# --------------------------------------------------------------------------------------- whole runs
+RUN = {
+    "train_limit": 128,
+    "validation": 64,
+    "batch_size": 32,
+    "lr": 0.05,
+    "progress": "off",
+    "num_workers": 0,
+    "log_every": 1,
+}
 
 
 class StopAt(Callback):

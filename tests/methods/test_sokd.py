@@ -179,7 +179,8 @@ def test_features():
 
 
 def test_mixed_precision():
-    """The teacher's BatchNorms are folded; features come in bfloat16 and the branch's weights stay as they are."""
+    """The teacher's BatchNorms are folded; features come in bfloat16 and the branch's weights stay
+    as they are."""
     method, batch = method_of(), batch_of()
     method.place_teachers(torch.device("cpu"), torch.channels_last, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -222,21 +223,43 @@ def test_a_half_precision_teacher():
     assert {p.dtype for p in method.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: method_of(start="copy"), "start is 'copy'; allowed: 'teacher', 'random'"),
-    (lambda: method_of(teacher_mode="eva"), "teacher_mode is 'eva'; allowed"),
-    (lambda: method_of(cut="conv9"), "tap 'conv9' is not a module"),
-    (lambda: method_of(cut="layer3.0.conv1"), "cannot reset"),
-    (lambda: method_of(cut=-1, losses={"ce": 1.0, "feature": 1.0}), "the branch has no feature"),
-    (lambda: method_of(temperature=0), "temperature is .*; allowed: a finite number above 0"),
-    (lambda: method_of(losses={"kdd": 1.0}), "unknown loss 'kdd'"),
-    (lambda: method_of(teacher=net("cifar_resnet8", classes=7)), "the teacher has 7 classes, the student 10"),
-    (lambda: create_method("sokd", Taps(net("cifar_resnet8"), None, 32)), "needs a teacher, none was given"),
-    (lambda: create_method("sokd", Taps(net("cifar_resnet8"), None, 32), [Frozen(teacher_net(), None, 32)] * 2),
-     "SOKD has one teacher, 2 were given"),
-    (lambda: SOKD(Taps(net("cifar_resnet8"), None, 32), Frozen(teacher_net(), None, 32), weights={"x": 1}),
-     "weights of SOKD: unknown loss 'x'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: method_of(start="copy"), "start is 'copy'; allowed: 'teacher', 'random'"),
+        (lambda: method_of(teacher_mode="eva"), "teacher_mode is 'eva'; allowed"),
+        (lambda: method_of(cut="conv9"), "tap 'conv9' is not a module"),
+        (lambda: method_of(cut="layer3.0.conv1"), "cannot reset"),
+        (
+            lambda: method_of(cut=-1, losses={"ce": 1.0, "feature": 1.0}),
+            "the branch has no feature",
+        ),
+        (lambda: method_of(temperature=0), "temperature is .*; allowed: a finite number above 0"),
+        (lambda: method_of(losses={"kdd": 1.0}), "unknown loss 'kdd'"),
+        (
+            lambda: method_of(teacher=net("cifar_resnet8", classes=7)),
+            "the teacher has 7 classes, the student 10",
+        ),
+        (
+            lambda: create_method("sokd", Taps(net("cifar_resnet8"), None, 32)),
+            "needs a teacher, none was given",
+        ),
+        (
+            lambda: create_method(
+                "sokd", Taps(net("cifar_resnet8"), None, 32), [Frozen(teacher_net(), None, 32)] * 2
+            ),
+            "SOKD has one teacher, 2 were given",
+        ),
+        (
+            lambda: SOKD(
+                Taps(net("cifar_resnet8"), None, 32),
+                Frozen(teacher_net(), None, 32),
+                weights={"x": 1},
+            ),
+            "weights of SOKD: unknown loss 'x'",
+        ),
+    ],
+)
 def test_messages(make, message):
     with pytest.raises(ValueError, match=message):
         make()

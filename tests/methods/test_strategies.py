@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -27,19 +28,12 @@ from kdtoolkit.utils.signals import Interrupted
 NAMES = [name for name in list_methods() if isinstance(METHODS[name], StrategySpec)]
 RUN = {"train_limit": 96, "batch_size": 32, "progress": "off", "lr": 0.05, "num_workers": 0}
 OWN = {"mean_teacher": {"labelled": 48}}  # rows with labels
-PRODUCTS = {
-    "bake": {"student"},
-    "byot": {"student"},
-    "cl": {"student", "branch1", "branch2"},
-    "dcl": {"student", "peer1"},
-    "dkel": {"ema", "ema/branch1", "ema/branch2"},
-    "dml": {"student", "peer1"},
-    "kdcl": {"student", "peer1"},
-    "mean_teacher": {"ema"},
-    "okddip": {"student"},
-    "one": {"student", "branch1", "branch2"},
-    "pcl": {"ema", "ema/branch1", "ema/branch2"},
-    "sokd": {"student"},
+EMA_OF_BRANCHES = ["ema", "ema/branch1", "ema/branch2"]
+EXPORTED = {  # what these papers use for inference; others are not checked
+    "okddip": ["student"],
+    "mean_teacher": ["ema"],
+    "pcl": EMA_OF_BRANCHES,
+    "dkel": EMA_OF_BRANCHES,
 }
 every_strategy = pytest.mark.parametrize("name", NAMES)
 
@@ -53,15 +47,18 @@ def teacher():
 
 
 class Keep(Callback):
-    """Losses after every step; a signal after one of them."""
+    """Losses after every step, networks that may be exported; a signal after one of the steps."""
 
     def __init__(self, stop=None):
-        self.losses, self.stop = {}, stop
+        self.losses, self.stop, self.candidates = {}, stop, []
 
     def on_step_end(self, run, step):
         self.losses[run.clock.step] = {k: v.item() for k, v in step.losses.items()}
         if run.clock.step == self.stop:
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_epoch_end(self, run, metrics):
+        self.candidates = run.export_candidates()[0]
 
 
 def train(name, kept=None, **options):
@@ -71,64 +68,54 @@ def train(name, kept=None, **options):
     return distill(own, student, "digits", method=name, callbacks=[kept] if kept else [], **given)
 
 
-def test_every_strategy_is_documented_here():
-    assert set(PRODUCTS) <= set(NAMES)  # one that is being added may export any of its networks
+@every_strategy
+def test_loss_difference_and_options_are_documented(name):
+    build = METHODS[name].build
+    module_doc = inspect.getmodule(build).__doc__
+    assert "\nLoss: " in module_doc and "\nDiffers: " in module_doc
+    described = set(re.findall(r"^    (\w+): ", inspect.getdoc(build), re.MULTILINE))
+    assert set(METHODS[name].options) <= described
+
+
+def trained_terms(name):
+    """Losses of the strategy whose default weight is not 0."""
+    return {term for term, weight in METHODS[name].losses.items() if callable(weight) or weight}
+
+
+def with_families(losses):
+    """Names of losses, and those that "<name>/<network>" begins with."""
+    return set(losses) | {loss.rpartition("/")[0] for loss in losses}
 
 
 @every_strategy
-def test_card_names_loss_and_difference(name):
-    card = inspect.getmodule(METHODS[name].build).__doc__
-    assert "\nLoss     " in card and "\nDiffers  " in card
+def test_all_networks_are_evaluated_the_exported_one_is_named_and_all_are_saved(name, tmp_path):
+    kept, folder = Keep(), tmp_path / "run"
+    saves = {"output_dir": folder, "keep": "all", "report_to": "none"}
+    result = train(name, kept, epochs=2, validation=64, **saves)
+    networks, exported = result.networks, result.metrics["exported"]
+    assert exported in kept.candidates == EXPORTED.get(name, kept.candidates)
+    assert set(kept.candidates) <= set(networks) and result.metrics["exported_reason"]
+    assert result.student is networks[exported]
+    assert not any(m._forward_hooks for net in networks.values() for m in net.modules())
 
-
-@every_strategy
-def test_all_networks_are_evaluated_the_product_is_named_and_all_are_saved(name, tmp_path):
-    kept = Keep()
-    result = train(
-        name,
-        kept,
-        epochs=2,
-        validation=64,
-        output_dir=tmp_path / "run",
-        keep="all",
-        report_to="none",
-    )
-    rows = [
-        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
-    evaluated = {row["network"] for row in rows if row["event"] == "eval"}
-    assert set(result.networks) <= evaluated
-    may_export = PRODUCTS.get(name, set(result.networks))
-    assert result.metrics["exported"] in may_export <= set(result.networks)
-    assert (
-        result.metrics["exported_reason"]
-        and result.student is result.networks[result.metrics["exported"]]
-    )
-    if len(result.networks) > 1:
-        assert set(result.networks) <= set(result.metrics["networks"])
-        trained = [n for n in result.networks if not n.startswith("ema")]
-        assert ("ensemble" in result.metrics["networks"]) == (len(trained) > 1)
-        assert result.metrics["networks"][result.metrics["exported"]] == result.metrics["top1"]
-    terms = {
-        k.split("/", 1)[1]
-        for row in rows
-        if row["event"] == "epoch"
-        for k in row
-        if k.startswith("loss/")
-    }
-    wanted = {k for k, w in METHODS[name].losses.items() if callable(w) or w}
-    assert wanted <= terms | {t.rsplit("/", 1)[0] for t in terms}
-    assert not any(m._forward_hooks for net in result.networks.values() for m in net.modules())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert set(networks) <= {row["network"] for row in rows if row["event"] == "eval"}
+    columns = {column for row in rows if row["event"] == "epoch" for column in row}
+    losses = {column.removeprefix("loss/") for column in columns if column.startswith("loss/")}
+    assert trained_terms(name) <= with_families(losses)
+    if len(networks) > 1:
+        top1 = result.metrics["networks"]
+        assert set(networks) <= set(top1) and top1[exported] == result.metrics["top1"]
+        trained = [n for n in networks if not n.startswith("ema")]
+        assert ("ensemble" in top1) == (len(trained) > 1)
 
     x = torch.rand(4, 3, 32, 32)
-    loaded = timm.create_model(f"local-dir:{tmp_path / 'run' / 'student'}", pretrained=True).eval()
+    loaded = timm.create_model(f"local-dir:{folder / 'student'}", pretrained=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), result.student(x))
-    others = {n.replace("/", "-") for n in result.networks} - {
-        result.metrics["exported"].replace("/", "-")
-    }
-    folder = tmp_path / "run" / "networks"
-    assert {p.name for p in folder.iterdir()} == others if others else not folder.exists()
+    others = {n.replace("/", "-") for n in networks if n != exported}
+    saved = folder / "networks"
+    assert {p.name for p in saved.iterdir()} == others if others else not saved.exists()
 
 
 @every_strategy
@@ -160,16 +147,18 @@ def test_it_learns(name):
 def test_dry_run_plans_every_loss(name):
     own = "cifar_resnet14" if METHODS[name].needs_teacher else None
     plan = distill(own, "cifar_resnet8", "digits", method=name, dry_run=True).plan
-    told = {row["loss"] for row in plan["losses"]} | {
-        row["loss"].rsplit("/", 1)[0] for row in plan["losses"]
-    }
-    assert {k for k, w in METHODS[name].losses.items() if callable(w) or w} <= told
+    assert trained_terms(name) <= with_families({row["loss"] for row in plan["losses"]})
     assert str(plan)
 
 
-@pytest.mark.parametrize("name, off", [
-    ("dml", {"losses": {"ce": 1.0}}), ("kdcl", {"losses": {"ce": 1.0}, "views": False}), ("dcl", {"beta": 0.0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, off",
+    [
+        ("dml", {"losses": {"ce": 1.0}}),
+        ("kdcl", {"losses": {"ce": 1.0}, "views": False}),
+        ("dcl", {"beta": 0.0}),
+    ],
+)
 def test_with_every_mutual_weight_at_zero_the_student_trains_as_it_would_alone(name, off):
     kept, alone = Keep(), Keep()
     same = {"epochs": 2, "validation": "none", "student_args": {"drop_rate": 0.2}}
@@ -184,17 +173,23 @@ def test_with_every_mutual_weight_at_zero_the_student_trains_as_it_would_alone(n
     assert all(torch.equal(v, state[k]) for k, v in single.student.state_dict().items())
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"name": "dml", "losses": {"ce": 1, "mutal": 1}}, "unknown loss 'mutal'; did you mean 'mutual'"),
-    ({"name": "dml", "peeers": 3}, "unknown option 'peeers'.*did you mean 'peers'"),
-    ({"name": "dml", "peers": 1}, "peers is 1"),
-    ({"name": "dcl", "temperature": 2.0}, "temperature has no effect: method 'dcl' has none"),
-    ({"name": "dcl", "layers": [(1, 1)]}, "layers=.* has no effect"),
-    ({"name": "one", "freeze": 1}, "freeze=1 is for a student under losses"),
-    ({"name": "kdcl", "labelled": 48}, "training rows have no label"),
-    ({"name": "one", "compile": True}, "compile=True: branches"),
-    ({"name": "dml", "keep": "some"}, "keep='some'; allowed: 'product', 'all'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (
+            {"name": "dml", "losses": {"ce": 1, "mutal": 1}},
+            "unknown loss 'mutal'; did you mean 'mutual'",
+        ),
+        ({"name": "dml", "peeers": 3}, "unknown option 'peeers'.*did you mean 'peers'"),
+        ({"name": "dml", "peers": 1}, "peers is 1"),
+        ({"name": "dcl", "temperature": 2.0}, "temperature has no effect: method 'dcl' has none"),
+        ({"name": "dcl", "layers": [(1, 1)]}, "layers=.* has no effect"),
+        ({"name": "one", "freeze": 1}, "freeze=1 is for a student under losses"),
+        ({"name": "kdcl", "labelled": 48}, "training rows have no label"),
+        ({"name": "one", "compile": True}, "compile=True: branches"),
+        ({"name": "dml", "keep": "some"}, "keep='some'; allowed: 'product', 'all'"),
+    ],
+)
 def test_what_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         train(epochs=1, **given)
@@ -284,7 +279,7 @@ def test_a_student_of_a_frozen_teacher_may_have_an_ema_too():
     assert not any(m._forward_hooks for m in result.student.modules())
 
 
-# ------------------------------------------------------------------------------------- what must not cost a user a run
+# ------------------------------------------------------------------ what must not cost a user a run
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run whose folder others may claim."""
@@ -293,17 +288,26 @@ def finished(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"name": "one", "compile": True}, "compile=True: branches are run"),
-    ({"name": "one", "rampup_epochs": -1}, "a ramp is 0 epochs long or longer, got -1"),
-    ({"name": "dkel", "init_steps": 99}, "init_steps=99, an epoch has 3 batches"),
-    ({"name": "kdcl", "transforms": "none"}, "sees 2 views of every image"),
-    ({"name": "kdcl", "rule": "general", "validation": "none"}, "KDCL\\(rule='general'\\)"),
-    ({"name": "dcl", "peers": ["cifar_resnet14"]}, "DCLMerger merges networks of one architecture"),
-    ({"name": "dml", "callbacks": [MutualKL()]}, "two callbacks are named 'mutual'"),
-    ({"name": "bake", "callbacks": [MutualKL()]}, "MutualKL needs two networks"),
-    ({"name": "dml", "teacher_head": "finetune"}, "teacher_head has no effect: method 'dml' has no teacher"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"name": "one", "compile": True}, "compile=True: branches are run"),
+        ({"name": "one", "rampup_epochs": -1}, "a ramp is 0 epochs long or longer, got -1"),
+        ({"name": "dkel", "init_steps": 99}, "init_steps=99, an epoch has 3 batches"),
+        ({"name": "kdcl", "transforms": "none"}, "sees 2 views of every image"),
+        ({"name": "kdcl", "rule": "general", "validation": "none"}, "KDCL\\(rule='general'\\)"),
+        (
+            {"name": "dcl", "peers": ["cifar_resnet14"]},
+            "DCLMerger merges networks of one architecture",
+        ),
+        ({"name": "dml", "callbacks": [MutualKL()]}, "two callbacks are named 'mutual'"),
+        ({"name": "bake", "callbacks": [MutualKL()]}, "MutualKL needs two networks"),
+        (
+            {"name": "dml", "teacher_head": "finetune"},
+            "teacher_head has no effect: method 'dml' has no teacher",
+        ),
+    ],
+)
 def test_a_mistake_costs_no_finished_run(given, message, finished):
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     options = {**RUN, "epochs": 1, **given}
@@ -321,13 +325,21 @@ def test_a_mistake_costs_no_finished_run(given, message, finished):
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize("changed", [
-    {"temperature": 2.0}, {"peers": 3}, {"labelled": 90}, {"callbacks": [EMATeacher()]}, {"grad_clip": 1.0},
-], ids=lambda given: next(iter(given)))  # fmt: skip
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"temperature": 2.0},
+        {"peers": 3},
+        {"labelled": 90},
+        {"callbacks": [EMATeacher()]},
+        {"grad_clip": 1.0},
+    ],
+    ids=lambda given: next(iter(given)),
+)
 def test_a_run_goes_on_with_its_own_settings_only(changed, finished):
     config = (finished / "config.yaml").read_bytes()
+    train_again = {**RUN, "epochs": 1, "validation": "none", **changed}
     with pytest.raises((CheckpointError, ValueError)):
-        train_again = {**RUN, "epochs": 1, "validation": "none", **changed}
         distill(
             None,
             "cifar_resnet8",
@@ -352,8 +364,20 @@ def test_dcl_by_epochs_hands_over_the_network_that_was_evaluated():
         rule="mean",
         train_limit=192,
     )
-    again = distill(None, result.student, "digits", method="none", max_steps=1, batch_size=32, lr=0.0, momentum=0.0,
-                    freeze="backbone", validation="none", progress="off", weight_decay=0.0)  # fmt: skip
+    again = distill(
+        None,
+        result.student,
+        "digits",
+        method="none",
+        max_steps=1,
+        batch_size=32,
+        lr=0.0,
+        momentum=0.0,
+        freeze="backbone",
+        validation="none",
+        progress="off",
+        weight_decay=0.0,
+    )
     assert again.metrics["top1"] == result.metrics["top1"]
 
 
@@ -364,9 +388,9 @@ def test_frozen_parts_are_neither_merged_nor_drawn_anew():
     result = distill(None, net, "digits", method="dcl", every=1, epochs=1, validation="none", **RUN)
     for trained in result.networks.values():
         assert all(torch.equal(p, before[n]) for n, p in trained.layer1.named_parameters())
+    pair = [timm.create_model("cifar_resnet8", num_classes=10) for _ in range(2)]
+    pair[1].conv1.requires_grad_(False)
     with pytest.raises(ValueError, match="other parameters of peer1 are frozen"):
-        pair = [timm.create_model("cifar_resnet8", num_classes=10) for _ in range(2)]
-        pair[1].conv1.requires_grad_(False)
         distill(None, None, "digits", method=Peers(pair), callbacks=[DCLMerger()], epochs=1, **RUN)
 
 

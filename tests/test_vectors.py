@@ -40,11 +40,11 @@ DTYPES = [torch.float64, torch.float32]
 
 
 class Vector:
-    """One file: inputs in a dtype (requiring a gradient where one is stored), expectations, hyper-parameters."""
+    """One file: inputs in a dtype (with a gradient where one is stored), expectations, options."""
 
     def __init__(self, path, dtype):
         with safe_open(path, "pt") as f:
-            tensors, self.meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+            tensors, self.meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118 (no dict)
         self.name, self.dtype = path.stem, dtype
         self.hparams, self.zeros = (
             json.loads(self.meta["hparams"]),
@@ -76,7 +76,7 @@ class Vector:
         return [(k, int(k.removeprefix(prefix))) for k in self.expected if k.startswith(prefix)]
 
     def check(self, values, parameters=()):
-        """Every expectation: losses and outputs in `values`, gradients of `loss` by backward (updates have none)."""
+        """Compare losses and outputs in `values`, and gradients of `loss` where there is one."""
         if "loss" in values:
             values["loss"].backward()
         grads = {**self.inputs, **dict(parameters)}
@@ -361,7 +361,7 @@ def kdcl_targets(v):
 
 
 def auxiliary_logits(v):
-    """The branch of `sokd`: a pre-activation block of stride 2 on the teacher's map, then BN, ReLU, pool, linear."""
+    """The branch of SOKD: a pre-activation block of stride 2, then BN, ReLU, pool, linear."""
     x = batch_norm(v, v["teacher_features.0"], "param.aux.block.bn1").relu()
     y = nn.functional.conv2d(x, v["param.aux.block.conv1.weight"], stride=2, padding=1)
     y = batch_norm(v, y, "param.aux.block.bn2").relu()
@@ -570,7 +570,7 @@ def function_for(name):
 
 # ------------------------------------------------------------------------- DistillationLoss modules
 class NetworkWithShapes(nn.Module):
-    """A network whose stages end in features of exactly these shapes, so that a loss can be built."""
+    """A network whose stages end in features of these shapes, so that a loss can be built."""
 
     def __init__(self, sizes):
         super().__init__()
@@ -591,7 +591,7 @@ class NetworkWithShapes(nn.Module):
 
 
 def values_of_loss(v):
-    """(values, parameters) from the loss that distill() would build for features of these shapes."""
+    """(values, parameters) from the loss that distill() builds for features of these shapes."""
     cls = LOSSES[LOSS_OF_VECTOR[v.name]]
     students, teachers = v.maps() if cls.needs_taps else ([], [])
     nets = [
@@ -638,7 +638,8 @@ def test_public_vector(path, dtype):
         pytest.skip(f"vector {path.stem}: not implemented yet")
     seen = check_vector(path, dtype)
     updates = path.stem.startswith(("dcl_merge", "ema_update", "rampups"))
-    assert seen and (updates or "loss" in seen and any(name.startswith("grad.") for name in seen))
+    has_loss = "loss" in seen and any(name.startswith("grad.") for name in seen)
+    assert seen and (updates or has_loss)
 
 
 def test_vector_folder_is_there():
@@ -733,7 +734,7 @@ def loop_norm(x, weight, bias, eps):
 
 
 def make_set(folder, seed):
-    """Every implemented case with random shapes, tap counts and hyper-parameters; returns the names written."""
+    """Write every implemented case with random shapes and options; returns the names written."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
 
     def rand(*shape):

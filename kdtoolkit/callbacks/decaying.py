@@ -1,19 +1,24 @@
-"""The decaying ensemble of DKEL (Shao, Chen 2023, Decoupled Knowledge with Ensemble Learning for Online Distillation).
+"""The decaying ensemble of DKEL (Shao, Chen 2023).
 
-Loss     w sum_i [g KD(z_i, mean_{j != i} m_j) + (1 - g) mean_{j != i} KD(z_i, m_j)], m_j the logits of network j of the
-         EMA teacher, detached; g = exp(-0.5 e) of the epoch e = 0, 1, ..., 0 once it is 0.01 or less
-Differs  without an EMA teacher in the run, m_j are the other networks' own logits
+"Decoupled Knowledge with Ensemble Learning for Online Distillation".
+
+Loss: w sum_i [g KD(z_i, mean_{j != i} m_j) + (1 - g) mean_{j != i} KD(z_i, m_j)], where m_j are the
+logits of network j of the EMA teacher, detached; g = exp(-0.5 e) of the epoch e = 0, 1, ..., and 0
+once it is 0.01 or less.
+
+Differs: without an EMA teacher in the run, m_j are the other networks' own logits.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 from torch import Tensor
 
 from kdtoolkit import functional
 from kdtoolkit.callbacks.ema import EMATeacher
-from kdtoolkit.core.callback import Callback, check_several_networks
+from kdtoolkit.core.callback import Callback, RunContext, RunPreview, check_several_networks
+from kdtoolkit.core.plan import PlanRow
 from kdtoolkit.schedules import (
     check_loss_weight,
     cosine_rampdown,
@@ -23,22 +28,35 @@ from kdtoolkit.schedules import (
     weight_at,
 )
 from kdtoolkit.types import Batch, Clock, LossWeight, Step
-from kdtoolkit.utils.validation import check_choice, check_temperature
+from kdtoolkit.utils.validation import (
+    check_choice,
+    check_non_negative,
+    check_number,
+    check_temperature,
+)
 
 DECAYS = ("exponential", "cosine", "linear")
 
 
 class DecayingEnsemble(Callback):
-    """Adds the loss "decaying": first the teachers' ensemble teaches, later each of them.
+    """Adds the loss "decaying": first the ensemble of the teachers teaches, later each of them.
 
-    weight       w, number or schedule; 0 is off, exactly
-    rate         of "exponential", per epoch
-    decay        of the ensemble's share g: "exponential", "cosine" or "linear" from 1 to 0
-    cut          "exponential": g is 0 once it is this or less
-    length       epochs in which "cosine" and "linear" reach 0; default the whole run
-    temperature  no unit, > 0
+    The teacher is the first EMATeacher of the run. DKEL is `EMATeacher(0.0, ...)` beside
+    `DecayingEnsemble(w)`.
 
-    The teacher is the first EMATeacher of the run. DKEL is EMATeacher(0.0, ...) beside DecayingEnsemble(w).
+    Args:
+        weight: w, number or schedule; 0 switches the loss off.
+        rate: Of the "exponential" decay, per epoch, from 0.
+        decay: Course of the ensemble's share g: "exponential", "cosine" or "linear", from 1 to 0.
+        cut: Of "exponential": g is 0 once it is this or less; from 0 to below 1.
+        length: Epochs in which "cosine" and "linear" reach 0; None is the whole run.
+        temperature: Of KD; above 0, no unit.
+
+    Attributes:
+        teacher: The EMATeacher of the run, or None.
+
+    Raises:
+        ValueError: For an option that is not allowed.
     """
 
     name = "decaying"
@@ -53,27 +71,30 @@ class DecayingEnsemble(Callback):
         cut: float = 0.01,
         length: float | None = None,
         temperature: float = 3.0,
-    ):
+    ) -> None:
         check_choice("decay", decay, DECAYS)
         check_loss_weight(weight)
-        if not rate >= 0 or not 0 <= cut < 1:
+        check_non_negative("rate", rate, "per epoch")
+        check_number("cut", cut, minimum=0, below=1, meaning="a share")
+        if length is not None and (decay == "exponential" or not 0 < length < math.inf):
             raise ValueError(
-                f"rate is {rate} and cut {cut}: a rate an epoch from 0, and a share from 0 to below 1"
+                f"length is {length!r}; allowed: a number above 0 (epochs), with decay='cosine' or "
+                "'linear'"
             )
-        if length is not None and (decay == "exponential" or not length > 0):
-            raise ValueError(f"length is {length}: epochs above 0, of decay='cosine' or 'linear'")
         check_temperature(temperature)
         self.weight, self.rate, self.decay, self.cut = weight, rate, decay, cut
         self.length, self.temperature = length, temperature
         self.teacher: EMATeacher | None = None
 
-    def check(self, run: Any) -> None:
+    def check(self, run: RunPreview) -> None:
+        """Refuse a single network."""
         check_several_networks(self, run.method)
 
-    def on_fit_start(self, run: Any) -> None:
+    def on_fit_start(self, run: RunContext) -> None:
+        """Find the EMATeacher of the run."""
         self.teacher = next((c for c in run.callbacks if isinstance(c, EMATeacher)), None)
 
-    def share(self, clock: Clock) -> float:
+    def ensemble_share(self, clock: Clock) -> float:
         """g, the share of the ensemble in this epoch, 0 to 1."""
         if self.decay == "exponential":
             return exponential_decay(clock.epoch, self.rate, self.cut)
@@ -82,27 +103,26 @@ class DecayingEnsemble(Callback):
             return cosine_rampdown(clock.epoch, length)
         return 1.0 - linear_rampup(clock.epoch, length)
 
-    def plan_rows(self) -> list[dict[str, Any]]:
-        whom = "mean of the others, then each of them"
-        return [
-            {
-                "loss": "decaying",
-                "weight": describe_weight(self.weight),
-                "student": "every network",
-                "teacher": whom,
-            }
-        ]
+    def plan_rows(self) -> list[PlanRow]:
+        """The loss "decaying"."""
+        teacher = "mean of the others, then each of them"
+        weight = describe_weight(self.weight)
+        return [PlanRow(loss="decaying", weight=weight, student="every network", teacher=teacher)]
 
-    def on_losses(self, run: Any, step: Step, batch: Batch) -> dict[str, Tensor] | None:
+    def on_losses(self, run: RunContext, step: Step, batch: Batch) -> dict[str, Tensor] | None:
+        """The loss "decaying"; see the module."""
         weight = weight_at(self.weight, run.clock)
         if weight == 0:
             return None
         names = list(run.method.networks())
-        teachers = step.logits if self.teacher is None else self.teacher.logits(run, batch)
-        pair = [step.logits[name] for name in names], [teachers[name] for name in names]
-        g, t, terms = self.share(run.clock), self.temperature, []
+        found = step.logits if self.teacher is None else self.teacher.logits(run, batch)
+        students, teachers = [step.logits[n] for n in names], [found[n] for n in names]
+        g, t = self.ensemble_share(run.clock), self.temperature
+        terms = []
         if g > 0:
-            terms.append(g * functional.kd_mean_of_other_teachers(*pair, temperature=t).sum())
+            ensemble = functional.kd_mean_of_other_teachers(students, teachers, temperature=t)
+            terms.append(g * ensemble.sum())
         if g < 1:
-            terms.append((1 - g) * functional.kd_other_teachers(*pair, temperature=t).sum())
+            each = functional.kd_other_teachers(students, teachers, temperature=t)
+            terms.append((1 - g) * each.sum())
         return {"decaying": weight * sum(terms[1:], terms[0])}

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdtoolkit.core.callback import Callback
+from kdtoolkit.core.callback import Callback, RunContext, RunPreview
+from kdtoolkit.utils.validation import check_whole_number
 
 
 class EarlyStop(Callback):
-    """patience: evaluations without a rise of more than `min_delta` percent points of the monitored top-1."""
+    """Ends a run when the accuracy on the validation split no longer rises.
+
+    Args:
+        patience: Evaluations without a rise after which the run ends, from 1.
+        min_delta: Percent points of top-1 that count as a rise.
+    """
 
     name = "early_stop"
 
-    def __init__(self, patience: int = 10, *, min_delta: float = 0.0):
-        if patience < 1:
-            raise ValueError(f"patience is {patience}, it must be at least one evaluation")
+    def __init__(self, patience: int = 10, *, min_delta: float = 0.0) -> None:
+        check_whole_number("patience", patience, meaning="evaluations without a rise")
         self.patience, self.min_delta = patience, min_delta
         self.best, self.waited = -1.0, 0
 
-    def check(self, run: Any) -> None:
+    def check(self, run: RunPreview) -> None:
+        """Refuse a run without a validation split."""
         if run.config.monitor is None:
             raise ValueError(
-                "EarlyStop watches a validation split and there is none: set validation='auto' or a share"
+                "EarlyStop watches a validation split and there is none: set validation='auto' or "
+                "a share"
             )
 
-    def on_epoch_end(self, run: Any, metrics: dict[str, float]) -> None:
+    def on_epoch_end(self, run: RunContext, metrics: dict[str, float]) -> None:
+        """Count evaluations without a rise."""
         top1 = metrics.get("monitored")
         if top1 is None:
             return
@@ -36,7 +44,9 @@ class EarlyStop(Callback):
             run.stop = f"top-1 has not risen above {self.best:.2f} % for {self.waited} evaluations"
 
     def state_dict(self) -> dict[str, Any]:
+        """The best accuracy and the count."""
         return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back the best accuracy and the count."""
         self.best, self.waited = state["best"], state["waited"]

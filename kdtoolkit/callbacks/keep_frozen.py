@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from kdtoolkit.core.callback import Callback
+from kdtoolkit.core.callback import Callback, RunContext
 from kdtoolkit.models.freezing import FrozenParts
+from kdtoolkit.types import Step
 
 
 class KeepFrozen(Callback):
-    """Every epoch and every evaluation ends in train(): frozen parts go back to eval mode before the next batch."""
+    """Puts frozen parts back into eval mode, which every train() of the whole network ends.
 
-    def __init__(self, still: FrozenParts):
-        self.still = still
+    Args:
+        frozen_parts: The frozen parts of the student.
+    """
 
-    def on_epoch_start(self, run: Any) -> None:
-        self.still.stay()
+    def __init__(self, frozen_parts: FrozenParts) -> None:
+        self.frozen_parts = frozen_parts
 
-    def on_step_end(self, run: Any, step: Any) -> None:
-        self.still.stay()
+    def on_epoch_start(self, run: RunContext) -> None:
+        """Back to eval mode."""
+        self.frozen_parts.set_eval_mode()
+
+    def on_step_end(self, run: RunContext, step: Step) -> None:
+        """Back to eval mode."""
+        self.frozen_parts.set_eval_mode()

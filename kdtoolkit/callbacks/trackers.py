@@ -1,76 +1,105 @@
-"""Experiment trackers (TensorBoard, Weights & Biases, ...) through accelerate. One that is named must be there."""
+"""Experiment trackers (TensorBoard, Weights & Biases, ...) through accelerate.
+
+A tracker that is named must be installed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
-from kdtoolkit.core.callback import Callback
+from kdtoolkit.core.callback import Callback, MetricsRow, RunContext
 from kdtoolkit.types import Step
+
+WRITES_FILES = ("tensorboard", "dvclive")
 
 
 def available_trackers() -> list[str]:
     """Names of the trackers that are installed."""
-    from accelerate.tracking import get_available_trackers
-
-    return [str(getattr(t, "value", t)) for t in get_available_trackers()]
+    return [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
 
 
-def resolve_trackers(report_to: str | list[str] | None, folder: bool = True) -> list[str]:
-    """The trackers of a run: "auto" is TensorBoard where it is installed and the run has a folder, None or "none"
-    nothing. ValueError if one is missing, or writes files and there is no `folder`."""
+def known_trackers() -> list[str]:
+    """Names of the trackers that accelerate supports."""
+    supported = {getattr(tracker, "value", tracker) for tracker in LOGGER_TYPE_TO_CLASS}
+    return [tracker.value for tracker in LoggerType if tracker.value in supported]
+
+
+def resolve_trackers(report_to: str | list[str] | None, has_folder: bool = True) -> list[str]:
+    """The trackers of a run.
+
+    Args:
+        report_to: Name or names of trackers. "auto" is TensorBoard, where it is installed and the
+            run has a folder; None, "none" or "off" is none.
+        has_folder: Whether the run has a folder, for trackers that write files.
+
+    Raises:
+        ValueError: If a tracker is unknown or not installed, or writes files and there is no
+            folder.
+    """
     if report_to in (None, "none", "off"):
         return []
+    installed = available_trackers()
     if report_to == "auto":
-        return [t for t in available_trackers() if t == "tensorboard" and folder]
+        return ["tensorboard"] if has_folder and "tensorboard" in installed else []
     names = [report_to] if isinstance(report_to, str) else list(report_to or ())
-    known = [
-        t.value
-        for t in LoggerType
-        if t.value in {getattr(k, "value", k) for k in LOGGER_TYPE_TO_CLASS}
-    ]
     for name in names:
-        if name not in known:
-            raise ValueError(f"unknown tracker {name!r}; known: {', '.join(known)}")
-        if name not in available_trackers():
+        if name not in known_trackers():
+            raise ValueError(f"unknown tracker {name!r}; known: {', '.join(known_trackers())}")
+        if name not in installed:
             raise ValueError(
-                f"tracker {name!r} was asked for and is not installed (installed: {', '.join(available_trackers()) or 'none'}): "
+                f"tracker {name!r} is not installed (installed: {', '.join(installed) or 'none'}): "
                 f"pip install {name}, or report_to='none'"
             )
-        if not folder and name in ("tensorboard", "dvclive"):
+        if not has_folder and name in WRITES_FILES:
             raise ValueError(f"tracker {name!r} writes files: give output_dir, or report_to='none'")
     return names
 
 
 class Trackers(Callback):
-    """Sends every row of the journal that has numbers to accelerate's trackers."""
+    """Sends the numbers of every row of the metrics log to accelerate's trackers.
 
-    def __init__(self, config: dict[str, Any]):
+    Args:
+        config: Configuration of the run; its plain values are sent as hyper-parameters.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = {k: v for k, v in config.items() if isinstance(v, (int, float, str, bool))}
-        self._sent = 0
+        self._num_sent = 0
 
-    def on_fit_start(self, run: Any) -> None:
+    def on_fit_start(self, run: RunContext) -> None:
+        """Start the trackers."""
         run.accelerator.init_trackers("kdtoolkit", config=self.config)
         self._send(run)
 
-    def on_step_end(self, run: Any, step: Step) -> None:
+    def on_step_end(self, run: RunContext, step: Step) -> None:
+        """Send new rows."""
         self._send(run)
 
-    def on_epoch_end(self, run: Any, metrics: dict[str, float]) -> None:
+    def on_epoch_end(self, run: RunContext, metrics: dict[str, float]) -> None:
+        """Send new rows."""
         self._send(run)
 
-    def on_fit_end(self, run: Any) -> None:
+    def on_fit_end(self, run: RunContext) -> None:
+        """Send new rows, and close the trackers."""
         self._send(run)
         run.accelerator.end_training()
 
-    def _send(self, run: Any) -> None:
-        for row in run.metrics_log.rows[self._sent :]:
-            prefix = {"eval": f"{row.get('split')}/{row.get('network')}/", "train": "train/"}.get(
-                row["event"]
-            )
-            if prefix:
+    def _send(self, run: RunContext) -> None:
+        rows = run.metrics_log.rows
+        for row in rows[self._num_sent :]:
+            prefix = _prefix(row)
+            if prefix is not None:
                 values = {prefix + k: v for k, v in row.items() if isinstance(v, float)}
                 run.accelerator.log(values, step=row["step"])
-        self._sent = len(run.metrics_log.rows)
+        self._num_sent = len(rows)
+
+
+def _prefix(row: MetricsRow) -> str | None:
+    """In front of the names of a row's numbers; None for a row that is not sent."""
+    if row["event"] == "eval":
+        return f"{row.get('split')}/{row.get('network')}/"
+    return "train/" if row["event"] == "train" else None

@@ -1,9 +1,9 @@
-"""Callbacks: the seven events of a run, and what a callback may use of it."""
+"""Callbacks: the events of a run, and what a callback may use of it."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +14,39 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kdtoolkit.core.config import TrainerConfig
+from kdtoolkit.core.plan import PlanRow
 from kdtoolkit.data.dataset import Data, Split
 from kdtoolkit.types import Batch, Clock, Step
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from kdtoolkit.core.method import Method
 
-MetricsRow = dict[str, Any]  # one line of metrics.jsonl: "event", "epoch", "step" and numbers
-PlanRow = dict[str, Any]  # one row of the plan: "loss", "weight", "student", "teacher", ...
+MetricsRow = dict[str, Any]  # one line of metrics.jsonl: "event", "epoch", "step" and plain values
+RawBatch = Mapping[str, Tensor]  # what a data loader gives, before augmentation
+ExportCandidates = tuple[list[str], str]  # names of networks, and the reason for these
 
 
 class MetricsWriter(Protocol):
-    """The rows of `metrics.jsonl`."""
+    """The rows of `metrics.jsonl`.
+
+    Attributes:
+        rows: All rows so far, the first row first.
+    """
 
     rows: list[MetricsRow]
 
-    def add(self, **row: Any) -> None:
-        """Append one row, and write it where the run has a folder."""
+    def add(self, **row: Any) -> MetricsRow:
+        """Append one row, and write it where the run has a folder.
+
+        Args:
+            **row: "event", "epoch", "step" and further plain values.
+
+        Returns:
+            The row as it was written.
+        """
+        ...
 
 
 @dataclass
@@ -51,7 +67,9 @@ class RunPreview:
 
 
 class RunContext(Protocol):
-    """What a callback may use of a run. The trainer is one; write your own for a training loop of your own.
+    """What a callback may use of a run.
+
+    The trainer is one; write your own to use the callbacks in a training loop of your own.
 
     Attributes:
         method: The method, bare (without what `accelerate` wraps around it).
@@ -61,12 +79,10 @@ class RunContext(Protocol):
         clock: Step and epoch, and how many there are.
         callbacks: All callbacks of the run, in their order.
         optimizer: The prepared optimizer.
-        metrics_log: The rows of `metrics.jsonl`.
         output_dir: Folder of the run; None where nothing is written.
         best: `{"epoch", "step", "top1", "network"}` of the best evaluation; empty before the first.
         stop: Set a reason to end the run after this step.
         epoch_start: Step at which this epoch began.
-        teacher_metrics: `{"teacher/<split>": {"top1": ...}}`, accuracies in percent.
     """
 
     method: Method
@@ -75,80 +91,203 @@ class RunContext(Protocol):
     accelerator: Accelerator
     clock: Clock
     callbacks: list[Callback]
-    optimizer: Any
-    metrics_log: MetricsWriter
+    optimizer: torch.optim.Optimizer
     output_dir: Path | None
     best: dict[str, Any]
     stop: str | None
     epoch_start: int
 
     @property
-    def teacher_metrics(self) -> dict[str, dict[str, float]]: ...
+    def metrics_log(self) -> MetricsWriter:
+        """The rows of `metrics.jsonl`."""
+        ...
 
-    def export_candidates(self) -> tuple[list[str], str]:
-        """Names of the networks one of which is exported, and why these."""
+    @property
+    def teacher_metrics(self) -> dict[str, dict[str, float]]:
+        """`{"teacher/<split>": {"top1": ...}}`, accuracies in percent."""
+        ...
+
+    def export_candidates(self) -> ExportCandidates:
+        """Names of the networks one of which is exported, and the reason for these."""
         ...
 
     def save(self, name: str = "last") -> Path | None:
-        """Write `checkpoints/<name>`; every rank calls it."""
+        """Write `checkpoints/<name>`; every rank calls it.
+
+        Args:
+            name: Name of the folder in `checkpoints/`.
+
+        Returns:
+            The folder; None where the run has no `output_dir`.
+        """
         ...
 
     def sync(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Exchange networks that processes train on their own; every rank calls it."""
+        """Exchange networks that processes train on their own; every rank calls it.
+
+        Args:
+            optimizer: Its state is exchanged too; None exchanges networks only.
+        """
         ...
 
     def check_finite(self, weights: bool = False) -> None:
-        """Raise `NonFiniteLoss` if a loss, or with `weights` a weight, is not finite."""
+        """Check that every loss was finite.
+
+        Args:
+            weights: Check the weights of the method, too.
+
+        Raises:
+            NonFiniteLoss: If a loss, or a weight, is not finite.
+        """
         ...
 
     def seed_step(self, epoch: int, step: int) -> None:
-        """Seed dropout and other draws of one step."""
+        """Seed dropout and other random draws of one step.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            step: Number of the step, from 0; negative numbers are free for draws outside of a step.
+        """
         ...
 
     def prepare_batch(self, batch: Any, train: bool) -> Batch:
-        """Augment a raw batch and lay it out as the networks expect it."""
+        """Augment a raw batch and lay it out in memory as the networks expect it.
+
+        Args:
+            batch: A batch of a data loader, on the training device.
+            train: Whether it is augmented.
+        """
         ...
 
     def first_batches(self, count: int) -> AbstractContextManager[Iterator[Any]]:
-        """The first `count` raw batches of the run, which will be read again."""
+        """The first raw batches of the run, which it will read again.
+
+        Args:
+            count: How many.
+        """
         ...
 
     def evaluation_batches(self, split: Split) -> Iterator[Batch]:
-        """This rank's batches of a split, for evaluation."""
+        """This rank's batches of a split, for evaluation.
+
+        Args:
+            split: One of the splits of `data`.
+        """
         ...
 
 
+def last_step_of_epoch(run: RunContext) -> int:
+    """Value of `run.clock.step` at the end of the epoch that is running."""
+    return min(run.clock.total_steps, run.epoch_start + run.clock.steps_per_epoch)
+
+
 def ordered_callbacks(method: Method, given: Sequence[Callback]) -> list[Callback]:
-    """The callbacks of a method and of a user by their `order`; ValueError where two have one name."""
-    callbacks = sorted([*method.callbacks, *given], key=lambda c: c.order)
-    names = [c.name for c in callbacks if c.name]
-    twice = next((n for n in names if names.count(n) > 1), None)
-    if twice:
+    """Sort the callbacks of a run by their `order`.
+
+    Args:
+        method: The method; its own callbacks come before those of a user that have the same order.
+        given: Callbacks of the user.
+
+    Raises:
+        ValueError: If two callbacks have the same name.
+    """
+    callbacks = sorted([*method.callbacks, *given], key=lambda callback: callback.order)
+    names = [callback.name for callback in callbacks if callback.name]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated:
         raise ValueError(
-            f"two callbacks are named {twice!r}: give one of them another `name`, states go by name"
+            f"two callbacks are named {repeated!r}: give one of them another `name`, "
+            "states are saved by name"
         )
     return callbacks
 
 
 def check_several_networks(callback: Callback, method: Method) -> None:
-    """ValueError unless the method trains two networks or more."""
+    """Check that a method trains two networks or more.
+
+    Args:
+        callback: The callback that needs them, for the message.
+        method: The method of the run.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
     count = len(method.networks())
     if count < 2:
         raise ValueError(
-            f"{type(callback).__name__} needs two networks or more, this run trains {count}: use Peers([...])"
+            f"{type(callback).__name__} needs two networks or more, this run trains {count}: "
+            "use Peers([...])"
         )
 
 
-# methods of a callback that had another name in 0.1
+# Methods of a callback that had another name in 0.1; the old names go with the next release.
 RENAMED_EVENTS = {"plan": "plan_rows", "notes": "plan_notes", "products": "export_candidates"}
 
 
 class Callback:
-    """Watches a run, edits weights between steps, or returns extra losses made from logits. Override what you need.
+    """Watches a run, edits weights between steps, or returns extra losses made from logits.
 
-    `name` is the key under which its state is saved; give two callbacks of one class different names. `order` is its
-    place among the callbacks of a run, at every event: DCLMerger 10, EMATeacher 20, DecayingEnsemble 30, MutualKL 40,
-    KDCL 45, all others 100; those of one place are called in the order in which they were given.
+    Override what you need. The training loop, with every event in its place:
+
+    ```python
+    check(preview)  # before anything is written
+    on_fit_start(run)
+    while run.clock.step < run.clock.total_steps and not run.stop:
+        on_epoch_start(run)
+        for batch in training_batches:
+            step = method(batch, run.clock)  # Step(losses, logits)
+            losses = step.losses | on_losses(run, step, batch)
+            sum(losses.values()).backward()
+            on_grads(run)  # only when the optimizer steps, see grad_accum
+            optimizer.step()
+            run.clock.step += 1
+            on_step_end(run, step)
+        run.clock.epoch += 1
+        metrics = evaluate()
+        on_epoch_end(run, metrics)  # not after an interrupted epoch
+    on_fit_end(run)  # also when the run fails
+    ```
+
+    Callbacks are called by their `order` at every event, those of the same order as they were
+    given:
+
+    | order | callback |
+    |---|---|
+    | 10 | `DCLMerger` |
+    | 20 | `EMATeacher` |
+    | 30 | `DecayingEnsemble` |
+    | 40 | `MutualKL` |
+    | 45 | `KDCL` |
+    | 100 | all others |
+
+    Attributes:
+        name: Key under which its state is saved; "" saves none. Give two callbacks of one class
+            different names.
+        order: Its place among the callbacks of a run. A checkpoint fits only a run with the same
+            callbacks of an order below 100, those that take part in training.
+        init_arguments: Positional and keyword arguments with which it was made.
+
+    Example:
+        ```python
+        import kdtoolkit
+
+
+        class GradientNorm(kdtoolkit.Callback):
+            def on_grads(self, run: kdtoolkit.RunContext) -> None:
+                parameters = run.method.trainable_parameters().values()
+                squares = [p.grad.square().sum() for p in parameters if p.grad is not None]
+                self.norm = float(sum(squares)) ** 0.5
+
+            def on_epoch_end(self, run: kdtoolkit.RunContext, metrics: dict[str, float]) -> None:
+                position = {"epoch": run.clock.epoch, "step": run.clock.step}
+                run.metrics_log.add(event="gradient", norm=self.norm, **position)
+
+
+        result = kdtoolkit.distill(
+            None, "cifar_resnet8", "digits", method="none", callbacks=[GradientNorm()], epochs=1
+        )
+        print([row["norm"] for row in result.history if row["event"] == "gradient"])
+        ```
     """
 
     name: str = ""
@@ -158,67 +297,110 @@ class Callback:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for old, new in RENAMED_EVENTS.items():
-            if old in vars(cls):
+            if callable(vars(cls).get(old)) and new not in vars(cls):
                 warnings.warn(
-                    f"{cls.__name__}.{old} is named {new} now, and will not be called under its old name any more",
+                    f"Callback.{old} is named {new} now: rename {cls.__name__}.{old}; the old "
+                    "name goes with the next release",
                     DeprecationWarning,
                     stacklevel=2,
                 )
                 setattr(cls, new, vars(cls)[old])
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        made = super().__new__(cls)
-        made.init_arguments = args, kwargs
-        return made
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remember the arguments, for the configuration file and the fingerprint of a run."""
+        callback = super().__new__(cls)
+        callback.init_arguments = args, kwargs
+        return callback
 
     def check(self, run: RunPreview) -> None:
-        """ValueError for what cannot work, before anything is written. `run` has method, data, config, callbacks."""
+        """Refuse what cannot work, before anything is written.
+
+        Args:
+            run: Method, data, config and callbacks of the run that is about to start.
+
+        Raises:
+            ValueError: If the callback cannot work in this run.
+        """
 
     def on_fit_start(self, run: RunContext) -> None:
-        """Models, data and optimizer are ready; a resumed run has its state back."""
+        """Networks, data and optimizer are ready; a resumed run has its state back."""
 
-    def on_epoch_start(self, run: RunContext) -> None: ...
+    def on_epoch_start(self, run: RunContext) -> None:
+        """An epoch begins; the networks are in train mode."""
 
     def on_losses(self, run: RunContext, step: Step, batch: Batch) -> dict[str, Tensor] | None:
-        """The forward is done. Return named, weighted losses (scalars) to add to the method's, or None."""
+        """The forward pass is done.
+
+        Args:
+            run: The run.
+            step: Weighted losses and logits of the method.
+            batch: The batch, augmented, on the training device.
+
+        Returns:
+            Named, weighted losses (scalars) to add to those of the method, or None.
+        """
         return None
 
     def on_grads(self, run: RunContext) -> None:
-        """Gradients are complete and synchronised, the optimizer has not stepped."""
+        """Gradients are complete and averaged over processes; the optimizer has not stepped."""
 
-    def on_step_end(self, run: RunContext, step: Step) -> None: ...
+    def on_step_end(self, run: RunContext, step: Step) -> None:
+        """The batch is done; `run.clock.step` counts it.
+
+        Args:
+            run: The run.
+            step: What the method returned for this batch.
+        """
 
     def on_epoch_end(self, run: RunContext, metrics: dict[str, float]) -> None:
-        """Evaluated; `metrics` holds this epoch's numbers."""
+        """An epoch is over and evaluated; `run.clock.epoch` counts it.
+
+        Args:
+            run: The run.
+            metrics: Numbers of this epoch by "<split>/<number>" or "<split>/<network>/<number>";
+                "monitored", the accuracy in percent that chooses the best epoch; "improved", 1.0
+                where it is the best so far, else 0.0.
+        """
 
     def on_fit_end(self, run: RunContext) -> None:
-        """Also called when a run ends early or fails, so that files and progress bars are closed."""
+        """The run is over; also called when it fails, so that files and bars are closed."""
 
     def plan_rows(self) -> list[PlanRow]:
-        """Rows of the plan for the losses that it adds: {"loss", "weight", "student", "teacher"}."""
+        """Rows of the plan for the losses that it adds."""
         return []
 
     def plan_notes(self) -> list[str]:
-        """Sentences for the plan, on what it does that is no loss."""
+        """Sentences for the plan, on what it does beside losses."""
         return []
 
-    # A callback may keep networks that are not trained but averaged, such as an EMA teacher:
     def networks(self) -> dict[str, nn.Module]:
-        """Its complete networks by name; evaluated and saved with those of the method."""
+        """Its own networks by name, where it keeps some, such as an average of those that train.
+
+        They are evaluated and saved with those of the method.
+        """
         return {}
 
-    def export_candidates(self) -> tuple[list[str], str] | None:
-        """As `Method.export_candidates`; the first callback that names some decides."""
+    def export_candidates(self) -> ExportCandidates | None:
+        """As `Method.export_candidates`; the first callback that does not return None decides."""
         return None
 
     def predict(self, x: Tensor) -> dict[str, Tensor]:
-        """Logits (B, C) of its networks for images in [0, 1], for evaluation; in eval mode, and left in train mode."""
+        """Evaluate its networks, in eval mode; they are left in train mode.
+
+        Args:
+            x: Images (B, 3, H, W) in [0, 1].
+
+        Returns:
+            Logits (B, C) by name of the network.
+        """
         return {}
 
     def sync(self) -> None:
         """As `Method.sync`, for its networks."""
 
     def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint saves of it, if it has a `name`."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned; a resumed run calls it before `on_fit_start`."""

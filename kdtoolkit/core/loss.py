@@ -1,61 +1,133 @@
-"""DistillationLoss: one loss between the outputs of a student and a teacher."""
+"""`DistillationLoss`: one loss between the outputs of a student and a teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import zip_longest
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+from kdtoolkit.core.plan import ComparedTaps
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.types import Batch, Out, Shape, TapKey
 
 
 class DistillationLoss(nn.Module):
-    """One paper's loss between two outputs: `objective(student, teacher, batch) -> unweighted scalar`.
+    """One paper's loss between two outputs: `loss(student_out, teacher_out, batch)` -> scalar.
 
-    A subclass gets `(student: Taps, teacher: Frozen, pairs)` and its options by keyword, builds everything from their
-    shapes, and leaves in `self.pairs` the (student tap, teacher tap) pairs that it reads. `needs_teacher` is False for
-    losses on labels alone, `needs_taps` for losses on logits alone.
+    The scalar is not weighted. A subclass builds everything from the shapes of the taps when it is
+    constructed; its options are keyword-only arguments, so that `distill()` can pass them on. The
+    adapters that it trains are its parameters: give them to your optimizer.
+
+    Args:
+        student: The tapped student.
+        teacher: The frozen teacher; None for a loss that needs none.
+        pairs: (student tap, teacher tap) of every pair of features that it compares.
+
+    Attributes:
+        needs_teacher: Whether it reads a teacher; False for a loss on labels alone.
+        needs_taps: Whether it reads features; False for a loss on logits alone.
+        pairs: The pairs of taps that it reads.
+        registered: Name under which `register_loss` registered the class.
+
+    Raises:
+        ValueError: If it needs taps and gets no pairs.
+
+    Example:
+        In a training loop of your own:
+
+        ```python
+        import timm
+        import torch
+
+        import kdtoolkit
+        from kdtoolkit.losses import AT, KD
+
+        student = timm.create_model("cifar_resnet8", num_classes=10)
+        teacher = timm.create_model("cifar_resnet14", num_classes=10)
+        student_taps = kdtoolkit.Taps(student, [2, 3], 32)
+        frozen_teacher = kdtoolkit.Frozen(teacher, [2, 3], 32)
+        attention = AT(student_taps, frozen_teacher, [(2, 2), (3, 3)], p=2)
+        kd = KD(student_taps, frozen_teacher, temperature=4.0)
+        parameters = [*student.parameters(), *attention.parameters()]
+        optimizer = torch.optim.SGD(parameters, lr=0.05)
+
+        x, y = torch.rand(8, 3, 32, 32), torch.randint(10, (8,))
+        batch = {"x": x, "y": y}
+        student_out, teacher_out = student_taps(x), frozen_teacher(x)
+        loss = torch.nn.functional.cross_entropy(student_out.logits, y)
+        loss = loss + 0.9 * kd(student_out, teacher_out, batch)
+        loss = loss + 1000 * attention(student_out, teacher_out, batch)
+        loss.backward()
+        optimizer.step()
+        ```
     """
 
-    needs_teacher = True
-    needs_taps = True
+    needs_teacher: ClassVar[bool] = True
+    needs_taps: ClassVar[bool] = True
+    registered: ClassVar[str]
 
     def __init__(
         self, student: Taps, teacher: Frozen | None, pairs: Sequence[tuple[TapKey, TapKey]] = ()
-    ):
+    ) -> None:
         super().__init__()
         if self.needs_taps and not pairs:
             raise ValueError(
-                f"{type(self).__name__} compares features: give pairs of taps, [(student tap, teacher tap)]"
+                f"{type(self).__name__} compares features: give pairs of taps, "
+                "[(student tap, teacher tap)]"
             )
-        self.pairs = [(student.key(s), t if teacher is None else teacher.key(t)) for s, t in pairs]
+        self.pairs = [
+            (student.resolve_key(s), t if teacher is None else teacher.resolve_key(t))
+            for s, t in pairs
+        ]
 
     def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:
+        """Compute the loss of one batch.
+
+        Args:
+            student: Logits (B, C) and features of the student.
+            teacher: Those of the teacher. A loss that needs no teacher ignores it.
+            batch: Images and labels.
+
+        Returns:
+            Unweighted scalar, at least float32.
+        """
         raise NotImplementedError
 
     def features(self, student: Out, teacher: Out) -> tuple[list[Tensor], list[Tensor]]:
-        """The paired features, students' and teachers'."""
+        """The features of all pairs: the student's, and the teacher's."""
         return [student.feats[s] for s, _ in self.pairs], [teacher.feats[t] for _, t in self.pairs]
 
-    def plan_rows(self) -> list[dict[str, Any]]:
-        """Rows for the plan: student tap, teacher tap, what stands between them."""
-        adapters = getattr(self, "adapters", None)
-        rows = []
-        for i, (s, t) in enumerate(self.pairs):
-            adapter = adapters[i] if adapters is not None and i < len(adapters) else None
-            rows.append({"student": s, "teacher": t, "adapter": adapter})
-        return rows
+    def plan_rows(self) -> list[ComparedTaps]:
+        """The pairs of taps and what stands between them (`self.adapters`), for the plan."""
+        found = getattr(self, "adapters", None)
+        adapters = list(found) if isinstance(found, nn.ModuleList) else []
+        return [
+            ComparedTaps(student=s, teacher=t, adapter=adapter)
+            for (s, t), adapter in zip_longest(self.pairs, adapters[: len(self.pairs)])
+        ]
 
 
 def shapes_of(taps: Taps, keys: Sequence[TapKey]) -> list[Shape]:
-    """Shapes of taps before any hook is placed."""
-    return [taps.end(k).shape for k in keys]
+    """Shapes of features without their batch dimension.
+
+    Args:
+        taps: A tapped network, whose hooks need not be there yet.
+        keys: Stage numbers or module names.
+    """
+    return [taps.boundary_of(key).shape for key in keys]
 
 
 def zero_loss(part: nn.Module, logits: Tensor) -> Tensor:
-    """Zero that hangs on the parameters of a part that is switched off: DDP expects their gradient."""
+    """Zero that depends on every parameter of a module that is switched off.
+
+    DDP expects a gradient for each of them.
+
+    Args:
+        part: The module that is switched off.
+        logits: Logits (B, C) of the student, on which it depends, too.
+    """
     zero = logits.float().sum() * 0.0
     return sum((p.float().sum() * 0.0 for p in part.parameters()), zero)

@@ -1,9 +1,10 @@
-"""What a registered method name stands for: its losses and default weights, and how a strategy is built."""
+"""What a registered method name stands for, and what a strategy builds its method from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -15,21 +16,69 @@ from kdtoolkit.types import LossWeight
 from kdtoolkit.utils.registry import keyword_defaults
 
 
+@dataclass(frozen=True)
 class MethodSpec:
-    """What a registered name stands for: which losses with which weights by default."""
+    """What a registered method name stands for.
 
-    def __init__(self, losses: dict[str, LossWeight], title: str):
-        self.losses, self.title = losses, title
+    Attributes:
+        losses: Its losses and their default weights (numbers or schedules).
+        title: One line with the paper and its year.
+    """
+
+    losses: dict[str, LossWeight]
+    title: str
+
+
+@dataclass(frozen=True)
+class StrategySpec(MethodSpec):
+    """A method of several networks that are trained together.
+
+    Its losses are terms of the method that `build` returns, not `DistillationLoss` objects.
+
+    Attributes:
+        build: `build(given: StrategyInputs, *, options) -> Method`.
+        needs_teacher: Whether it needs a teacher.
+    """
+
+    build: Callable[..., Method]
+    needs_teacher: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its options and their defaults: the keyword-only parameters of `build`."""
+        return keyword_defaults(self.build)
+
+
+class NetworkMaker(Protocol):
+    """Makes a further network of a strategy."""
+
+    def __call__(self, k: int, spec: Any = None) -> nn.Module:
+        """Make network number k.
+
+        Args:
+            k: 1, 2, ...; number 0 is the student.
+            spec: A timm name or a module; None is the student's architecture.
+
+        Returns:
+            The network, with weights of its own.
+        """
+        ...
 
 
 @dataclass
 class StrategyInputs:
-    """What a strategy builds its Method from.
+    """What a strategy builds its method from.
 
-    student   the first network, tapped;  teachers  frozen ones, none for most strategies
-    weights   {term: number or schedule}, every term of the strategy; 0 for one that was left out of losses={...}
-    another   (k, spec=None) -> network number k = 1, 2, ... of the team: the student's architecture, or that of `spec`
-              (a name or a module), with weights of its own
+    Attributes:
+        student: The first network, tapped.
+        teachers: Frozen teachers; most strategies have none.
+        weights: Every term of the strategy -> number or schedule; 0 for a term that
+            `losses={...}` leaves out.
+        image: Height and width of the images in pixels; None where they are not known.
+        preprocess: Input normalisation and resizing of the student.
+        make_network: `make_network(k)` is network number k = 1, 2, ... of the student's
+            architecture, `make_network(k, spec)` that of a timm name or a module, with weights of
+            its own.
     """
 
     student: Taps
@@ -37,19 +86,4 @@ class StrategyInputs:
     weights: Mapping[str, LossWeight]
     image: tuple[int, int] | None
     preprocess: Preprocess
-    another: Callable[..., nn.Module]
-
-
-class StrategySpec(MethodSpec):
-    """A name for networks that are trained together: `build(given, *, options) -> Method`. Its losses are terms of that
-    Method, not Objectives. `options` holds their defaults by name."""
-
-    def __init__(
-        self,
-        losses: dict[str, LossWeight],
-        title: str,
-        build: Callable[..., Method],
-        needs_teacher: bool,
-    ):
-        super().__init__(losses, title)
-        self.build, self.needs_teacher, self.options = build, needs_teacher, keyword_defaults(build)
+    make_network: NetworkMaker

@@ -1,4 +1,4 @@
-"""Objectives: one paper, one file. Importing this room registers them all."""
+"""Losses between a student and a teacher: one paper, one file. Importing this registers them."""
 
 from kdtoolkit.losses.at import AT
 from kdtoolkit.losses.cross_entropy import CrossEntropy

@@ -1,9 +1,12 @@
 """FitNet hints (Romero, Ballas, Kahou, Chassang, Gatta, Bengio 2015, arXiv 1412.6550).
 
-Loss     mean over all elements of (R(f_s) - f_t)^2 at the hint stage
-         R: convolution whose kernel and stride take the student's grid to the teacher's, BatchNorm, ReLU
-Differs  one stage of training together with cross-entropy (the paper: two stages), as in Tian et al. 2020; where no
-         kernel of theirs fits (other size ratios, tokens) an Adapter takes the place of R
+Loss: mean over all elements of (R(f_s) - f_t)^2 at the hint stage; R is a convolution whose kernel
+and stride take the student's grid to that of the teacher, then BatchNorm and ReLU; default weight
+100.
+
+Differs: one stage of training together with cross-entropy (the paper: two stages of training), as
+in Tian et al. 2020. Where no such kernel fits (other ratios of sizes, tokens) an Adapter takes the
+place of R.
 """
 
 from __future__ import annotations
@@ -13,22 +16,32 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from kdtoolkit import functional
-from kdtoolkit.core.loss import DistillationLoss
+from kdtoolkit.core.loss import DistillationLoss, shapes_of
 from kdtoolkit.core.registries import register_loss
 from kdtoolkit.features.adapters import Adapter
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.types import Batch, Out, Shape, TapKey
 
+MAX_KERNEL_SIZE = 16  # of a Regressor without stride; beyond, an Adapter has fewer weights
+
 
 class Regressor(nn.Module):
-    """Student map (B, C_s, H_s, W_s) -> teacher's shape: convolution (with bias), BatchNorm, ReLU.
+    """Student feature map -> shape of the teacher's: convolution (with bias), BatchNorm, ReLU.
 
-    H_s = H_t 1x1; H_s = 2 H_t 3x3 with stride 2; 2 H_s = H_t transposed 4x4 with stride 2; H_s > H_t else a kernel of
-    1 + H_s - H_t without padding. `fits(src, dst)` says whether one of these applies.
+    Kernels of the paper's successors (Tian et al. 2020), with H_s and H_t rows (and likewise
+    columns) of student and teacher:
+
+    - H_s = 2 H_t: 3x3 with stride 2
+    - 2 H_s = H_t: transposed 4x4 with stride 2
+    - H_s >= H_t: 1 + H_s - H_t, without padding (1x1 for equal grids)
+
+    Args:
+        src: Shape of the student's feature, "NCHW".
+        dst: Shape of the teacher's feature, "NCHW".
     """
 
-    def __init__(self, src: Shape, dst: Shape):
+    def __init__(self, src: Shape, dst: Shape) -> None:
         super().__init__()
         (h_s, w_s), (h_t, w_t) = src.grid, dst.grid
         self.conv: nn.Module
@@ -42,14 +55,18 @@ class Regressor(nn.Module):
 
     @staticmethod
     def fits(src: Shape, dst: Shape) -> bool:
+        """Whether one of the kernels takes a feature from `src` to `dst`."""
+        if not src.layout == dst.layout == "NCHW":
+            return False
         (h_s, w_s), (h_t, w_t) = src.grid, dst.grid
-        maps = src.layout == dst.layout == "NCHW"
-        return maps and (
-            (2 * h_s, 2 * w_s) == (h_t, w_t) or (h_s >= h_t and w_s >= w_t and 1 + h_s - h_t <= 16)
-        )
+        doubles = (2 * h_s, 2 * w_s) == (h_t, w_t)
+        shrinks = h_s >= h_t and w_s >= w_t and 1 + h_s - h_t <= MAX_KERNEL_SIZE
+        return doubles or shrinks
 
     def forward(self, feature: Tensor) -> Tensor:
-        return self.bn(self.conv(feature)).relu()
+        """(B, C_s, H_s, W_s) -> (B, C_t, H_t, W_t)."""
+        regressed: Tensor = self.bn(self.conv(feature))
+        return regressed.relu()
 
 
 @register_loss(
@@ -58,10 +75,19 @@ class Regressor(nn.Module):
     title="Hints from a middle stage (Romero et al. 2015)",
 )
 class FitNet(DistillationLoss):
-    """Hints from a middle stage.
+    """Hints: the student regresses the teacher's feature of a middle stage.
 
-    hint    which pair of stages, counted from 1 (-1 the last); "middle"; or "all" for every pair (several hints)
-    resize  of an Adapter: "pool" or "interpolate"
+    Args:
+        student: The tapped student.
+        teacher: The frozen teacher.
+        pairs: (student tap, teacher tap) of every pair of features.
+        hint: Which of the pairs: its number, counted from 1 (-1 is the last); "middle"; or "all",
+            several hints.
+        resize: How an Adapter resizes, where it takes the place of the regressor: "pool" or
+            "interpolate".
+
+    Attributes:
+        adapters: The regressor or Adapter of each pair that is compared.
     """
 
     def __init__(
@@ -72,15 +98,17 @@ class FitNet(DistillationLoss):
         *,
         hint: int | str = "middle",
         resize: str = "pool",
-    ):
+    ) -> None:
         super().__init__(student, teacher, choose_hint(pairs, hint))
-        shapes = [(student.end(s).shape, teacher.end(t).shape) for s, t in self.pairs]
+        student_shapes = shapes_of(student, [s for s, _ in self.pairs])
+        teacher_shapes = shapes_of(teacher, [t for _, t in self.pairs])
         self.adapters = nn.ModuleList(
-            Regressor(s, t) if Regressor.fits(s, t) else Adapter(s, t, resize=resize)
-            for s, t in shapes
+            Regressor(src, dst) if Regressor.fits(src, dst) else Adapter(src, dst, resize=resize)
+            for src, dst in zip(student_shapes, teacher_shapes, strict=True)
         )
 
     def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:
+        """See the module."""
         features = zip(self.adapters, *self.features(student, teacher), strict=True)
         losses = [functional.fitnet(adapter(s), t) for adapter, s, t in features]
         return sum(losses[1:], losses[0])
@@ -89,7 +117,15 @@ class FitNet(DistillationLoss):
 def choose_hint(
     pairs: Sequence[tuple[TapKey, TapKey]], which: int | str
 ) -> list[tuple[TapKey, TapKey]]:
-    """One pair by number, the middle one, or all."""
+    """Choose the pairs of taps that are hints.
+
+    Args:
+        pairs: All pairs of taps.
+        which: Number of a pair, counted from 1 (-1 is the last), "middle" or "all".
+
+    Raises:
+        ValueError: If there is no such pair.
+    """
     if which == "all":
         return list(pairs)
     if which == "middle":
@@ -97,5 +133,6 @@ def choose_hint(
     if isinstance(which, int) and 1 <= abs(which) <= len(pairs):
         return [pairs[which - 1 if which > 0 else which]]
     raise ValueError(
-        f"hint {which!r}: give a pair of stages from 1 to {len(pairs)} (-1 the last), 'middle' or 'all'"
+        f"hint is {which!r}; allowed: a pair of stages from 1 to {len(pairs)} (-1 is the last), "
+        "'middle' or 'all'"
     )

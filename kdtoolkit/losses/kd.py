@@ -1,8 +1,9 @@
-"""Knowledge distillation (Hinton, Vinyals, Dean 2015, arXiv 1503.02531), and regression of logits (Ba & Caruana 2014).
+"""Knowledge distillation (Hinton, Vinyals, Dean 2015, arXiv 1503.02531), regression of logits.
 
-Loss     T^2 KL(softmax(z_t / T) || softmax(z_s / T)), summed over classes, mean over the batch; T = 4
-         logits: mean squared difference of the logits
-Differs  nothing; default weights 0.1 cross-entropy + 0.9 KD are those of Tian et al. 2020
+Loss: T^2 KL(softmax(z_t / T) || softmax(z_s / T)), summed over classes, mean over the batch; T = 4.
+"logits" (Ba & Caruana 2014, arXiv 1312.6184): mean squared difference of the logits.
+
+Differs: nothing. The default weights, 0.1 cross-entropy + 0.9 KD, are those of Tian et al. 2020.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from kdtoolkit.utils.validation import check_temperature
     "kd", losses={"ce": 0.1, "kd": 0.9}, title="Knowledge distillation (Hinton et al. 2015)"
 )
 class KD(DistillationLoss):
-    """Softened teacher probabilities as targets. `temperature` has no unit, > 0."""
+    """Knowledge distillation: the softened probabilities of the teacher are targets.
+
+    Args:
+        student: The tapped student.
+        teacher: The frozen teacher.
+        pairs: Not used.
+        temperature: Softens both probabilities; above 0, no unit.
+    """
 
     needs_taps = False
 
@@ -35,12 +43,13 @@ class KD(DistillationLoss):
         pairs: Sequence[tuple[TapKey, TapKey]] = (),
         *,
         temperature: float = 4.0,
-    ):
+    ) -> None:
         super().__init__(student, teacher)
         check_temperature(temperature)
         self.temperature = temperature
 
     def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:
+        """See the module."""
         return functional.kd(student.logits, teacher.logits, temperature=self.temperature)
 
 
@@ -48,12 +57,21 @@ class KD(DistillationLoss):
     "logits", losses={"ce": 1.0, "logits": 0.1}, title="Regression of logits (Ba & Caruana 2014)"
 )
 class Logits(DistillationLoss):
-    """Squared difference of logits."""
+    """Regression of logits: their mean squared difference.
+
+    Args:
+        student: The tapped student.
+        teacher: The frozen teacher.
+        pairs: Not used.
+    """
 
     needs_taps = False
 
-    def __init__(self, student: Taps, teacher: Frozen, pairs: Sequence[tuple[TapKey, TapKey]] = ()):
+    def __init__(
+        self, student: Taps, teacher: Frozen, pairs: Sequence[tuple[TapKey, TapKey]] = ()
+    ) -> None:
         super().__init__(student, teacher)
 
     def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:
+        """See the module."""
         return functional.logits_mse(student.logits, teacher.logits)

@@ -1,7 +1,10 @@
-"""Similarity-preserving distillation (Tung & Mori 2019, arXiv 1907.09682).
+"""Similarity-preserving distillation, SP (Tung & Mori 2019, arXiv 1907.09682).
 
-Loss     ||G_t - G_s||_F^2 / B^2, G = the row-normalised Gram matrix of the flattened features; weight 3000
-Differs  the last stage only, as in Tian et al. 2020 (the paper: after each stage, `stages="all"`)
+Loss: ||G_t - G_s||_F^2 / B^2, where G is the row-normalised Gram matrix (B, B) of the flattened
+features; default weight 3000.
+
+Differs: the last stage only, as in Tian et al. 2020. The paper compares after each stage:
+`sp_stages="all"`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from kdtoolkit.core.registries import register_loss
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.types import Batch, Out, TapKey
+from kdtoolkit.utils.validation import check_choice
 
 
 @register_loss(
@@ -24,7 +28,14 @@ from kdtoolkit.types import Batch, Out, TapKey
     title="Similarity-preserving distillation (Tung & Mori 2019)",
 )
 class SP(DistillationLoss):
-    """Similarities between the samples of a batch; no parameters. `sp_stages` is "last" or "all"."""
+    """Similarity-preserving: compare similarities between the samples of a batch; no parameters.
+
+    Args:
+        student: The tapped student.
+        teacher: The frozen teacher.
+        pairs: (student tap, teacher tap) of every pair of features.
+        sp_stages: Which of the pairs are compared: "last" or "all".
+    """
 
     def __init__(
         self,
@@ -33,10 +44,10 @@ class SP(DistillationLoss):
         pairs: Sequence[tuple[TapKey, TapKey]] = (),
         *,
         sp_stages: str = "last",
-    ):
-        if sp_stages not in ("last", "all"):
-            raise ValueError(f"sp_stages is {sp_stages!r}, allowed are 'last' and 'all'")
+    ) -> None:
+        check_choice("sp_stages", sp_stages, ("last", "all"))
         super().__init__(student, teacher, pairs if sp_stages == "all" else list(pairs)[-1:])
 
     def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:
+        """See the module."""
         return functional.sp(*self.features(student, teacher))

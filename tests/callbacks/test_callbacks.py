@@ -7,6 +7,7 @@ import itertools
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import paper_totals
 import pytest
 import timm
 import torch
@@ -17,7 +18,8 @@ import kdtoolkit.data as room
 from kdtoolkit import distill, functional
 from kdtoolkit.callbacks.dcl import DCLMerger
 from kdtoolkit.callbacks.decaying import DecayingEnsemble
-from kdtoolkit.callbacks.diversity import Diversity, HomogeneityWarning, measured
+from kdtoolkit.callbacks.diversity import CollapseWarning, Diversity
+from kdtoolkit.callbacks.diversity_measures import measure_batch
 from kdtoolkit.callbacks.ema import EMATeacher
 from kdtoolkit.callbacks.kdcl import KDCL
 from kdtoolkit.callbacks.mutual import MutualKL
@@ -98,7 +100,7 @@ def bench(method, *callbacks, **clock):
     """As much of a run as callbacks read, and its callbacks started."""
     run = SimpleNamespace(
         method=method, callbacks=list(callbacks), clock=Clock(**{"total_steps": 10, **clock}), epoch_start=0,
-        settings=SimpleNamespace(lr=0.1, weight_decay=0.0, seed=0, grad_accum=1, compile=False),
+        config=SimpleNamespace(lr=0.1, weight_decay=0.0, seed=0, grad_accum=1, compile=False),
         accelerator=SimpleNamespace(autocast=nullcontext, sync_gradients=True, device=torch.device("cpu")),
     )  # fmt: skip
     for callback in callbacks:
@@ -122,30 +124,30 @@ def answering(part, teachers):
     return part
 
 
-# ------------------------------------------------------------------------------------------ the losses are the papers'
+# ----------------------------------------------------------------------- the losses are the papers'
 def test_pcl_and_dkel_are_the_whole_losses():
     z, m = random()
     ensemble, w = torch.randn(6, 5, dtype=torch.float64), 0.3
     run = SimpleNamespace(clock=Clock(epoch=2), method=SimpleNamespace(networks=lambda: z))
     step, students, teachers = Step({}, z), list(z.values()), list(m.values())
-    rest = functional.ce(ensemble, LABELS) + functional.ce_each(students, LABELS).sum()
+    rest = functional.ce(ensemble, LABELS) + paper_totals.ce_each(students, LABELS).sum()
     rest = rest + w * functional.kd_ensemble(students, ensemble).sum()
     ema = answering(EMATeacher(w), m)
-    pcl = functional.pcl(students, ensemble, teachers, LABELS, weight=w)
+    pcl = paper_totals.pcl(students, ensemble, teachers, LABELS, weight=w)
     torch.testing.assert_close(rest + ema.on_losses(run, step, {})["ema"], pcl, rtol=1e-12, atol=0)
     for epoch in (0, 2, 12):
         run.clock.epoch = epoch
         part = DecayingEnsemble(w)
         part.teacher = ema
-        g = part.share(run.clock)
+        g = part.ensemble_share(run.clock)
         assert g == {0: 1.0, 2: 0.36787944117144233, 12: 0.0}[epoch]
-        dkel_loss = functional.dkel(
+        dkel_loss = paper_totals.dkel(
             students, ensemble, teachers, LABELS, weight=w, ensemble_weight=g
         )
         loss = rest + part.on_losses(run, step, {})["decaying"]
         torch.testing.assert_close(loss, dkel_loss, rtol=1e-12, atol=0)
     part.teacher = None  # their own logits
-    alone = functional.dkel(students, ensemble, students, LABELS, weight=w, ensemble_weight=0.0)
+    alone = paper_totals.dkel(students, ensemble, students, LABELS, weight=w, ensemble_weight=0.0)
     torch.testing.assert_close(
         rest + part.on_losses(run, step, {})["decaying"], alone, rtol=1e-12, atol=0
     )
@@ -158,11 +160,11 @@ def test_shares_of_the_decaying_ensemble():
     )
     for decay in ("cosine", "linear"):
         part = DecayingEnsemble(decay=decay)
-        assert part.share(run) == 1.0 and part.share(half) == pytest.approx(0.5)
-        assert DecayingEnsemble(decay=decay, length=5).share(half) == 0.0
+        assert part.ensemble_share(run) == 1.0 and part.ensemble_share(half) == pytest.approx(0.5)
+        assert DecayingEnsemble(decay=decay, length=5).ensemble_share(half) == 0.0
     assert (
-        DecayingEnsemble(rate=0.0).share(half) == 1.0
-        and DecayingEnsemble(rate=1.0, cut=0.0).share(half) > 0
+        DecayingEnsemble(rate=0.0).ensemble_share(half) == 1.0
+        and DecayingEnsemble(rate=1.0, cut=0.0).ensemble_share(half) > 0
     )
 
 
@@ -198,7 +200,7 @@ def test_mean_teacher_is_the_whole_loss_and_its_teacher_sees_the_other_view():
     step = method(batch, run.clock)
     total = sum(step.losses.values()) + ema.on_losses(run, step, batch)["consistency"]
     other = nets(1)[0].train()(method.preprocess["student"](views[:, 1]))
-    want = functional.mean_teacher(step.logits["student"], other, labels, weight=7.0)
+    want = paper_totals.mean_teacher(step.logits["student"], other, labels, weight=7.0)
     torch.testing.assert_close(total, want)
     assert method.uses_unlabelled and ema.export_candidates() == (
         ["ema"],
@@ -215,10 +217,10 @@ def test_kdcl_is_the_whole_loss(rule):
     run = SimpleNamespace(clock=Clock(), method=SimpleNamespace(networks=lambda: z))
     target = functional.kdcl_targets(students, LABELS, rule=rule, weights=weights)
     total = (
-        functional.ce_each(students, LABELS).sum()
+        paper_totals.ce_each(students, LABELS).sum()
         + part.on_losses(run, Step({}, z), {"y": LABELS})["kdcl"]
     )
-    torch.testing.assert_close(total, functional.kdcl(students, target, LABELS, weight=0.7))
+    torch.testing.assert_close(total, paper_totals.kdcl(students, target, LABELS, weight=0.7))
 
 
 def test_forms_of_mutual_learning_are_those_of_the_benchmarks():
@@ -226,17 +228,17 @@ def test_forms_of_mutual_learning_are_those_of_the_benchmarks():
     for v in z.values():
         v.requires_grad_()
     students = list(z.values())
-    hard = functional.ce_each(students, LABELS).sum()
+    hard = paper_totals.ce_each(students, LABELS).sum()
     okddip = {"form": "eps", "detach": False, "temperature": 3.0}
-    smooth = functional.ce_each(students, LABELS, label_smoothing=0.1).sum()
+    smooth = paper_totals.ce_each(students, LABELS, label_smoothing=0.1).sum()
     for options, rest, want in (
-        ({}, hard, functional.dml(students, LABELS)),
-        ({"form": "tf"}, smooth, functional.dml_tf(students, LABELS)),
-        (okddip, hard, functional.dml_okddip(students, LABELS)),
-        (okddip | {"target": "ensemble"}, hard, functional.dml_okddip(students, LABELS, ensemble_first=True)),
+        ({}, hard, paper_totals.dml(students, LABELS)),
+        ({"form": "tf"}, smooth, paper_totals.dml_tf(students, LABELS)),
+        (okddip, hard, paper_totals.dml_okddip(students, LABELS)),
+        (okddip | {"target": "ensemble"}, hard, paper_totals.dml_okddip(students, LABELS, ensemble_first=True)),
         (
             {"form": "soft-ce", "target": "ensemble", "temperature": 2.0}, hard,
-            functional.cl_paper(students, LABELS) * 2,
+            paper_totals.cl_paper(students, LABELS) * 2,
         ),
     ):  # fmt: skip
         total = (
@@ -252,7 +254,7 @@ def test_forms_of_mutual_learning_are_those_of_the_benchmarks():
         torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------- the average
+# -------------------------------------------------------------------------------------- the average
 @pytest.mark.parametrize("count", ["constant", "from 0", "from 1"])
 def test_ema_is_the_slow_loop(count, digits):
     ema = EMATeacher(1.0, decay=0.6, count=count)
@@ -320,7 +322,7 @@ def test_accumulated_batches_make_one_update(digits):
 def test_first_steps_of_a_teacher_of_its_own(digits):
     """Two SGD steps by hand on the batches that the run begins with; the run itself does not notice."""
     ema = EMATeacher(0.0, init_steps=2, init_lr=0.3)
-    _, kept = train(digits, Peers(nets(2)), ema)
+    _, kept = train(digits, Peers(nets(2)), ema, channels_last=False)
     hand = Peers(nets(2)).train()
     for batch in kept.batches[:2]:
         loss = sum(functional.ce(z, batch["y"]) for z in hand.train_logits(batch).values()) / 2
@@ -331,7 +333,7 @@ def test_first_steps_of_a_teacher_of_its_own(digits):
         hand.zero_grad()
     for k, v in hand.state_dict().items():
         torch.testing.assert_close(kept.first[k], v, rtol=1e-5, atol=1e-6)
-    _, plain = train(digits, Peers(nets(2)))
+    _, plain = train(digits, Peers(nets(2)), channels_last=False)
     assert all(same(a, b) for a, b in zip(plain.weights, kept.weights, strict=True))
     _, own = train(digits, Peers(nets(2)), EMATeacher(0.0, init="independent"))
     conv = next(k for k in own.first if k.endswith("weight"))
@@ -355,7 +357,7 @@ def test_the_copy_of_branches_is_a_team_of_its_own():
     assert list(ema.predict(views[:, 0])) == ["ema", "ema/branch1", "ema/branch2", "ema/ensemble"]
 
 
-# -------------------------------------------------------------------------------------------------------------- order
+# -------------------------------------------------------------------------------------------- order
 def test_the_order_in_which_callbacks_are_listed_does_not_matter(digits):
     made = []
     for order in itertools.permutations(range(4)):
@@ -385,13 +387,13 @@ def test_the_order_in_which_callbacks_are_listed_does_not_matter(digits):
     ]  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------- resume
+# ------------------------------------------------------------------------------------------- resume
 class StopAt(Callback):
     def __init__(self, step):
         self.step = step
 
     def on_step_end(self, run, step):
-        run.signalled = run.signalled or run.clock.step == self.step
+        run.stop_signal.received |= run.clock.step == self.step
 
 
 def no_clock(rows):
@@ -433,7 +435,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(which, valued, tmp_path):
         assert same(net.state_dict(), part.networks()[name].state_dict())
 
 
-# ---------------------------------------------------------------------------------------------------------------- dcl
+# ---------------------------------------------------------------------------------------------- dcl
 def test_merged_statistics_and_momentum(digits):
     """An exchange by hand, of what an optimizer has kept after two steps."""
 
@@ -530,19 +532,19 @@ def test_exchanges_between_two_shares_of_the_run(digits):
         assert merger.steps == want
 
 
-# ---------------------------------------------------------------------------------------------------------- diversity
-def twins():
+# ---------------------------------------------------------------------------------------- diversity
+def identical():
     method = Peers(nets(2))
     method.peers["peer1"].load_state_dict(method.peers["student"].state_dict())
     return method
 
 
-def test_twins_are_told_and_peers_are_not(digits):
+def test_identical_networks_are_noticed_and_peers_are_not(digits):
     options = {"epochs": 3, "batch_size": 48}
     with pytest.warns(
-        HomogeneityWarning, match="epoch 2: the networks of this run have become one"
+        CollapseWarning, match="epoch 2: the peers have collapsed"
     ) as found:
-        train(digits, twins(), Diversity(after=0), **options)
+        train(digits, identical(), Diversity(after=0), **options)
     assert len(found) == 1
     result, _ = train(
         digits, Peers(nets(2)), MutualKL(1.0), EMATeacher(1.0), Diversity(after=0), **options
@@ -550,18 +552,18 @@ def test_twins_are_told_and_peers_are_not(digits):
     rows = [r for r in result.history if r["event"] == "diversity"]
     names = {"weights", "disagreement", "knowledge"}
     assert len(rows) == 3 and all({*names, *(f"ema/{n}" for n in names)} <= r.keys() for r in rows)
-    train(digits, twins(), Diversity(), **options)  # nothing is judged before 200 batches
+    train(digits, identical(), Diversity(), **options)  # nothing is judged before 200 batches
 
 
-def test_an_average_that_is_the_other_network_is_told(digits):
+def test_an_average_that_equals_the_other_network_is_noticed(digits):
     """As in a collapse of PCL: the averages of the others say what each network says."""
-    with pytest.warns(HomogeneityWarning, match="ema/knowledge"):
-        train(digits, twins(), EMATeacher(1.0, count="from 0"), Diversity(after=0), epochs=2)
+    with pytest.warns(CollapseWarning, match="ema/knowledge"):
+        train(digits, identical(), EMATeacher(1.0, count="from 0"), Diversity(after=0), epochs=2)
 
 
 def test_numbers_of_one_batch():
     z = [torch.eye(4) * 5, torch.eye(4)[[1, 0, 2, 3]] * 5]
-    row = measured(z, torch.tensor([0, 1, 2, -1]))
+    row = measure_batch(z, torch.tensor([0, 1, 2, -1]))
     assert row["disagreement"] == 50 and row["errors"] == pytest.approx(100 / 3)
     kl = [functional.kd(a, b, temperature=1.0) for a, b in (z, z[::-1])]
     torch.testing.assert_close(row["kl"], sum(kl) / 2)
@@ -570,7 +572,7 @@ def test_numbers_of_one_batch():
     )
 
 
-# --------------------------------------------------------------------------------------------------------- strategies
+# --------------------------------------------------------------------------------------- strategies
 @pytest.mark.parametrize("name, options, terms, product", [
     ("dml", {"peers": 3, "form": "eps"}, {"mutual", "ce", "ce/peer1", "ce/peer2"}, "student"),
     ("dcl", {"every": 2, "statistics": "merged", "moments": "reset"}, {"ce", "ce/peer1"}, "student"),
@@ -632,7 +634,7 @@ def test_peers_of_a_list_and_other_architectures(digits):
     (lambda d: EMATeacher(mode="frozen"), "mode is 'frozen'"),
     (lambda d: EMATeacher(init="random"), "init is 'random'"),
     (lambda d: EMATeacher(decay=1.5), "decay is 1.5"),
-    (lambda d: EMATeacher(-1.0), "the weight is -1.0"),
+    (lambda d: EMATeacher(-1.0), "weight is -1.0; allowed: a finite number from 0"),
     (lambda d: EMATeacher(temperature=0), "temperature is 0"),
     (lambda d: EMATeacher(init_steps=-1), "init_steps is -1"),
     (lambda d: train(d, Peers(nets(1)), EMATeacher()), "needs two networks or more, this run trains 1"),
@@ -640,26 +642,38 @@ def test_peers_of_a_list_and_other_architectures(digits):
     (lambda d: train(d, Peers(nets(2)), EMATeacher(init_steps=9)), "init_steps=9, an epoch has 3 batches"),
     (lambda d: DecayingEnsemble(decay="step"), "decay is 'step'; allowed: 'exponential', 'cosine', 'linear'"),
     (lambda d: DecayingEnsemble(rate=-1), "rate is -1"),
-    (lambda d: DecayingEnsemble(length=3), "length is 3: epochs above 0, of decay='cosine' or 'linear'"),
+    (lambda d: DecayingEnsemble(length=3), r"length is 3; allowed: a number above 0 \(epochs\), with decay='cosine' or 'linear'"),
     (lambda d: DecayingEnsemble(temperature=0), "temperature is 0"),
-    (lambda d: DecayingEnsemble(-1.0), "the weight is -1.0"),
+    (lambda d: DecayingEnsemble(-1.0), "weight is -1.0; allowed: a finite number from 0"),
     (lambda d: train(d, Peers(nets(1)), DecayingEnsemble()), "DecayingEnsemble needs two networks or more"),
     (lambda d: KDCL(rule="best"), "rule is 'best'; allowed: 'naive'"),
     (lambda d: KDCL(temperature=0), "temperature is 0"),
-    (lambda d: KDCL(-1.0), "the weight is -1.0"),
+    (lambda d: KDCL(-1.0), "weight is -1.0; allowed: a finite number from 0"),
     (lambda d: train(d, Peers(nets(1)), KDCL()), "KDCL needs two networks or more"),
     (lambda d: train(d, Peers(nets(2)), KDCL(rule="general")), "there is none: set validation=0.1"),
     (lambda d: MutualKL(form="js"), "form is 'js'; allowed: 'kl', 'eps', 'soft-ce', 'tf'"),
     (lambda d: MutualKL(form="tf", temperature=2.0), "form='tf' has temperature=1.0"),
     (lambda d: DCLMerger(statistics="mean"), "statistics is 'mean'; allowed: 'own', 'merged', 'recalibrated'"),
     (lambda d: DCLMerger(momentum="none"), "momentum is 'none'"),
-    (lambda d: DCLMerger(start=0.6, until=0.5), "start is 0.6 and until 0.5: shares of the run"),
+    (lambda d: DCLMerger(start=0.6, until=0.5), "start is 0.6 and until 0.5; allowed: shares of the run"),
     (lambda d: Diversity(0), "every is 0"),
     (lambda d: Diversity(after=-1), "after is -1"),
     (lambda d: train(d, Peers(nets(1)), Diversity()), "Diversity compares two networks or more"),
-    (lambda d: create_method("dml", Taps(nets(1)[0], None, 16), peers=1), "peers is 1: a number of networks from 2"),
+    (lambda d: create_method("dml", Taps(nets(1)[0], None, 16), peers=1), "peers is 1; allowed: a whole number of networks from 2"),
     (lambda d: create_method("dkel", Taps(nets(1)[0], None, 16), rampup="none"), "rampup is 'none'"),
 ])  # fmt: skip
 def test_messages(make, message, digits):
     with pytest.raises(ValueError, match=message):
         make(digits)
+
+
+# ---------------------------------------------------------------------------------------- old names
+def test_old_names_still_work_and_warn():
+    from kdtoolkit import callbacks
+
+    with pytest.warns(DeprecationWarning, match="HomogeneityWarning is now .*CollapseWarning"):
+        assert callbacks.HomogeneityWarning is CollapseWarning
+    for value in (False, "a method"):
+        with pytest.warns(DeprecationWarning, match="product=.* is named export=.* now"):
+            assert EMATeacher(product=value).export == value
+    assert EMATeacher().export is True

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kdtoolkit.data.batch_order import split_repeats
 from kdtoolkit.data.images import to_uint8
-from kdtoolkit.data.sampling import split_repeats
 from kdtoolkit.data.tables import Table
 
 MAX_CACHE_BYTES = 4 * 2**30

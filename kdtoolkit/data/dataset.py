@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdtoolkit.data.augment import BatchAugment
-from kdtoolkit.data.sampling import RepeatBatchSampler, Sampling
+from kdtoolkit.data.batch_order import RepeatBatchSampler, Sampling
 from kdtoolkit.data.stream import StreamDataset
 from kdtoolkit.types import Batch
 

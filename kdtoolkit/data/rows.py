@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kdtoolkit.data.batch_order import split_repeats
 from kdtoolkit.data.images import to_tensor
 from kdtoolkit.data.labels import check_labels
-from kdtoolkit.data.sampling import split_repeats
 from kdtoolkit.data.seeding import derive_seed, seeded_generators
 from kdtoolkit.data.tables import Table
 from kdtoolkit.data.transforms import ImageTransform

@@ -12,9 +12,10 @@ from torch.utils.data import IterableDataset
 
 from kdtoolkit.data.columns import ColumnNames, Columns, find_columns
 from kdtoolkit.data.images import decode_image, to_tensor
+from kdtoolkit.data.items import split_item
 from kdtoolkit.data.labels import check_labels
 from kdtoolkit.data.seeding import derive_seed, seeded_generators
-from kdtoolkit.data.tables import Row, split_item
+from kdtoolkit.data.tables import Row
 from kdtoolkit.data.transforms import ImageTransform
 
 if TYPE_CHECKING:

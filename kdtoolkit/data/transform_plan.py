@@ -8,18 +8,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kdtoolkit.data.augment import BatchAugment
 from kdtoolkit.data.cache import fits_in_memory
-from kdtoolkit.data.images import image_size as size_of
 from kdtoolkit.data.images import to_tensor
 from kdtoolkit.data.open_splits import OpenSplits, SplitSource
 from kdtoolkit.data.options import TransformOption
+from kdtoolkit.data.probing import find_common_size, first_image, gives_floats, probe_sizes
 from kdtoolkit.data.seeding import seeded_generators
-from kdtoolkit.data.stream import StreamDataset
 from kdtoolkit.data.tables import Table, TorchTable
 from kdtoolkit.data.transforms import (
     ImageTransform,
@@ -27,14 +24,11 @@ from kdtoolkit.data.transforms import (
     resize_transform,
     train_transform,
 )
-from kdtoolkit.data.user_loader import first_batch
 
 MAX_SMALL_SIDE = (
     96  # pixels; up to here images of equal size are shifted and flipped, larger ones are cropped
 )
 DEFAULT_SIDE = 224  # pixels
-PROBED_ROWS = 64  # images whose size is looked at
-PROBED_ROWS_RANDOM = 8  # the same, where reading a row is not the same each time
 MAX_TEXT = 200  # characters of a transform's description
 
 
@@ -90,9 +84,9 @@ def plan_transforms(
         return _plan_user_transforms(train, *option)
     if isinstance(train, DataLoader):
         return _plan_user_loader(train, option, image_size)
-    common_size = None if sizes_differ else _common_size(splits)
+    common_size = None if sizes_differ else find_common_size(splits)
     is_default = option is None and preset is None
-    keeps_floats = is_default and _gives_floats(train)  # the data set's own transforms made them
+    keeps_floats = is_default and gives_floats(train)  # the data set's own transforms made them
     if common_size is not None:
         size = image_size or common_size
         if keeps_floats:
@@ -132,7 +126,7 @@ def _plan_batched(
 
 
 def _is_cacheable(table: Table) -> bool:
-    return table.is_cacheable and not _gives_floats(table)
+    return table.is_cacheable and not gives_floats(table)
 
 
 def _plan_user_transforms(
@@ -143,7 +137,7 @@ def _plan_user_transforms(
             "transforms has no effect on a DataLoader: put the callable into its data set"
         )
     with seeded_generators(0):
-        image = to_tensor(for_train(_first_image(train)), "the output of transforms")
+        image = to_tensor(for_train(first_image(train)), "the output of transforms")
     text = f"the user's, per sample: {_describe_transform(for_train)}"
     size = (image.shape[1], image.shape[2])
     return TransformPlan(size, None, for_train, for_eval, cache=False, description=text)
@@ -154,7 +148,7 @@ def _plan_user_loader(
 ) -> TransformPlan:
     if image_size is not None:
         raise ValueError("image_size has no effect on a DataLoader: resize in its data set")
-    size = next(iter(_probe_sizes(train)))
+    size = next(iter(probe_sizes(train)))
     augment = _augment_of(option, size)
     text = str(augment) if augment else "the user's DataLoader's own"
     return TransformPlan(size, augment, None, None, cache=False, description=text)
@@ -189,44 +183,3 @@ def _describe_floats(train: SplitSource) -> str:
 def _describe_transform(transform: ImageTransform) -> str:
     text = getattr(transform, "__qualname__", None) or " ".join(repr(transform).split())
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 3] + "..."
-
-
-def _first_image(source: SplitSource) -> Any:
-    """The first image, before any transform of ours."""
-    if isinstance(source, StreamDataset):
-        first = next(source.read(), None)
-        if first is None:
-            raise ValueError(f"split {source.split!r}: the stream holds no rows")
-        return first.image
-    if isinstance(source, DataLoader):
-        return first_batch(source)["x"][0]
-    return source.read(np.array([0]))[0].image
-
-
-def _gives_floats(source: SplitSource) -> bool:
-    """Whether the data set itself gives float tensors; they must be in [0, 1]."""
-    with seeded_generators(0):
-        image = _first_image(source)
-    if not isinstance(image, Tensor) or not image.is_floating_point():
-        return False
-    to_tensor(image, "the first image")
-    return True
-
-
-def _common_size(splits: OpenSplits) -> tuple[int, int] | None:
-    """The (H, W) that all images looked at have, or None."""
-    train = splits.train
-    tables = [table for table in splits.tables().values() if table is not train]
-    found = set().union(*(_probe_sizes(source) for source in [train, *tables]))
-    return next(iter(found)) if len(found) == 1 else None
-
-
-def _probe_sizes(source: SplitSource) -> set[tuple[int, int]]:
-    """The (H, W) of some images, spread over the split."""
-    with seeded_generators(0):
-        if isinstance(source, (StreamDataset, DataLoader)):
-            shape = to_tensor(_first_image(source), "the first image").shape
-            return {(shape[1], shape[2])}
-        most = PROBED_ROWS if source.is_cacheable else PROBED_ROWS_RANDOM
-        rows = np.linspace(0, len(source) - 1, min(most, len(source))).astype(int)
-        return {size_of(row.image) for row in source.read(rows)}

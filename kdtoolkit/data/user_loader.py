@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, get_worker_info
 
 from kdtoolkit.data.images import check_pixel_range
+from kdtoolkit.data.items import split_item
 from kdtoolkit.data.labels import check_labels
-from kdtoolkit.data.tables import split_item
 
 KEPT_OPTIONS = (
     "num_workers",

@@ -1,187 +1,253 @@
-"""Metrics as counts: what every metric here shares, and the Meter that updates several of them together.
+"""Metrics as counts: what every metric here shares.
 
-A metric keeps one small float64 vector on the device of the predictions; its entry 0 is the number of samples.
-Counts of batches and of ranks are added, so batches and ranks of unequal size give the number that one pass over all
-data gives. Nothing is written to disk, nothing waits for the device before `compute()`.
+A metric keeps one small float64 vector on the device of the predictions; its entry 0 is the number
+of samples. Counts of batches and of ranks are added, so batches and ranks of unequal size give the
+number that one pass over all data gives. Nothing is written to disk, and nothing waits for the
+device before `compute()`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import Literal, NoReturn
 
 import datasets
 import evaluate
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 INPUTS = """
 Args:
-    predictions: logits (B, C), or (B, C, ...) with classes in dimension 1; tensor, numpy array or list
+    predictions: logits (B, C), or (B, C, ...) with classes in dimension 1; tensor, array or list
     references: what they are compared with, (B, ...); see the class
 """
 
 
-class Counting(evaluate.Metric):
-    """Base of the metrics: `counts` says what a batch adds, `result` turns the sums into numbers.
+class CountingMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
+    """Base of the metrics: `count` says what a batch adds, `result` turns the sums into numbers.
 
-    sync  add the counts of all ranks in compute(), a collective call. False: this rank only.
+    Args:
+        sync: Add the counts of all ranks in `compute()`, a collective call. False: this rank only.
+
+    Attributes:
+        key: Name of the number that `compute()` returns.
+        num_counts: Length of the vector of counts.
+        compares_with: What `Meter` passes as references: the labels or the teacher's predictions.
+
+    Example:
+        >>> Top1().compute(predictions=[[0.1, 0.9], [0.8, 0.2]], references=[1, 1])
+        {'top1': 50.0}
     """
 
-    key: str = ""  # name of the number in what compute() returns
-    width: int = 2  # how many counts
-    against: str = "labels"  # what Meter passes as references: "labels" | "teacher"
+    key: str = ""
+    num_counts: int = 2
+    compares_with: Literal["labels", "teacher"] = "labels"
     _counts: Tensor | None
-    _samples: int
+    _num_samples: int
 
-    def __init__(self, sync: bool = True):
+    def __init__(self, sync: bool = True) -> None:
         super().__init__()
         self.sync = sync
         self._clear()
 
-    def counts(self, logits: Tensor, references: Tensor) -> Tensor:
-        """(N, C) logits and (N,) ids (or (N, C), where the class says so) -> (width,) float64, entry 0 = N."""
+    def count(self, logits: Tensor, references: Tensor) -> Tensor:
+        """Count what a batch adds.
+
+        Args:
+            logits: (N, C) float.
+            references: Class ids (N,), or (N, C) where the class says so.
+
+        Returns:
+            (num_counts,) float64, of which entry 0 is N.
+        """
         raise NotImplementedError
 
-    def result(self, counts: list[float]) -> dict[str, Any]:
-        """The summed counts -> named numbers."""
+    def result(self, counts: list[float]) -> dict[str, float]:
+        """Turn the summed counts into named numbers.
+
+        Args:
+            counts: Sums over batches and ranks, `num_counts` of them.
+
+        Returns:
+            Numbers by name.
+        """
         raise NotImplementedError
 
-    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Add a batch."""
+    def add_batch(
+        self,
+        *,
+        predictions: ArrayLike | Tensor | None = None,
+        references: ArrayLike | Tensor | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            predictions: Logits (B, C), or (B, C, ...) with classes in dimension 1.
+            references: What they are compared with, (B, ...).
+            kwargs: None are allowed; `evaluate.Metric` has them.
+
+        Raises:
+            ValueError: If one is missing or the shapes do not fit.
+        """
         if kwargs:
             raise ValueError(
                 f"{self.key}: unknown inputs {sorted(kwargs)}; allowed: predictions, references"
             )
         if predictions is None or references is None:
             raise ValueError(
-                f"{self.key} needs both predictions and references; pass logits (B, C) and what to compare with"
+                f"{self.key} needs both predictions and references; "
+                "pass logits (B, C) and what to compare with"
             )
-        logits, references = _rows(self.key, predictions, references)
+        logits, targets = _flatten_batch(self.key, predictions, references)
         with torch.no_grad():
-            counts = self.counts(logits, references)
-            self._counts = (
-                counts if self._counts is None else self._counts.to(counts.device) + counts
-            )
-        self._samples += len(logits)
+            counts = self.count(logits, targets)
+            if self._counts is not None:
+                counts = self._counts.to(counts.device) + counts
+        self._counts = counts
+        self._num_samples += len(logits)
 
-    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
-        """Add one sample: logits (C,) and what they are compared with."""
+    def add(
+        self,
+        *,
+        prediction: ArrayLike | Tensor | None = None,
+        reference: ArrayLike | Tensor | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Add one sample.
+
+        Args:
+            prediction: Logits (C,).
+            reference: What they are compared with.
+            kwargs: None are allowed; `evaluate.Metric` has them.
+
+        Raises:
+            ValueError: If one is missing.
+        """
         if prediction is None or reference is None:
             raise ValueError(
-                f"{self.key} needs both prediction and reference, got {prediction!r} and {reference!r}"
+                f"{self.key} needs both prediction and reference, "
+                f"got {prediction!r} and {reference!r}; pass both"
             )
         self.add_batch(
-            predictions=_tensor(prediction)[None], references=_tensor(reference)[None], **kwargs
+            predictions=_to_tensor(prediction)[None],
+            references=_to_tensor(reference)[None],
+            **kwargs,
         )
 
     def compute(
-        self, *, predictions: Any = None, references: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Add the batch, if one is given, then return the named numbers over all batches and ranks, and start anew."""
+        self,
+        *,
+        predictions: ArrayLike | Tensor | None = None,
+        references: ArrayLike | Tensor | None = None,
+        **kwargs: object,
+    ) -> dict[str, float]:
+        """Return the named numbers over all batches and ranks, and clear the counts.
+
+        Args:
+            predictions: Logits of a batch to add first, or None.
+            references: What they are compared with, or None.
+            kwargs: None are allowed; `evaluate.Metric` has them.
+
+        Returns:
+            Numbers by name.
+
+        Raises:
+            ValueError: If no sample was added on any rank.
+        """
         if predictions is not None or references is not None or kwargs:
             self.add_batch(predictions=predictions, references=references, **kwargs)
-        return _finish([self])[0] or _nothing(self.key)
+        numbers = compute_all([self])[0]
+        return raise_no_samples(self.key) if numbers is None else numbers
 
     def __len__(self) -> int:
-        """Samples seen by this rank since the last compute()."""
-        return self._samples
+        return self._num_samples  # of this rank, since the last compute()
 
     def _clear(self) -> None:
         self._counts = None
-        self._samples = 0
+        self._num_samples = 0
 
     def _build_data_dir(self) -> str:  # evaluate would make a cache folder
         return ""
 
     def _info(self) -> evaluate.MetricInfo:
-        kind = datasets.Value("float32")
+        logit = datasets.Value("float32")
         return evaluate.MetricInfo(
             description=type(self).__doc__ or "",
             citation="",
             inputs_description=INPUTS,
             features=datasets.Features(
-                {"predictions": [kind], "references": datasets.Value("int64")}
+                {"predictions": [logit], "references": datasets.Value("int64")}
             ),
         )
 
 
-class Meter:
-    """Several metrics, updated together and added over ranks in one collective call."""
+def compute_all(metrics: list[CountingMetric]) -> list[dict[str, float] | None]:
+    """Sum the counts over ranks, clear them, and turn them into numbers.
 
-    def __init__(self, metrics: Iterable[Counting]):
-        self.metrics = list(metrics)
-        if not self.metrics:
-            raise ValueError("Meter got no metrics; pass at least one, such as [Top1()]")
-        if len({m.sync for m in self.metrics}) > 1:
-            raise ValueError(
-                "Meter got metrics with sync=True and with sync=False; make them all alike"
-            )
+    Args:
+        metrics: The metrics, whose counts are added in one collective call.
 
-    def add(self, predictions: Any, references: Any, teacher: Any = None) -> None:
-        """Logits (B, C), labels (B,) and the teacher's logits or class ids. Without it, `Agreement` is left out."""
-        for metric in self.metrics:
-            against = teacher if metric.against == "teacher" else references
-            if against is not None:
-                metric.add_batch(predictions=predictions, references=against)
-
-    def compute(self) -> dict[str, Any]:
-        """Named numbers of all metrics over all batches and ranks; starts anew."""
-        found = _finish(self.metrics)
-        if not any(found):
-            _nothing(", ".join(m.key for m in self.metrics))
-        return {key: value for numbers in found if numbers for key, value in numbers.items()}
-
-
-def _finish(metrics: list[Counting]) -> list[dict[str, Any] | None]:
-    """Sum over ranks, clear, and turn into numbers; None for a metric that no rank has given a sample."""
+    Returns:
+        Numbers by name for each metric; None for one that no rank has given a sample.
+    """
     zeros = torch.zeros((), dtype=torch.float64)
-    parts = [zeros.new_zeros(m.width) if m._counts is None else m._counts for m in metrics]
-    device = next((p.device for p in parts if p.device.type != "cpu"), zeros.device)
-    counts = torch.cat([p.to(device) for p in parts])
+    parts = [
+        zeros.new_zeros(metric.num_counts) if metric._counts is None else metric._counts
+        for metric in metrics
+    ]
+    device = next((part.device for part in parts if part.device.type != "cpu"), zeros.device)
+    counts = torch.cat([part.to(device) for part in parts])
     if metrics[0].sync and dist.is_available() and dist.is_initialized():
-        if dist.get_backend() == "nccl":
-            counts = counts.to(
-                torch.device("cuda", torch.cuda.current_device())
-            )  # ranks without a batch have CPU zeros
-        counts = counts.clone()  # counts made in inference mode must not be written in place
-        dist.all_reduce(counts)
-    sums = counts.cpu().split([m.width for m in metrics])
+        counts = _sum_over_ranks(counts)
+    sums = torch.split(counts.cpu(), [metric.num_counts for metric in metrics])
     for metric in metrics:
         metric._clear()
-    return [m.result(s.tolist()) if s[0] > 0 else None for m, s in zip(metrics, sums, strict=True)]
+    return [
+        metric.result(total.tolist()) if total[0] > 0 else None
+        for metric, total in zip(metrics, sums, strict=True)
+    ]
 
 
-def _nothing(names: str) -> dict[str, Any]:
+def _sum_over_ranks(counts: Tensor) -> Tensor:
+    if dist.get_backend() == "nccl":  # ranks without a batch have zeros on the CPU
+        counts = counts.to(torch.device("cuda", torch.cuda.current_device()))
+    counts = counts.clone()  # counts made in inference mode must not be written in place
+    dist.all_reduce(counts)
+    return counts
+
+
+def raise_no_samples(names: str) -> NoReturn:
+    """Raise the `ValueError` that no sample was added."""
     raise ValueError(
         f"{names}: compute() before any sample was added, on any rank; "
         "call add_batch first, or check that the data is not empty"
     )
 
 
-def _tensor(values: Any) -> Tensor:
+def _to_tensor(values: ArrayLike | Tensor) -> Tensor:
     return values.detach() if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
 
 
-def _rows(key: str, predictions: Any, references: Any) -> tuple[Tensor, Tensor]:
-    """Any input -> logits (N, C) and references (N,) or (N, C) on the logits' device, classes last."""
-    logits, references = _tensor(predictions), _tensor(references)
-    fits = logits.ndim >= 2 and references.shape in (
-        logits.shape,
-        logits.shape[:1] + logits.shape[2:],
-    )
-    if not fits:
+def _flatten_batch(
+    key: str, predictions: ArrayLike | Tensor, references: ArrayLike | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Any input as logits (N, C) and references (N,) or (N, C) on the logits' device."""
+    logits, targets = _to_tensor(predictions), _to_tensor(references)
+    without_classes = logits.shape[:1] + logits.shape[2:]
+    if logits.ndim < 2 or targets.shape not in (logits.shape, without_classes):
         raise ValueError(
-            f"{key} got predictions of shape {tuple(logits.shape)} and references of shape {tuple(references.shape)}; "
-            "expected logits (B, C) with references (B,): pass the network's logits, not class ids"
+            f"{key} got predictions of shape {tuple(logits.shape)} and references of shape "
+            f"{tuple(targets.shape)}; expected logits (B, C) with references (B,): "
+            "pass the network's logits, not class ids"
         )
-    if references.ndim == logits.ndim:
-        references = references.movedim(1, -1).reshape(-1, logits.shape[1])
+    if targets.ndim == logits.ndim:
+        targets = targets.movedim(1, -1).reshape(-1, logits.shape[1])
     else:
-        references = references.reshape(-1)
+        targets = targets.reshape(-1)
     logits = logits.movedim(1, -1).reshape(-1, logits.shape[1])
     if logits.dtype != torch.float64:
         logits = logits.float()
-    return logits, references.to(logits.device)
+    return logits, targets.to(logits.device)

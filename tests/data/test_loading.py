@@ -1,10 +1,12 @@
-"""kdtoolkit.data: sources, columns, splits, memory cache, workers, augmentation and errors; real images throughout."""
+"""kdtoolkit.data: sources, columns, splits, cache, workers, augmentation, errors; real images."""
 
 from __future__ import annotations
 
 import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -759,7 +761,10 @@ ERRORS = {
         lambda s, p: kd.load(as_stream(s, p), validation=0.1),
         r"validation=0\.1: rows of a stream",
     ),
-    "train_limit": (lambda s, p: kd.load(s, train_limit=0), r"train_limit is 0; allowed: a whole number from 1"),
+    "train_limit": (
+        lambda s, p: kd.load(s, train_limit=0),
+        r"train_limit is 0; allowed: a whole number from 1",
+    ),
     "transforms": (
         lambda s, p: kd.load(s, transforms="flip"),
         r"transforms='flip': allowed are None",
@@ -773,7 +778,10 @@ ERRORS = {
         lambda s, p: kd.load(s, transforms=lambda i: torch.zeros(4, 8, 8)),
         r"shape \(4, 8, 8\)",
     ),
-    "num_workers": (lambda s, p: kd.load(s, num_workers=-1), r"num_workers is -1; allowed: a whole number from 0 .*or 'auto'"),
+    "num_workers": (
+        lambda s, p: kd.load(s, num_workers=-1),
+        r"num_workers is -1; allowed: a whole number from 0 .*or 'auto'",
+    ),
     "image_size": (lambda s, p: kd.load(s, image_size=0), r"image_size=0: a number of pixels"),
     "normalised tensors": (lambda s, p: kd.load(TensorDataset(X - 2, Y)), r"remove Normalize"),
     "unlabelled loader": (lambda s, p: kd.load(loader_of(X), num_classes=2), r"labels are needed"),
@@ -814,8 +822,14 @@ ERRORS = {
         ),
         r"reflect padding of 16 px needs images larger than 16x16",
     ),
-    "mode": (lambda s, p: BatchAugment(mode="edge"), r"mode of BatchAugment is 'edge'; allowed: 'zeros', 'reflect'"),
-    "flip": (lambda s, p: BatchAugment(flip=2), r"flip of BatchAugment is 2; allowed: a finite number from 0 up to 1"),
+    "mode": (
+        lambda s, p: BatchAugment(mode="edge"),
+        r"mode of BatchAugment is 'edge'; allowed: 'zeros', 'reflect'",
+    ),
+    "flip": (
+        lambda s, p: BatchAugment(flip=2),
+        r"flip of BatchAugment is 2; allowed: a finite number from 0 up to 1",
+    ),
     "sizes of a batch": (
         lambda s, p: batches(
             kd.load(odd_sizes(), transforms=v2.PILToTensor(), num_workers=0).train
@@ -862,11 +876,25 @@ def test_misspelt_preset_never_asks_the_hub(monkeypatch, name, meant):
 
 
 def test_seeded_restores_after_an_error():
+    def fail():
+        with seeded_generators(1):
+            torch.rand(3)
+            raise RuntimeError
+
     before = torch.get_rng_state()
-    with pytest.raises(RuntimeError), seeded_generators(1):
-        torch.rand(3)
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fail()
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_imports_are_light():
+    heavy = ("datasets", "evaluate", "sklearn", "pandas", "scipy", "pyarrow", "matplotlib")
+    code = (
+        "import sys, kdtoolkit.data.dataset, kdtoolkit.data.loading, kdtoolkit.metrics\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 def test_fake_data_of_torchvision_reads_its_labels_once():

@@ -69,7 +69,7 @@ class Listed(Dataset):
 
 
 def partly(small, kind):
-    """The small data set with a third of its training labels gone, in several forms, and its true labels."""
+    """The small data set without a third of its training labels, and its true labels."""
     train, truth = small["train"], np.array(small["train"]["label"])
     if kind == "null":
         gone = [None if h else int(y) for h, y in zip(HIDDEN, truth, strict=True)]
@@ -96,7 +96,8 @@ def whole(split, size=64):
     return {k: torch.cat([b[k] for b in found]) for k in ("x", "y", "index")}
 
 
-# ------------------------------------------------------------------------------------------------ rows without a label
+# ------------------------------------------------------------------------------------------------
+# rows without a label
 @pytest.mark.parametrize("kind", ["null", "minus one", "tensors", "pairs", "dicts"])
 @pytest.mark.parametrize("transforms", [None, v2.PILToTensor()], ids=["in memory", "row by row"])
 def test_rows_without_a_label_are_kept_to_train_on_alone(small, kind, transforms):
@@ -260,7 +261,10 @@ ERRORS = {
         r"is a DataLoader of your own.*pass a map-style data set",
     ),
     "share": (lambda s: Mixed(1.0), r"labelled of Mixed is 1\.0; allowed: .* above 0 below 1"),
-    "partners": (lambda s: SameClass(-1), r"partners of SameClass is -1; allowed: a whole number from 0"),
+    "partners": (
+        lambda s: SameClass(-1),
+        r"partners of SameClass is -1; allowed: a whole number from 0",
+    ),
     "groups": (lambda s: SameClass(3)(np.zeros(64), 30, 0), r"batch_size 30 does not divide by 4"),
     "partners without": (
         lambda s: SameClass(1)(np.array([0, -1, 0]), 2, 0),
@@ -293,7 +297,8 @@ def test_errors_say_what_to_do(case, small):
         call(small)
 
 
-# ------------------------------------------------------------------------------------------------------------- batches
+# --------------------------------------------------------------------------------------------------
+# ----------- batches
 @pytest.fixture(scope="module")
 def labels():
     """Twenty labelled rows of four classes of unequal size, 100 without a label."""
@@ -381,14 +386,15 @@ def test_order_depends_on_seed_and_epoch_alone(labels, sampling):
     batches = sampling(given, 8, 1)
     assert list(batches) == list(batches) == order(1, 0)
     torch.manual_seed(9)
-    np.random.seed(9)  # noqa: NPY002
+    np.random.seed(9)
     assert (
         order(1, 0) == list(batches)
         and len({str(order(s, e)) for s in (1, 2) for e in (0, 1, 2)}) == 6
     )
 
 
-# -------------------------------------------------------------------------------------------------- through the loader
+# --------------------------------------------------------------------------------------------------
+# through the loader
 def loaders(small, sampling, **options):
     """In memory, row by row from HF, and from a torch data set whose labels only reading tells."""
     x, y = pixels(small["train"])
@@ -503,7 +509,8 @@ def test_ranks_share_every_batch(small, sampling):
             assert (batch["y"].view(4, 4) == batch["y"][::4, None]).all()
 
 
-# ------------------------------------------------------------------------------------------- cross-entropy of the peers
+# ------------------------------------------------------------------------------------------- cross-
+# entropy of the peers
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_peers_with_rows_without_a_label(small, smoothing):
     net = timm.create_model("cifar_resnet8", num_classes=10).eval()

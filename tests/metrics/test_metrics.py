@@ -1,4 +1,4 @@
-"""Metrics against slow loops and scikit-learn, over uneven batches and over two processes; cost and compression."""
+"""Metrics against slow loops and scikit-learn, over uneven batches and two processes; cost."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import nn
 
 from kdtoolkit import metrics
 from kdtoolkit.metrics.classification import ECE, Agreement, CrossEntropy, Top1, Top5
-from kdtoolkit.metrics.compress import CompressionScore
-from kdtoolkit.metrics.cost import Cost
-from kdtoolkit.metrics.counting import Meter
+from kdtoolkit.metrics.compression_score import CompressionScore
+from kdtoolkit.metrics.meter import Meter
+from kdtoolkit.metrics.model_cost import Cost
 
 ALL = [Top1, Top5, ECE, CrossEntropy, Agreement]
 
@@ -61,7 +61,7 @@ def test_one_go_equals_sklearn_and_slow_loops():
     logits, labels, teacher = sample()
     want = expected(logits, labels, teacher)
     for metric in (m() for m in ALL):
-        references = teacher if metric.against == "teacher" else labels
+        references = teacher if metric.compares_with == "teacher" else labels
         got = metric.compute(predictions=logits, references=references)
         assert got == {metric.key: pytest.approx(want[metric.key], abs=1e-4)}
 
@@ -177,7 +177,7 @@ BIG = Cost(1000, 10_000, 8.0)
 
 
 def score(teacher_top1=90.0, student_top1=85.0, classes=10, big=BIG, small=None):
-    return metrics.compression(
+    return metrics.score_compression(
         teacher_top1, student_top1, classes, big, small or Cost(250, 2500, 2.0)
     )
 
@@ -222,7 +222,7 @@ def test_compression_is_monotone_and_within_range():
 def test_compression_errors():
     with pytest.raises(ValueError, match="not above chance"):
         score(teacher_top1=10.0)
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="num_classes is 1; allowed: a whole number from 2"):
         score(classes=1)
     with pytest.raises(ValueError, match="params must be positive"):
         score(small=Cost(0, 10))
@@ -235,14 +235,14 @@ def test_compression_as_a_metric():
     for a, b in ((0, 100), (100, 237)):
         metric.add_batch(predictions=logits[a:b], references=labels[a:b])
     top1 = 100 * (logits.argmax(1) == labels).double().mean().item()
-    assert metric.compute() == pytest.approx(metrics.compression(90.0, top1, 10, BIG, small))
+    assert metric.compute() == pytest.approx(metrics.score_compression(90.0, top1, 10, BIG, small))
 
 
 def test_macs_and_params_of_known_layers():
     conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-    assert metrics.cost(conv, (3, 10, 12), latency=False) == Cost(216, 216 * 120, None)
+    assert metrics.measure_cost(conv, (3, 10, 12), latency=False) == Cost(216, 216 * 120, None)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
-    assert metrics.cost(linear, (3, 4, 4), latency=False)[:2] == (245, 240)
+    assert metrics.measure_cost(linear, (3, 4, 4), latency=False)[:2] == (245, 240)
 
 
 class Stubborn(nn.Module):
@@ -262,7 +262,7 @@ class Stubborn(nn.Module):
 
 def test_macs_fall_back_to_the_real_device():
     net = Stubborn().train()
-    found = metrics.cost(net, (3, 2, 2))
+    found = metrics.measure_cost(net, (3, 2, 2))
     assert found[:2] == (52, 48) and found.latency_ms > 0 and net.training and net.fc.training
 
 
@@ -273,7 +273,7 @@ def test_cost_leaves_the_model_as_it_was():
     net.layer2.register_forward_hook(lambda *a: fired.append(1))
     state = copy.deepcopy(net.state_dict())
     modes = [m.training for m in net.modules()]
-    found = metrics.costs({"a": net, "b": nn.Conv2d(3, 4, 1)}, (3, 32, 32))
+    found = metrics.measure_costs({"a": net, "b": nn.Conv2d(3, 4, 1)}, (3, 32, 32))
     assert found["a"].latency_ms > found["b"].latency_ms > 0 and not fired
     assert modes == [m.training for m in net.modules()] and len(net.layer2._forward_hooks) == 1
     assert all(
@@ -281,7 +281,7 @@ def test_cost_leaves_the_model_as_it_was():
     )
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
     with pytest.raises(ValueError, match="three sizes"):
-        metrics.cost(net, (32, 32))
+        metrics.measure_cost(net, (32, 32))
 
 
 def test_summary_is_what_the_report_reads():
@@ -289,13 +289,15 @@ def test_summary_is_what_the_report_reads():
         nn.Sequential(nn.Flatten(), nn.Linear(12, 40)),
         nn.Sequential(nn.Flatten(), nn.Linear(12, 10)),
     )
-    row = metrics.summary(big, small, (3, 2, 2), teacher_top1=90, student_top1=80, num_classes=10)
+    row = metrics.measure_compression(
+        big, small, (3, 2, 2), teacher_top1=90, student_top1=80, num_classes=10
+    )
     assert (
         row["params"] == 130
         and row["teacher_macs"] == 480
         and row["compression"]["params_ratio"] == 4
     )
-    row = metrics.summary(
+    row = metrics.measure_compression(
         big, small, (3, 2, 2), teacher_top1=9, student_top1=8, num_classes=10, latency=False
     )
     assert "compression" not in row and row["latency_ms"] is None
@@ -309,21 +311,28 @@ def test_each_network_is_measured_at_its_own_size():
         nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
     sizes = {"teacher": (3, 32, 32), "student": (3, 16, 16)}
-    found = metrics.costs({"teacher": vit, "student": conv}, sizes)
+    found = metrics.measure_costs({"teacher": vit, "student": conv}, sizes)
     assert found["student"].macs == 216 * 256 and found["teacher"].latency_ms > 0
-    row = metrics.summary(
+    row = metrics.measure_compression(
         vit, conv, sizes, teacher_top1=90, student_top1=80, num_classes=10, latency=False
     )
     assert row["macs"] == 216 * 256 and row["teacher_macs"] == found["teacher"].macs
     with pytest.raises(ValueError, match=r"no size for \['student'\]"):
-        metrics.costs({"teacher": vit, "student": conv}, {"teacher": (3, 32, 32)})
+        metrics.measure_costs({"teacher": vit, "student": conv}, {"teacher": (3, 32, 32)})
     with pytest.raises(ValueError, match="three sizes"):
-        metrics.costs({"student": conv}, {"student": (16, 16)})
+        metrics.measure_costs({"student": conv}, {"student": (16, 16)})
 
 
 def test_cost_of_a_model_that_hands_a_parameter_from_module_to_module():
     net = timm.create_model("pit_ti_224", num_classes=10, img_size=64)
-    cost = metrics.cost(net, (3, 64, 64), device="cpu")
+    cost = metrics.measure_cost(net, (3, 64, 64), device="cpu")
     assert (
         cost.macs > 10_000_000 and net.training and all(p.requires_grad for p in net.parameters())
     )
+
+
+def test_old_names_warn():
+    with pytest.warns(DeprecationWarning, match="measure_cost"):
+        assert metrics.cost is metrics.measure_cost
+    with pytest.warns(DeprecationWarning, match="score_compression"):
+        assert metrics.compression is metrics.score_compression

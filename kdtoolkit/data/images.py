@@ -51,7 +51,14 @@ def _image_feature() -> datasets.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn an image of any PIL mode into RGB; 16-bit grey is scaled to 8 bits."""
+    """Turn an image of any PIL mode into RGB.
+
+    Args:
+        image: The image; 16-bit grey is scaled to 8 bits.
+
+    Returns:
+        The RGB image, 8 bits a channel.
+    """
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -139,7 +146,14 @@ def check_pixel_range(x: Tensor, where: str) -> None:
 
 
 def image_size(image: Image.Image | np.ndarray | Tensor) -> tuple[int, int]:
-    """Return the (H, W) of an image in pixels."""
+    """Return the size of an image.
+
+    Args:
+        image: PIL image, (H, W) or (H, W, C) array, or (C, H, W) tensor.
+
+    Returns:
+        (H, W) in pixels.
+    """
     if isinstance(image, Tensor):
         return int(image.shape[-2]), int(image.shape[-1])
     width, height = to_pil(image).size

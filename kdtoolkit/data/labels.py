@@ -17,7 +17,14 @@ NO_LABEL = -1  # the label of a row without one
 
 
 def base_datasets(dataset: object) -> list[object]:
-    """Return the data sets under torch's `Subset` and `ConcatDataset`."""
+    """Find the data sets under torch's `Subset` and `ConcatDataset`.
+
+    Args:
+        dataset: A torch or HF data set.
+
+    Returns:
+        Those under it, or `dataset` itself where it is neither.
+    """
     if isinstance(dataset, Subset):
         return base_datasets(dataset.dataset)
     if isinstance(dataset, ConcatDataset):

@@ -117,7 +117,14 @@ class SplitBuilder:
 
 
 def describe_storage(splits: dict[str, Split]) -> str:
-    """Describe in words how the training data is held."""
+    """Describe how the training data is held.
+
+    Args:
+        splits: Splits by name.
+
+    Returns:
+        In memory (with the MiB of all splits), row by row, streamed, or the user's DataLoader.
+    """
     train = splits["train"]
     if isinstance(train.dataset, CachedDataset):
         datasets = [split.dataset for split in splits.values()]

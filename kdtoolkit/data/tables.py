@@ -80,7 +80,11 @@ class HFTable:
         return len(self.images)
 
     def hide_labels(self, rows: np.ndarray) -> None:
-        """Replace the labels of these rows by -1; the user's data set keeps its own."""
+        """Replace the labels of some rows by -1; the user's data set keeps its own.
+
+        Args:
+            rows: Numbers of the rows, (K,) integers; the labels must be known.
+        """
         assert self.labels is not None
         self.labels = self.labels.copy()
         self.labels[rows] = NO_LABEL
@@ -145,7 +149,11 @@ class TorchTable:
         return len(self.dataset)
 
     def hide_labels(self, rows: np.ndarray) -> None:
-        """Replace the labels of these rows by -1; the user's data set keeps its own."""
+        """Replace the labels of some rows by -1; the user's data set keeps its own.
+
+        Args:
+            rows: Numbers of the rows, (K,) integers; the labels must be known.
+        """
         assert self.labels is not None
         self.labels = self.labels.copy()
         self.labels[rows] = NO_LABEL
@@ -193,6 +201,12 @@ def has_fixed_items(dataset: Dataset[Any]) -> bool:
     """Whether items are known to be the same each time they are read.
 
     They are for tensors and for torchvision's data sets without transforms.
+
+    Args:
+        dataset: A torch data set.
+
+    Returns:
+        Whether all data sets under it are of these kinds.
     """
     from torchvision.datasets import VisionDataset
 

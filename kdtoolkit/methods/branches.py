@@ -183,7 +183,10 @@ class Branches(Method):
 
     def _run_on_own_views(self, views: Sequence[Tensor]) -> BranchOutputs:
         """Every branch runs as the complete network that it is."""
-        complete: list[Callable[[Tensor], Out]] = [self.taps, *(t.run_network for t in self._tails())]
+        complete: list[Callable[[Tensor], Out]] = [
+            self.taps,
+            *(t.run_network for t in self._tails()),
+        ]
         logits: list[Tensor] = []
         embeddings: list[Tensor | None] = []
         for k, (network, x) in enumerate(zip(complete, views, strict=True)):
@@ -276,8 +279,9 @@ class Branches(Method):
         counts |= dict.fromkeys((f"tail of {name}" for name in self.networks()), behind_cut)
         if self.join is not None:
             counts[join_name] = num_parameters(self.join)
-        note = f"the branches leave the trunk behind {describe_feature(self.taps.boundary_of(self.cut))}"
-        return {"losses": rows, "parameters": counts, "notes": [note]}
+        place = describe_feature(self.taps.boundary_of(self.cut))
+        notes = [f"the branches leave the trunk behind {place}"]
+        return {"losses": rows, "parameters": counts, "notes": notes}
 
 
 def name_of(k: int) -> str:

@@ -1,7 +1,7 @@
 """The command `kdtoolkit`: train, plan, methods, run.
 
-Options are the fields of `DistillConfig`; their help texts are its documentation. torch is imported when a command
-needs it, so that `--help` answers at once.
+Options are the fields of `DistillConfig`; their help texts are its documentation. torch is imported
+when a command needs it, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def parse_config(words: Sequence[str], command: str) -> tuple[DistillConfig, str
     """The configuration of command-line options.
 
     Args:
-        words: Options, as `--epochs 3`; `--config FILE` is read first, and the options replace its values.
+        words: Options, as `--epochs 3`; `--config FILE` is read first, and the options replace its
+            values.
         command: "train" or "plan", for `--help`.
 
     Returns:
@@ -103,9 +104,10 @@ def parse_config(words: Sequence[str], command: str) -> tuple[DistillConfig, str
 
 
 DESCRIPTIONS = {
-    "train": "Train a student. --config FILE.yaml reads a configuration, such as the config.yaml that a run leaves; "
-    "options replace its values.",
-    "plan": "Print what would be compared with what, through which adapter, with which weight: no weights, no data.",
+    "train": "Train a student. --config FILE.yaml reads a configuration, such as the "
+    "config.yaml that a run leaves; options replace its values.",
+    "plan": "Print what would be compared with what, through which adapter, with which weight: "
+    "no weights, no data.",
 }
 SHORT_NAMES = {  # of options
     "--data": "--train-data",
@@ -144,7 +146,7 @@ def _take_config_file(words: Sequence[str]) -> tuple[list[str], str | None]:
 
 @contextlib.contextmanager
 def _shell_values() -> Any:
-    """tyro reads the values of several types as `ShellValue` says."""
+    """Let tyro read the values of several types as `ShellValue` says."""
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
@@ -172,7 +174,8 @@ def _check_options(config: DistillConfig) -> None:
         if name in FIELD_NAMES:
             flag = f"--{name.replace('_', '-')} {value}"
             raise ValueError(
-                f"--options {name}: it is no option of a method but an option of its own: write {flag}"
+                f"--options {name}: it is no option of a method but an option of its own: write "
+                f"{flag}"
             )
 
 
@@ -212,7 +215,8 @@ def _run(words: Sequence[str]) -> None:
     known = _recipes()
     if not words or words[0] in ("-h", "--help"):
         print(
-            "usage: kdtoolkit run RECIPE [--help | options of the recipe]; RECIPE is a path to a script, or one of:\n"
+            "usage: kdtoolkit run RECIPE [--help | options of the recipe]; RECIPE is a path to a "
+            "script, or one of:\n"
         )
         width = max(map(len, known), default=0)
         for name, path in known.items():
@@ -234,7 +238,7 @@ def _run(words: Sequence[str]) -> None:
 
 
 def _recipes() -> dict[str, Path]:
-    """Name -> script: of the clone that this file lies in, and of recipes/ here, which comes first."""
+    """Name -> script, of this clone and of recipes/ in the current folder, which comes first."""
     folders = Path(__file__).parents[1] / "recipes", Path("recipes")
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.py"))}
 

@@ -1,0 +1,1 @@
+"""The pipeline behind `distill()`: configuration, data, networks, plan, training, export."""

@@ -43,7 +43,8 @@ def make_accelerator(
             )
         if trackers and not own.log_with:
             raise ValueError(
-                f"report_to={trackers} and an accelerator without trackers: give it log_with={trackers}"
+                f"report_to={trackers} and an accelerator without trackers: give it "
+                f"log_with={trackers}"
             )
         own.gradient_accumulation_steps = accumulation
         own.dataloader_config = loading

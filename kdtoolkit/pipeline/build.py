@@ -120,13 +120,18 @@ def _parts_of_method(method: Method, info: DataInfo) -> RunParts:
     for teacher in method.teachers:
         check_no_shared_parameters(teacher.model, first)
     for name, net in nets.items():
-        try:
-            check_trainable(net, info)
-        except ValueError as error:
-            if len(nets) == 1:
-                raise
-            raise ValueError(f"network {name!r}: {error}") from None
+        _check_named(net, info, name if len(nets) > 1 else None)
     return RunParts(first, list(method.teachers), method)
+
+
+def _check_named(net: nn.Module, info: DataInfo, name: str | None) -> None:
+    """Check a network; the message names it, where it is one of several."""
+    try:
+        check_trainable(net, info)
+    except ValueError as error:
+        if name is None:
+            raise
+        raise ValueError(f"network {name!r}: {error}") from None
 
 
 def _parts_by_name(
@@ -164,13 +169,14 @@ def _parts_by_name(
 def _network_maker(
     config: DistillConfig, info: DataInfo, notes: list[str], dry_run: bool
 ) -> Callable[..., nn.Module]:
-    """Makes further networks of a strategy: the student built again, or another source, with weights of seed + k."""
+    """Makes network k of a strategy: the student again, or another source, with seed + k."""
 
     def make_network(k: int, source: Any = None) -> nn.Module:
         student, seed = config.networks.student, config.loop.seed + k
         if source is None and isinstance(student, nn.Module):
             notes.append(
-                f"network {k} is a copy of the student's module with re-initialised weights (except frozen ones)"
+                f"network {k} is a copy of the student's module with re-initialised weights "
+                "(except frozen ones)"
             )
             return reinitialised_copy(student, seed)
         if isinstance(source, nn.Module):

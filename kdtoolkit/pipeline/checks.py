@@ -36,10 +36,12 @@ def resolve_method(config: DistillConfig) -> ResolvedLosses | None:
         config: The configuration.
 
     Returns:
-        Losses, weights and options of a method given by name; None for a `Method` that is already built.
+        Losses, weights and options of a method given by name; None for a `Method` that is already
+        built.
 
     Raises:
-        ValueError: For an unknown name or option, a teacher that is missing or has no use, and options without effect.
+        ValueError: For an unknown name or option, a teacher that is missing or has no use, and
+            options without effect.
     """
     method, networks = config.loss.method, config.networks
     check_head_names(networks)
@@ -50,7 +52,8 @@ def resolve_method(config: DistillConfig) -> ResolvedLosses | None:
         raise ValueError("student=None: pass a model or a timm name, it is what is trained")
     if not isinstance(method, (str, list, tuple)):
         raise ValueError(
-            f"method={method!r}: a name of list_methods(), a list of names or DistillationLoss objects, or a Method"
+            f"method={method!r}: a name of list_methods(), a list of names or DistillationLoss "
+            "objects, or a Method"
         )
     wrong = [part for part in method if not isinstance(part, (str, DistillationLoss))]
     if not isinstance(method, str) and wrong:
@@ -73,7 +76,8 @@ def _check_teacher_use(resolved: ResolvedLosses, config: DistillConfig) -> None:
     wanting = resolved.losses_with_teacher()
     if wanting and teacher is None:
         raise ValueError(
-            f"method {method!r} needs a teacher for {', '.join(map(repr, wanting))} and teacher=None: pass a model, "
+            f"method {method!r} needs a teacher for {', '.join(map(repr, wanting))} and "
+            "teacher=None: pass a model, "
             "or method='none' for plain training"
         )
     if not wanting and teacher is not None:
@@ -102,7 +106,8 @@ def _check_strategy(strategy: StrategySpec, config: DistillConfig) -> None:
     ):
         if value is not None:
             raise ValueError(
-                f"{name}={value!r} is for one student and its teachers, method {method!r} trains several networks: "
+                f"{name}={value!r} is for one student and its teachers, method {method!r} trains "
+                "several networks: "
                 "leave it out, or freeze parameters of a module that you pass yourself"
             )
 
@@ -146,13 +151,15 @@ def _check_built_method(method: Method, config: DistillConfig) -> None:
     for name in ("freeze", "layer_decay"):
         if values[name] is not None and len(nets) > 1:
             raise ValueError(
-                f"{name}={values[name]!r} is for one student, this Method trains {', '.join(nets)}: leave it out, or "
+                f"{name}={values[name]!r} is for one student, this Method trains "
+                f"{', '.join(nets)}: leave it out, or "
                 "freeze parameters of the networks that you pass"
             )
     student, first = config.networks.student, next(iter(nets.values()))
     if student is not None and student is not first:
         raise ValueError(
-            f"student={_short_name(student)} is not the network that the Method trains ({type(first).__name__}): "
+            f"student={_short_name(student)} is not the network that the Method trains "
+            f"({type(first).__name__}): "
             "pass that network, or student=None"
         )
     inside = [teacher.model for teacher in method.teachers]
@@ -185,7 +192,8 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise ValueError(
-                f"callbacks holds {callback!r}: each must be a kdtoolkit.Callback, made by calling its class"
+                f"callbacks holds {callback!r}: each must be a kdtoolkit.Callback, made by calling "
+                "its class"
             )
 
 
@@ -208,7 +216,8 @@ def check_baseline(config: DistillConfig) -> None:
         config.output.output_dir is None or not isinstance(config.networks.student, str)
     ):
         raise ValueError(
-            "baseline=True trains the student alone first: it needs output_dir and a student given by name"
+            "baseline=True trains the student alone first: it needs output_dir and a student given "
+            "by name"
         )
 
 
@@ -221,8 +230,8 @@ def check_method_fits_data(method: Method, data: Data | None, compiled: bool) ->
         compiled: Whether networks are compiled.
 
     Raises:
-        ValueError: For unlabelled rows that the method cannot use, views that the data does not make, and networks
-            that cannot be compiled.
+        ValueError: For unlabelled rows that the method cannot use, views that the data does not
+            make, and networks that cannot be compiled.
     """
     if compiled and method.no_compile_reason:
         raise ValueError(f"compile=True: {method.no_compile_reason}; leave compile out")
@@ -230,19 +239,25 @@ def check_method_fits_data(method: Method, data: Data | None, compiled: bool) ->
         return
     if method.num_views > 1 and data.augment is None:
         raise ValueError(
-            f"this method sees {method.num_views} views of every image, and the data makes none (augmentation "
-            f"{data.details.get('augmentation', 'none')}): pass transforms='crop-flip' or transforms=BatchAugment(...), "
+            f"this method sees {method.num_views} views of every image, and the data makes none "
+            "(augmentation "
+            f"{data.details.get('augmentation', 'none')}): pass transforms='crop-flip' or "
+            "transforms=BatchAugment(...), "
             "or views=False where the method has that option"
         )
     if data.num_unlabelled and not method.uses_unlabelled:
         raise ValueError(
-            f"{data.num_unlabelled} training rows have no label (-1), and this method learns from labels alone: remove "
+            f"{data.num_unlabelled} training rows have no label (-1), and this method learns from "
+            "labels alone: remove "
             "these rows, or use method='mean_teacher'"
         )
 
 
 def channels_last_pays(student: nn.Module) -> bool:
-    """Whether a network has 2-D convolutions, and no tied weights, which accelerate cannot load in that layout."""
+    """Whether a network has 2-D convolutions, and no tied weights.
+
+    accelerate cannot load tied weights in that layout.
+    """
     names = list(student.named_parameters(remove_duplicate=False))
     tied = len(names) > len(list(student.parameters()))
     return not tied and any(isinstance(module, nn.Conv2d) for module in student.modules())

@@ -1,8 +1,8 @@
 """`DistillConfig`: everything that a run is asked for, typed, frozen and validated once.
 
-`distill()` builds it from its keywords, the command line from flags, and `read_config` from the `config.yaml` that a
-run leaves. None stands for a default that is resolved later, once: what it became stands in the plan and in the run's
-`config.yaml`.
+`distill()` builds it from its keywords, the command line from flags, and `read_config` from the
+`config.yaml` that a run leaves. None stands for a default that is resolved later, once: what it
+became stands in the plan and in the run's `config.yaml`.
 """
 
 from __future__ import annotations
@@ -300,7 +300,8 @@ class DistillConfig:
         """The configuration of flat keywords, as `distill()` takes them.
 
         Args:
-            **keywords: Fields of the six parts; their names are unique. Other names are options of the method.
+            **keywords: Fields of the six parts; their names are unique. Other names are options of
+                the method.
 
         Returns:
             The configuration.

@@ -1,8 +1,10 @@
-"""`config.yaml`: a configuration as plain values, written by every run, read back to start the same run again.
+"""`config.yaml`: a configuration as plain values.
 
-Schedules, augmentations and the callbacks of this package are written as their class and arguments. What YAML cannot
-hold (a network that was passed as a module, a data set object, a callback of your own) is written as a mark that says
-what to pass in its place.
+Every run writes it, and it starts the same run again.
+
+Schedules, augmentations and the callbacks of this package are written as their class and arguments.
+What YAML cannot hold (a network that was passed as a module, a data set object, a callback of your
+own) is written as a mark that says what to pass in its place.
 """
 
 from __future__ import annotations
@@ -116,11 +118,13 @@ def read_config(
     """A configuration from a YAML file, a mapping or a configuration.
 
     Args:
-        source: Path of a YAML file (or of a run's folder, whose `config.yaml` is read); a mapping, nested as
-            `DistillConfig` or flat as the keywords of `distill()`; or a `DistillConfig`, which is returned as it is.
+        source: Path of a YAML file (or of a run's folder, whose `config.yaml` is read); a mapping,
+            nested as `DistillConfig` or flat as the keywords of `distill()`; or a `DistillConfig`,
+            which is returned as it is.
 
     Returns:
-        The configuration. Values that YAML could not hold are marks: replace them before the run starts.
+        The configuration. Values that YAML could not hold are marks: replace them before the run
+        starts.
 
     Raises:
         ValueError: If the file cannot be read, or a name in it is unknown.
@@ -168,7 +172,8 @@ def read_callbacks(source: str | os.PathLike[str] | Mapping[str, Any] | DistillC
     for entry in found.get("callbacks") or []:
         if "callback" not in entry:
             raise ValueError(
-                f"the configuration names a callback of your own, {entry.get(OBJECT)}: pass it, and the others of the "
+                f"the configuration names a callback of your own, {entry.get(OBJECT)}: pass it, "
+                "and the others of the "
                 "run, with callbacks=[...]"
             )
         known = {c.__name__: c for c in _callback_classes()}
@@ -189,7 +194,7 @@ def _load(path: Path) -> Any:
 
 
 def _restored(name: str, value: Any) -> Any:
-    """The value that `to_plain_value` wrote; a mark of an object stays, and `check_no_marks` finds it."""
+    """The value that `to_plain_value` wrote; a mark of an object stays."""
     if isinstance(value, list):
         items = [_restored(name, item) for item in value]
         if name == "milestones" or (name == "transforms" and len(items) == 2):
@@ -224,7 +229,8 @@ def check_no_marks(config: DistillConfig) -> None:
         if _is_mark(value) or (isinstance(value, list) and any(map(_is_mark, value))):
             mark = value if _is_mark(value) else next(filter(_is_mark, value))
             raise ValueError(
-                f"{name} was an object in that run ({mark[OBJECT]}), which a file cannot hold: pass it beside the "
+                f"{name} was an object in that run ({mark[OBJECT]}), which a file cannot hold: "
+                "pass it beside the "
                 f"configuration, distill(config=..., {name}=...)"
             )
 

@@ -1,4 +1,4 @@
-"""Types of the configuration: what Python may pass, and, for the command line, what a shell can write of it."""
+"""Types of the configuration: what Python may pass, and what a shell can write of it."""
 
 from __future__ import annotations
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, ParamSpec
 
 from accelerate import Accelerator
 
 from kdtoolkit.core.callback import Callback
 from kdtoolkit.pipeline import config_types as types
 from kdtoolkit.pipeline.config import (
+    FIELD_NAMES,
     DataConfig,
     DistillConfig,
     LoopConfig,
@@ -22,7 +24,42 @@ from kdtoolkit.pipeline.config_file import read_callbacks, read_config
 from kdtoolkit.pipeline.result import DistillResult
 from kdtoolkit.pipeline.run import run_distillation
 
+P = ParamSpec("P")
+POSITIONAL = ("teacher", "student", "train_data", "eval_data")  # arguments of distill()
 
+
+def _reads_config(function: Callable[P, DistillResult]) -> Callable[P, DistillResult]:
+    """With `config`, a call runs it; the other arguments of the call replace its values."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> DistillResult:
+        arguments: dict[str, Any] = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
+        config = arguments.pop("config", None)
+        if config is None:
+            return function(*args, **kwargs)
+        callbacks = arguments.pop("callbacks", None)
+        return run_distillation(
+            callbacks=read_callbacks(config) if callbacks is None else callbacks,
+            accelerator=arguments.pop("accelerator", None),
+            dry_run=arguments.pop("dry_run", False),
+            config=_replaced(read_config(config), arguments),
+        )
+
+    return call
+
+
+def _replaced(config: DistillConfig, arguments: dict[str, Any]) -> DistillConfig:
+    """A configuration with the arguments of a call in place of its own values."""
+    if "method" in arguments:  # losses, options and temperature of the file belong to its method
+        arguments = {"losses": None, "temperature": None, "options": {}} | arguments
+    if {"epochs", "max_steps"} & arguments.keys():
+        arguments = {"epochs": None, "max_steps": None} | arguments
+    options = {name: arguments[name] for name in arguments if name not in FIELD_NAMES}
+    fields = {name: arguments[name] for name in arguments if name in FIELD_NAMES}
+    return config.updated(**fields).updated(**options)
+
+
+@_reads_config
 def distill(
     teacher: types.TeacherSource = None,
     student: types.NetworkSource = None,
@@ -84,7 +121,7 @@ def distill(
     dry_run: bool = False,
     **method_options: Any,
 ) -> DistillResult:
-    """Train `student` from `teacher` on `train_data`; returns the student, its numbers and its folder.
+    """Train `student` from `teacher` on `train_data`.
 
     The keywords are the fields of `DistillConfig`, flat.
 
@@ -99,7 +136,7 @@ def distill(
             folder of parquet files or of images.
         eval_data: The test set. Default: the data's own test split.
         config: A `DistillConfig`, a mapping, or the path of a YAML file or of a run's folder.
-            Keywords that are given beside it replace its values.
+            Arguments that are given beside it replace its values.
         teacher_head: What to do with a teacher of other data: "finetune" trains it on the data
             first (of your own module: a copy), with a new head where its classes differ;
             "linear-probe" only the head; "feature-only" uses its features and not its logits;
@@ -184,7 +221,7 @@ def distill(
         baseline: A finished plain run of the same student (a `DistillResult` or a folder) that the
             report shows beside this one, or True to train it first, in output_dir/baseline.
         callbacks: `Callback` objects, called at each event of the loop by their `order`, else as
-            they are listed. None are given beside `config`: those that the file names.
+            they are listed. Beside `config` the default is those that the file names.
         accelerator: Your own `accelerate.Accelerator`; it trains with the accumulation, data
             splitting and seeds of this run and is given back as it was.
         dry_run: Stop after the plan: no weights, no data.
@@ -202,7 +239,8 @@ def distill(
 
     Example:
         >>> from kdtoolkit import distill
-        >>> plan = distill("cifar_resnet20", "cifar_resnet8", "digits", method="srkd", dry_run=True).plan
+        >>> plan = distill("cifar_resnet20", "cifar_resnet8", "digits", method="srkd",
+        dry_run=True).plan
     """
     keywords = DistillConfig(
         networks=NetworksConfig(
@@ -268,26 +306,6 @@ def distill(
             output_dir=output_dir, resume=resume, overwrite=overwrite, keep=keep, baseline=baseline
         ),
     )
-    if config is None:
-        if train_data is None:
-            raise ValueError(
-                "train_data=None: pass a data set, a folder or a name such as 'digits'"
-            )
-        chosen = keywords
-    else:
-        chosen = _replaced(read_config(config), keywords, train_data)
-        callbacks = callbacks or read_callbacks(config)
-    return run_distillation(chosen, callbacks=callbacks, accelerator=accelerator, dry_run=dry_run)
-
-
-def _replaced(base: DistillConfig, keywords: DistillConfig, train_data: Any) -> DistillConfig:
-    """A configuration with the keywords that differ from their defaults in place of its own values."""
-    changed = keywords.changed_keywords()
-    options = changed.pop("options", {})
-    if train_data is not None:
-        changed["train_data"] = train_data
-    if "method" in changed:  # losses, options and temperature of the file belong to its method
-        changed = {"losses": None, "temperature": None, "options": {}} | changed
-    if {"epochs", "max_steps"} & changed.keys():
-        changed = {"epochs": None, "max_steps": None} | changed
-    return base.updated(**changed).updated(**options)
+    if train_data is None:
+        raise ValueError("train_data=None: pass a data set, a folder or a name such as 'digits'")
+    return run_distillation(keywords, callbacks=callbacks, accelerator=accelerator, dry_run=dry_run)

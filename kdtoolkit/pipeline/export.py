@@ -1,4 +1,4 @@
-"""After training: the weights of the chosen epoch, student/ first, then metrics, cost and report."""
+"""After training: weights of the chosen epoch, student/ first, then metrics, cost and report."""
 
 from __future__ import annotations
 
@@ -121,7 +121,9 @@ def save_networks(run: Trainer, export: Export, info: DataInfo, *, every: bool) 
 def measure(
     run: Trainer, parts: RunParts, info: DataInfo, chosen: dict[str, Any], export: Export
 ) -> dict[str, Any]:
-    """The final metrics. Every rank calls it; it takes the hooks off, for costs are those of the bare networks.
+    """The final metrics. Every rank calls it.
+
+    It takes the hooks off, for costs are those of the bare networks.
 
     Args:
         run: The finished run.
@@ -165,8 +167,9 @@ def _costs(run: Trainer, parts: RunParts, info: DataInfo, final: dict[str, Any])
     }
     if "teacher" in nets:
         return metrics.measure_compression(
-            nets["teacher"], parts.student, sizes, device=device, teacher_top1=final["teacher_top1"],
-            student_top1=final["top1"], num_classes=info.num_classes,
+            nets["teacher"], parts.student, sizes, device=device,
+            teacher_top1=final["teacher_top1"], student_top1=final["top1"],
+            num_classes=info.num_classes,
         )  # fmt: skip
     cost = metrics.measure_cost(parts.student, sizes["student"], device=device)
     return {"params": cost.params, "macs": cost.macs, "latency_ms": cost.latency_ms}

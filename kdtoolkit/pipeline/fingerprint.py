@@ -23,13 +23,27 @@ LENGTH = 16  # hexadecimal digits
 
 
 def of_plain(value: Any) -> str:
-    """Digest of plain values; addresses of objects are no content."""
+    """Digest of plain values; addresses of objects are no content.
+
+    Args:
+        value: Numbers, text, lists and mappings; of other objects the text.
+
+    Returns:
+        16 hexadecimal digits.
+    """
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:LENGTH]
 
 
 def of_network(net: nn.Module) -> str:
-    """Digest of structure, plain attributes and weights."""
+    """Digest of a network: structure, plain attributes and weights.
+
+    Args:
+        net: The network.
+
+    Returns:
+        16 hexadecimal digits.
+    """
     found = hashlib.blake2b()
     for name, value in net.state_dict().items():
         found.update(name.encode())
@@ -49,27 +63,40 @@ IGNORED = (
 
 
 def _plain_of(module: nn.Module) -> list[str]:
-    """Attributes of a module that its weights do not tell: numbers, words, functions."""
-    told = []
+    """Attributes of a module beside its weights: numbers, words, functions."""
+    described = []
     for key, value in sorted(vars(module).items()):
         if not key.startswith("_") and key not in IGNORED:
             if isinstance(value, (bool, int, float, str, tuple, list, torch.Size)):
-                told.append(f"{key}={value!r}")
+                described.append(f"{key}={value!r}")
             elif callable(value):
-                told.append(f"{key}={getattr(value, '__qualname__', type(value).__qualname__)}")
-    return told
+                described.append(
+                    f"{key}={getattr(value, '__qualname__', type(value).__qualname__)}"
+                )
+    return described
 
 
 def of_data(data: Data) -> str:
-    """Digest of what is trained and chosen on: sizes, augmentation, and a sample of the rows of each split."""
-    told = {
+    """Digest of what is trained and chosen on: sizes, augmentation, a sample of each split.
+
+    Args:
+        data: The data; its epoch is set to 0.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    described = {
         k: v
         for k, v in data.describe().items()
         if k not in ("name", "origin", "workers", "storage", "columns")
     }
     data.set_epoch(0)
     return of_plain(
-        [told, data.class_names, [_of_split(s) for s in (data.train, data.val) if s is not None]]
+        [
+            described,
+            data.class_names,
+            [_of_split(s) for s in (data.train, data.val) if s is not None],
+        ]
     )
 
 
@@ -87,7 +114,7 @@ def _of_split(split: Split) -> str:
 
 
 def _add(found: Any, value: Any) -> None:
-    """Tensors and images by shape and content, numbers and words by text, of other objects the class."""
+    """Tensors and images by content, numbers and words by text, other objects by class."""
     if isinstance(value, (bool, int, float, str)) or value is None:
         found.update(repr(value).encode())
     elif isinstance(value, Tensor):

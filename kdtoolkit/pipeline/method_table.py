@@ -29,7 +29,7 @@ class MethodOption:
 
 
 def default_sum(spec: MethodSpec) -> str:
-    """The default losses of a method, as "0.1 ce + 0.9 kd"; an arrow marks a weight that rises over time."""
+    """The default losses of a method, as "0.1 ce + 0.9 kd"; an arrow marks a rising weight."""
     terms = [f"{_weight(weight)} {name}" for name, weight in spec.losses.items()]
     return " + ".join(terms)
 

@@ -1,4 +1,4 @@
-"""The networks of a run: student and teachers with weights and the right classes, or an error with the choices."""
+"""The networks of a run: student and teachers, with weights and the right classes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,11 @@ def build_student(
         **dict(options or {}),
     )
     with_tag = by_name and "." in str(source)
-    held = get_pretrained_cfg(net).get("num_classes") if with_tag else getattr(net, "num_classes", None)
+    held = (
+        get_pretrained_cfg(net).get("num_classes")
+        if with_tag
+        else getattr(net, "num_classes", None)
+    )
     classes_known = not isinstance(source, nn.Module) and not (by_name and weights is not None)
     if classes_known and held not in (None, info.num_classes):
         notes.append(
@@ -109,8 +113,8 @@ def check_trainable(net: nn.Module, info: DataInfo) -> nn.Module:
         The network itself.
 
     Raises:
-        ValueError: If all of it is frozen, it is not float32, or its input channels or classes are not those of the
-            data.
+        ValueError: If all of it is frozen, it is not float32, or its input channels or classes are
+            not those of the data.
     """
     if not any(p.requires_grad for p in net.parameters()):
         raise ValueError(
@@ -120,14 +124,16 @@ def check_trainable(net: nn.Module, info: DataInfo) -> nn.Module:
     other_types = sorted({str(p.dtype) for p in floating if p.dtype != torch.float32})
     if other_types:
         raise ValueError(
-            f"the student has weights of {', '.join(other_types)}; trained are those of torch.float32: pass "
+            f"the student has weights of {', '.join(other_types)}; trained are those of "
+            "torch.float32: pass "
             'student.float(), and mixed_precision="bf16" for speed'
         )
     check_input_channels(net, "student")
     held = num_outputs(untapped(net, info.image_size))
     if held != info.num_classes:
         raise ValueError(
-            f"the student has {held} classes, the data {info.num_classes}: build it with num_classes={info.num_classes}"
+            f"the student has {held} classes, the data {info.num_classes}: build it with "
+            f"num_classes={info.num_classes}"
         )
     return net
 
@@ -145,7 +151,8 @@ def check_input_channels(net: nn.Module, role: str) -> None:
     channels = input_shape(net)[0]
     if channels != 3:
         raise ValueError(
-            f"the {role} takes images of {channels} channels, those of the data have 3 (grey ones are repeated): build "
+            f"the {role} takes images of {channels} channels, those of the data have 3 (grey ones "
+            "are repeated): build "
             f"it with {role}_args={{'in_chans': 3}}"
         )
 
@@ -153,7 +160,8 @@ def check_input_channels(net: nn.Module, role: str) -> None:
 def _check_no_options(source: Any, options: Any, role: str) -> None:
     if options and isinstance(source, nn.Module):
         raise ValueError(
-            f"{role}_args={dict(options)} has no effect on a network that is already built: pass its name"
+            f"{role}_args={dict(options)} has no effect on a network that is already built: pass "
+            "its name"
         )
 
 
@@ -175,7 +183,8 @@ def check_head_names(networks: NetworksConfig) -> list[str | None]:
     each: list[str | None] = list(heads) if one_each else [heads] * max(count, 1)  # type: ignore[list-item, arg-type]
     if one_each and len(each) != count:
         raise ValueError(
-            f"teacher_head is a list of {len(each)} for {count} teachers: one for each, None for none"
+            f"teacher_head is a list of {len(each)} for {count} teachers: one for each, None for "
+            "none"
         )
     wrong = [head for head in each if head is not None and head not in TEACHER_HEADS]
     if wrong:
@@ -199,7 +208,8 @@ def build_teachers(
     """Build the teachers of a run. A module that the caller passed is never changed: a copy is.
 
     Args:
-        frozen: The teachers are appended, so that the caller can restore those that exist if this raises.
+        frozen: The teachers are appended, so that the caller can restore those that exist if this
+            raises.
         networks: Where they come from.
         info: The data.
         losses: Names of the losses, to tell whether they read a teacher's logits.
@@ -248,7 +258,8 @@ def _each(value: Any, name: str, count: int) -> list[Any]:
     if isinstance(value, (list, tuple)):
         if len(value) != count:
             raise ValueError(
-                f"{name} is a list of {len(value)} for {count} teachers: one for each, None for none"
+                f"{name} is a list of {len(value)} for {count} teachers: one for each, None for "
+                "none"
             )
         return list(value)
     if name == "teacher_weights" and value is not None and count != 1:
@@ -269,7 +280,7 @@ def _load_teacher(
 ) -> nn.Module:
     _check_no_options(source, options, "teacher")
     by_name = is_timm_name(source)
-    # weights of a name without a tag are those of the data in a dry run: what a download brings is not known then
+    # what a download brings for a name without a tag is not known in a dry run: take the data's
     unknown_classes = dry_run and by_name and "." not in source
     classes = {"num_classes": info.num_classes} if unknown_classes else {}
     if dry_run or weights is not None:
@@ -303,23 +314,26 @@ def _check_features_only(
         as_is = "" if head == "as-is" else '; "as-is" insists that the classes are the same'
         raise ValueError(
             f"{label} has {held or 'no'} classes, the data {num_classes}: pass {choices} "
-            '("feature-only" goes with losses on features, such as fitnet, at and sp; "finetune" and "linear-probe" '
+            '("feature-only" goes with losses on features, such as fitnet, at and sp; "finetune" '
+            'and "linear-probe" '
             f"train a new head first{as_is})"
         )
     if "kd/branch" in losses:
         raise ValueError(
-            "teacher_head='feature-only', but the branch of method 'sokd' learns from the teacher's logits: pass "
+            "teacher_head='feature-only', but the branch of method 'sokd' learns from the "
+            "teacher's logits: pass "
             "teacher_head='finetune' or 'linear-probe'"
         )
     if {"kd", "logits"} & set(losses):
         raise ValueError(
-            f"teacher_head='feature-only', but the losses {', '.join(losses)} read the teacher's logits: "
+            f"teacher_head='feature-only', but the losses {', '.join(losses)} read the teacher's "
+            "logits: "
             "leave kd out with losses={...}, or pass teacher_head='finetune'"
         )
 
 
 def check_no_shared_parameters(teacher: nn.Module, student: nn.Module) -> None:
-    """Check that teacher and student have no parameter in common, which would be frozen and trained.
+    """Check that no parameter of the student is frozen with a teacher.
 
     Raises:
         ValueError: If they have.
@@ -328,6 +342,7 @@ def check_no_shared_parameters(teacher: nn.Module, student: nn.Module) -> None:
     shared = [name for name, p in teacher.named_parameters() if id(p) in trained]
     if shared:
         raise ValueError(
-            f"teacher and student share parameters ({len(shared)}, such as {shared[0]!r}), and a teacher is frozen: "
+            f"teacher and student share parameters ({len(shared)}, such as {shared[0]!r}), and a "
+            "teacher is frozen: "
             "pass copy.deepcopy(...) of the network as one of them"
         )

@@ -1,4 +1,4 @@
-"""The plan of a run, made before training: what is compared with what, through which adapter, with which weight."""
+"""The plan of a run: what is compared with what, through which adapter, with which weight."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ MOST_CHARACTERS = 80  # of a value in a line
 
 
 class Plan(dict[str, Any]):
-    """A dictionary that prints as tables. Keys: "losses", "parameters", "data", "schedule", "models", "notes"."""
+    """A dictionary that prints as tables.
+
+    Keys: "losses", "parameters", "data", "schedule", "models", "notes".
+    """
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -127,8 +130,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     student, teacher = str(row["student"]), str(row["teacher"])
     parameters = _number(row.get("adapter_parameters"))
     return [
-        str(row["loss"]), str(row["weight"]), student, _shape(row, "student"), teacher, _shape(row, "teacher"),
-        str(row.get("adapter", "")), parameters,
+        str(row["loss"]), str(row["weight"]), student, _shape(row, "student"), teacher,
+        _shape(row, "teacher"), str(row.get("adapter", "")), parameters,
     ]  # fmt: skip
 
 

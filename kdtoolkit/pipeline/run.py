@@ -45,7 +45,8 @@ from kdtoolkit.utils.output_dir import claim_output_dir, clear_output_dir
 from kdtoolkit.utils.state import preserve_accelerate_state, preserve_random_state
 
 # fields of a baseline, beside those that every run shares: the same student
-BASELINE_FIELDS = (*SHARED_FIELDS, "student", "student_args", "student_weights", "freeze", "layer_decay")  # fmt: skip
+SAME_STUDENT = ("student", "student_args", "student_weights", "freeze", "layer_decay")
+BASELINE_FIELDS = (*SHARED_FIELDS, *SAME_STUDENT)
 logger = logging.getLogger(__name__)
 
 
@@ -56,7 +57,9 @@ def run_distillation(
     accelerator: Accelerator | None = None,
     dry_run: bool = False,
 ) -> DistillResult:
-    """Train the student of a configuration. The caller's random state and accelerate's are left as they were.
+    """Train the student of a configuration.
+
+    The caller's random state and accelerate's are left as they were.
 
     Args:
         config: The configuration.
@@ -150,7 +153,7 @@ def _check_request(
 
 
 def _resolved_fields(config: DistillConfig, losses: ResolvedLosses | None) -> dict[str, Any]:
-    """Field -> what its default became; the trainer's numbers are resolved by `DistillConfig.trainer`."""
+    """Field -> what its default became."""
     numbers = ("epochs", "max_steps", "lr", "weight_decay", "batch_size")
     resolved: dict[str, Any] = {name: getattr(config.trainer, name) for name in numbers}
     resolved["temperature"] = checks.resolve_temperature(config, losses)

@@ -1,7 +1,7 @@
 """Values of the configuration as a shell writes them: text to a Python value and back.
 
-Each class stands in the configuration's annotations for a value of several types; the command line (`kdtoolkit.cli`)
-reads `metavar`, `many` and `parse` from it. None of them is ever instantiated.
+Each class stands in the configuration's annotations for a value of several types; the command line
+(`kdtoolkit.cli`) reads `metavar`, `many` and `parse` from it. None of them is ever instantiated.
 """
 
 from __future__ import annotations

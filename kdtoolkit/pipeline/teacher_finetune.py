@@ -1,8 +1,8 @@
 """Teachers of other classes are fine-tuned once, and found again by every run that needs the same.
 
-A fine-tuned teacher lies in a folder named after a digest of all it depends on: the network and its weights without the
-old head, `teacher_head`, the data, the configuration of its training and the seed. The student, the method and places
-are no part of it.
+A fine-tuned teacher lies in a folder named after a digest of all it depends on: the network and its
+weights without the old head, `teacher_head`, the data, the configuration of its training and the
+seed. The student, the method and places are no part of it.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ logger = logging.getLogger(__name__)
 
 # fields that a run shares with those that it starts: a baseline, the fine-tuning of a teacher
 SHARED_FIELDS = (
-    "epochs", "max_steps", "batch_size", "optimizer", "lr", "weight_decay", "scheduler", "warmup_epochs", "report_to",
-    "mixed_precision", "grad_accum", "compile", "channels_last", "grad_clip", "seed", "progress", "momentum",
-    "milestones", "gamma", "log_every", "eval_every", "eval_test",
+    "epochs", "max_steps", "batch_size", "optimizer", "lr", "weight_decay", "scheduler",
+    "warmup_epochs", "report_to", "mixed_precision", "grad_accum", "compile", "channels_last",
+    "grad_clip", "seed", "progress", "momentum", "milestones", "gamma", "log_every", "eval_every",
+    "eval_test",
 )  # fmt: skip
 ALLOWED_FIELDS = (*SHARED_FIELDS, "layer_decay", "freeze")  # what teacher_training may set
 WITHOUT_EFFECT = ("report_to", "progress", "log_every", "eval_test")  # on the teacher itself
@@ -51,10 +52,12 @@ RESULT_KEYS = ("top1", "split", "epoch", "chosen")
 
 
 def finetuning_fields(config: DistillConfig) -> dict[str, Any]:
-    """The fields with which teachers are fine-tuned: those of this run, changed by `teacher_training`.
+    """The fields with which teachers are fine-tuned.
 
-    `freeze` and `layer_decay` are the student's and are not taken over. An optimizer of its own brings its own default
-    learning rate and weight decay; a length of its own replaces the run's.
+    They are those of this run, changed by `teacher_training`.
+
+    `freeze` and `layer_decay` are the student's and are not taken over. An optimizer of its own
+    brings its own default learning rate and weight decay; a length of its own replaces the run's.
 
     Args:
         config: The configuration of the run.
@@ -70,13 +73,15 @@ def finetuning_fields(config: DistillConfig) -> dict[str, Any]:
     if own and not heads:
         choices = " or ".join(f"teacher_head={head!r}" for head in TRAINED_HEADS)
         raise ValueError(
-            f"teacher_training has no effect with teacher_head={config.networks.teacher_head!r}: pass {choices}"
+            f"teacher_training has no effect with teacher_head={config.networks.teacher_head!r}: "
+            f"pass {choices}"
         )
     check_keywords(own, ALLOWED_FIELDS, "teacher_training")
     head_only = "linear-probe" in heads
     if head_only and own.get("freeze") is not None:
         raise ValueError(
-            "teacher_training: freeze has no effect, teacher_head='linear-probe' trains the head alone"
+            "teacher_training: freeze has no effect, teacher_head='linear-probe' trains the head "
+            "alone"
         )
     values = config.flat()
     same = {name: values[name] for name in SHARED_FIELDS}
@@ -95,7 +100,8 @@ def describe_finetuning(config: DistillConfig) -> str:
     s = DistillConfig.from_keywords(**finetuning_fields(config)).trainer
     length = f"{s.max_steps} steps" if s.max_steps else f"{s.epochs} epochs"
     decay = f", layer_decay {s.layer_decay:g}" if s.layer_decay is not None else ""
-    return f"fine-tuning of a teacher: {length}, batch_size {s.batch_size}, {s.optimizer}, lr {s.lr:g}{decay}"
+    optimizer = f"{s.optimizer}, lr {s.lr:g}{decay}"
+    return f"fine-tuning of a teacher: {length}, batch_size {s.batch_size}, {optimizer}"
 
 
 def finetune_teachers(
@@ -148,7 +154,7 @@ def _finetune(
     accelerator: Accelerator,
     train: TrainFunction,
 ) -> dict[str, Any]:
-    """Give `net` its fine-tuned weights, from its folder or by training; the numbers of its result."""
+    """Give `net` its fine-tuned weights, from its folder or by training; its numbers."""
     own_networks = replace(config.networks, teacher_head=head, teacher=net)
     precision = config.loop.mixed_precision or accelerator.mixed_precision
     config = replace(config, networks=own_networks).updated(mixed_precision=precision)
@@ -179,7 +185,7 @@ def _finetune(
 
 
 def _unfreeze(net: nn.Module, head: Sequence[str]) -> None:
-    """A teacher that came frozen is trained whole; of others what its owner froze stays so, except the head."""
+    """A frozen teacher is trained whole; of others, what is frozen stays so, except the head."""
 
     def in_head(name: str) -> bool:
         return name.rpartition(".")[0] in head
@@ -199,7 +205,8 @@ def finetuned_folder(net: nn.Module, config: DistillConfig, info: DataInfo) -> P
         info: The data.
 
     Returns:
-        A folder in `teacher_dir`, by default in output_dir/finetuned; None where nothing is written.
+        A folder in `teacher_dir`, by default in output_dir/finetuned; None where nothing is
+        written.
 
     Raises:
         ValueError: If `teacher_dir` is a file.
@@ -227,7 +234,8 @@ def _load_finetuned(net: nn.Module, folder: Path) -> dict[str, Any]:
         row: Mapping[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
     except Exception as error:  # a missing or damaged file, each in the words of its library
         raise ValueError(
-            f"the fine-tuned teacher in {folder} cannot be loaded ({type(error).__name__}: {error}): delete the "
+            f"the fine-tuned teacher in {folder} cannot be loaded ({type(error).__name__}: "
+            f"{error}): delete the "
             "folder, it is made again"
         ) from error
     return {key: row.get(key) for key in RESULT_KEYS}

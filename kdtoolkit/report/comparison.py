@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kdtoolkit.core.callback import MetricsRow
+from kdtoolkit.core.run_context import MetricsRow
 from kdtoolkit.report import plots, tables
 from kdtoolkit.report.curves import points
 from kdtoolkit.report.run_folder import RunFolder, read

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdtoolkit.core.callback import MetricsRow
+from kdtoolkit.core.run_context import MetricsRow
 from kdtoolkit.report.plots import ALONE_COLOR, DISTILLED_COLOR, PALETTE, Curve, draw_curves
 from kdtoolkit.report.run_folder import RunFolder
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from kdtoolkit.core.callback import MetricsRow
+from kdtoolkit.core.run_context import MetricsRow
 from kdtoolkit.report import tables
 from kdtoolkit.report.run_folder import RunFolder
 

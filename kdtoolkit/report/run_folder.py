@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from kdtoolkit.core.callback import MetricsRow
+from kdtoolkit.core.run_context import MetricsRow
 
 
 @dataclass
@@ -57,6 +57,7 @@ class RunFolder:
     def exported(self) -> str:
         """Name of the network that the run exports."""
         final = self.last_row("final")
+        # earlier runs have the name under "product"
         return str(final.get("exported", final.get("product", "student")))
 
     @property

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kdtoolkit.core.callback import MetricsRow
+from kdtoolkit.core.run_context import MetricsRow
 from kdtoolkit.report.run_folder import RunFolder
 
 MISSING = "–"  # noqa: RUF001 - an en dash, as tables have it

@@ -1,4 +1,4 @@
-"""One thread a process: the networks here are tiny; on a shared machine a second thread waits more than it works."""
+"""One thread a process: the networks are tiny, and a second thread waits more than it works."""
 
 import os
 

@@ -1,4 +1,7 @@
-"""Layers of the package: a file imports from layers below its own, or sideways in one stated direction; no circles."""
+"""Layers of the package.
+
+A file imports from layers below its own, or sideways in one stated direction; no circles.
+"""
 
 import ast
 from pathlib import Path
@@ -7,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kdtoolkit"
-# Each layer lists its packages and modules from the bottom to the top: one may import those in front of it.
+# Each layer lists its packages and modules from the bottom to the top: one may import those in
+# front of it.
 LAYERS = {
     1: ["types", "utils", "schedules", "functional"],
     2: ["features", "models", "data", "metrics"],
@@ -34,7 +38,10 @@ def package_of(module):
 
 
 def imported_modules(path, root=PACKAGE):
-    """Modules of kdtoolkit that a file imports when it runs, anywhere in it; not those for type checkers alone."""
+    """Modules of kdtoolkit that a file imports when it runs, anywhere in it.
+
+    Those that are imported for type checkers alone are left out.
+    """
     module = module_of(path, root)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -72,7 +79,9 @@ def fault(importer, imported):
 
 
 def test_files_import_only_from_below():
-    found = [f for path in FILES for m in imported_modules(path) if (f := fault(module_of(path), m))]
+    found = [
+        f for path in FILES for m in imported_modules(path) if (f := fault(module_of(path), m))
+    ]
     assert not found, "\n".join(found)
 
 
@@ -107,12 +116,15 @@ def test_the_package_root_stays_small():
     assert packages == set(ORDER), packages ^ set(ORDER)
 
 
-@pytest.mark.parametrize("importer, imported, word", [
-    ("kdtoolkit.functional.logits", "kdtoolkit.features.extractor", "lies above"),
-    ("kdtoolkit.core.method", "kdtoolkit.callbacks.ema", "lies above"),
-    ("kdtoolkit.trainer.trainer", "kdtoolkit", "lies above"),
-    ("kdtoolkit.nowhere", "kdtoolkit.types", "no layer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "importer, imported, word",
+    [
+        ("kdtoolkit.functional.logits", "kdtoolkit.features.extractor", "lies above"),
+        ("kdtoolkit.core.method", "kdtoolkit.callbacks.ema", "lies above"),
+        ("kdtoolkit.trainer.trainer", "kdtoolkit", "lies above"),
+        ("kdtoolkit.nowhere", "kdtoolkit.types", "no layer"),
+    ],
+)
 def test_what_is_refused(importer, imported, word):
     assert word in fault(importer, imported)
 

@@ -112,8 +112,8 @@ def test_to_yaml_and_back(tmp_path):
     }
     config = DistillConfig.from_keywords(
         teacher=["a", "b"], student="c", losses=losses, layers=[(1, "layer2")], lr=0.3, p=2,
-        transforms=BatchAugment(padding=2), milestones=(0.2, 0.4), labelled=0.5, student_args={"x": 1},
-        output_dir=tmp_path / "run",
+        transforms=BatchAugment(padding=2), milestones=(0.2, 0.4), labelled=0.5,
+        student_args={"x": 1}, output_dir=tmp_path / "run",
     )  # fmt: skip
     plain = config_to_plain(config, {"epochs": 30}, [EarlyStop(3, min_delta=0.5)])
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(plain))
@@ -145,7 +145,10 @@ def test_what_a_file_cannot_hold_is_asked_for(tmp_path):
     ("opttim:\n  lr: 1\n", "unknown 'opttim'"),
     ("- 1\n", "holds list; a mapping of fields is needed"),
     ("a: [", "cannot be read"),
-    ("loss:\n  losses:\n    kd: {schedule: Linearr, start: 1, end: 0}\n", "unknown schedule 'Linearr'"),
+    (
+        "loss:\n  losses:\n    kd: {schedule: Linearr, start: 1, end: 0}\n",
+        "unknown schedule 'Linearr'",
+    ),
 ])  # fmt: skip
 def test_wrong_files_are_refused(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
@@ -210,8 +213,8 @@ def test_keywords_beside_a_configuration_replace_its_values(tmp_path):
 def test_the_plan_shows_what_defaults_became():
     plan = distill("cifar_resnet14", "cifar_resnet8", "digits", dry_run=True).plan
     assert plan["schedule"] == {
-        "length": "30 epochs", "batch_size": 128, "optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4,
-        "scheduler": "cosine", "temperature": 4.0,
+        "length": "30 epochs", "batch_size": 128, "optimizer": "sgd", "lr": 0.05,
+        "weight_decay": 5e-4, "scheduler": "cosine", "temperature": 4.0,
     }  # fmt: skip
 
 

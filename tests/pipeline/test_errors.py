@@ -1,4 +1,7 @@
-"""One table: what goes wrong, and what the message says. Nothing is lost: the last good checkpoint loads afterwards."""
+"""One table: what goes wrong, and what the message says.
+
+Nothing is lost: the last good checkpoint loads afterwards.
+"""
 
 from __future__ import annotations
 
@@ -138,41 +141,91 @@ def lying() -> Plain:
     return net
 
 
-# name: (arguments, error, words of the message); an argument that is a function of the test's folder is called
+# name: (arguments, error, words of the message); an argument that is a function of the test's
+# folder is called
 KD = dict(teacher="cifar_resnet8", method="kd", teacher_args=None)
 BOTH = own()
 TEACHER = {"teacher": lambda tmp: own(), "student": lambda tmp: own(), "method": "sp"}
 CASES: dict[str, tuple[dict, type[BaseException], list[str]]] = {
-    "unknown student": ({"student": "cifar_resnet88"}, ValueError, ["student", "cifar_resnet88", "cifar_resnet8"]),
-    "unknown teacher": (KD | {"teacher": "resnet510"}, ValueError, ["teacher", "resnet510", "did you mean"]),
-    "unknown weights": (KD | {"teacher": "resnet18.nobody"}, ValueError, ["no weights tagged 'nobody'", "a1_in1k"]),
+    "unknown student": (
+        {"student": "cifar_resnet88"},
+        ValueError,
+        ["student", "cifar_resnet88", "cifar_resnet8"],
+    ),
+    "unknown teacher": (
+        KD | {"teacher": "resnet510"},
+        ValueError,
+        ["teacher", "resnet510", "did you mean"],
+    ),
+    "unknown weights": (
+        KD | {"teacher": "resnet18.nobody"},
+        ValueError,
+        ["no weights tagged 'nobody'", "a1_in1k"],
+    ),
     "no published weights": (KD, ValueError, ["cifar_resnet8 has no published weights"]),
     "unknown tap": (TEACHER | {"layers": [("con", "conv")]}, ValueError, ["'con'", "'conv'"]),
-    "tap of a tuple's end": (TEACHER | {"layers": [("both[2]", "both[0]")]}, ValueError, ["'both[2]'", "'[1]'"]),
-    "attention at one position": (
-        TEACHER | {"method": "at", "layers": [("both[0]", "both[0]")]}, ValueError, ["one position"],
+    "tap of a tuple's end": (
+        TEACHER | {"layers": [("both[2]", "both[0]")]},
+        ValueError,
+        ["'both[2]'", "'[1]'"],
     ),
-    "one channel": (KD | {"student_args": {"in_chans": 1}}, ValueError, ["1 channels", "'in_chans': 3"]),
+    "attention at one position": (
+        TEACHER | {"method": "at", "layers": [("both[0]", "both[0]")]},
+        ValueError,
+        ["one position"],
+    ),
+    "one channel": (
+        KD | {"student_args": {"in_chans": 1}},
+        ValueError,
+        ["1 channels", "'in_chans': 3"],
+    ),
     "a loss of frozen parts": (
-        TEACHER | {"method": "at", "freeze": ["conv"], "layers": [("conv", "conv")]}, RuntimeError,
+        TEACHER | {"method": "at", "freeze": ["conv"], "layers": [("conv", "conv")]},
+        RuntimeError,
         ["the loss 'at' reaches no trained parameter"],
     ),
     "layers of another kind": (TEACHER | {"layers": "all"}, ValueError, ["layers='all'", "'auto'"]),
-    "no layers": (TEACHER | {"method": "at", "layers": None}, ValueError, ["layers=None", "'auto'"]),
-    "layers of numbers with a point": (TEACHER | {"method": "at", "layers": [(1.0, 2)]}, ValueError, ["[(1.0, 2)]"]),
+    "no layers": (
+        TEACHER | {"method": "at", "layers": None},
+        ValueError,
+        ["layers=None", "'auto'"],
+    ),
+    "layers of numbers with a point": (
+        TEACHER | {"method": "at", "layers": [(1.0, 2)]},
+        ValueError,
+        ["[(1.0, 2)]"],
+    ),
     "unknown method": ({"method": "skrd"}, ValueError, ["unknown method 'skrd'", "'srkd'"]),
     "method of another kind": ({"method": 3}, ValueError, ["method=3", "list_methods()"]),
-    "unknown loss": (TEACHER | {"losses": {"ce": 1, "kdd": 1}}, ValueError, ["unknown loss 'kdd'", "'kd'"]),
+    "unknown loss": (
+        TEACHER | {"losses": {"ce": 1, "kdd": 1}},
+        ValueError,
+        ["unknown loss 'kdd'", "'kd'"],
+    ),
     "unknown option": (TEACHER | {"resett": True}, ValueError, ["unknown option 'resett'"]),
     "misspelt argument": ({"epoch": 3}, ValueError, ["unknown argument 'epoch'", "'epochs'"]),
-    "negative weight": (TEACHER | {"losses": {"ce": 1, "kd": -0.5}}, ValueError, ["'kd' is -0.5", ">= 0"]),
+    "negative weight": (
+        TEACHER | {"losses": {"ce": 1, "kd": -0.5}},
+        ValueError,
+        ["'kd' is -0.5", ">= 0"],
+    ),
     "all weights zero": (TEACHER | {"losses": {"ce": 0}}, ValueError, ["every weight is zero"]),
     "no teacher": ({"method": "kd"}, ValueError, ["needs a teacher", "method='none'"]),
-    "a teacher too many": ({"teacher": lambda tmp: own()}, ValueError, ["uses no teacher", "teacher=None"]),
+    "a teacher too many": (
+        {"teacher": lambda tmp: own()},
+        ValueError,
+        ["uses no teacher", "teacher=None"],
+    ),
     "other classes": (
         {"teacher": lambda tmp: own(7), "method": "kd"},
         ValueError,
-        ["the teacher has 7 classes, the data 10", '"finetune"', '"linear-probe"', '"feature-only"', '"as-is"'],
+        [
+            "the teacher has 7 classes, the data 10",
+            '"finetune"',
+            '"linear-probe"',
+            '"feature-only"',
+            '"as-is"',
+        ],
     ),
     "other classes, as is": (
         {"teacher": lambda tmp: own(7), "method": "kd", "teacher_head": "as-is"},
@@ -185,12 +238,24 @@ CASES: dict[str, tuple[dict, type[BaseException], list[str]]] = {
         ["share parameters", "copy.deepcopy"],
     ),
     "student in double": (
-        {"student": lambda tmp: own().double(), "output_dir": lambda tmp: old(tmp), "overwrite": True},
+        {
+            "student": lambda tmp: own().double(),
+            "output_dir": lambda tmp: old(tmp),
+            "overwrite": True,
+        },
         ValueError,
         ["torch.float64", "student.float()", 'mixed_precision="bf16"'],
     ),
-    "student in bfloat16": ({"student": lambda tmp: own().bfloat16()}, ValueError, ["bfloat16", "student.float()"]),
-    "student that lies": ({"student": lambda tmp: lying()}, ValueError, ["the student has 7 classes, the data 10"]),
+    "student in bfloat16": (
+        {"student": lambda tmp: own().bfloat16()},
+        ValueError,
+        ["bfloat16", "student.float()"],
+    ),
+    "student that lies": (
+        {"student": lambda tmp: lying()},
+        ValueError,
+        ["the student has 7 classes, the data 10"],
+    ),
     "negative lr": ({"lr": -1}, ValueError, ["lr is -1", "from 0"]),
     "lr is text": ({"lr": "0.1"}, ValueError, ["lr is '0.1'; allowed: a finite number"]),
     "lr is no number": ({"lr": float("nan")}, ValueError, ["lr is nan", "finite"]),
@@ -203,35 +268,87 @@ CASES: dict[str, tuple[dict, type[BaseException], list[str]]] = {
         ["read the teacher's logits", "leave kd out"],
     ),
     "new head of an unknown net": (
-        {"teacher": lambda tmp: nn.Sequential(own(7), nn.ReLU()), "method": "kd", "teacher_head": "finetune"},
+        {
+            "teacher": lambda tmp: nn.Sequential(own(7), nn.ReLU()),
+            "method": "kd",
+            "teacher_head": "finetune",
+        },
         ValueError,
         ["Sequential has no reset_classifier", "no nn.Linear makes its logits", "'feature-only'"],
     ),
-    "unknown teacher_head": (TEACHER | {"teacher_head": "fine"}, ValueError, ["'fine'", "'finetune'"]),
-    "student of other classes": ({"student": lambda tmp: own(7)}, ValueError, ["student has 7 classes, the data 10"]),
+    "unknown teacher_head": (
+        TEACHER | {"teacher_head": "fine"},
+        ValueError,
+        ["'fine'", "'finetune'"],
+    ),
+    "student of other classes": (
+        {"student": lambda tmp: own(7)},
+        ValueError,
+        ["student has 7 classes, the data 10"],
+    ),
     "student=None": ({"student": None}, ValueError, ["student=None"]),
-    "frozen student": ({"student": lambda tmp: frozen()}, ValueError, ["every parameter of the student is frozen"]),
+    "frozen student": (
+        {"student": lambda tmp: frozen()},
+        ValueError,
+        ["every parameter of the student is frozen"],
+    ),
     "loader without labels": (
-        {"train_data": lambda tmp: no_labels(), "num_classes": 10, "train_limit": None}, ValueError, ["label"],
+        {"train_data": lambda tmp: no_labels(), "num_classes": 10, "train_limit": None},
+        ValueError,
+        ["label"],
     ),
     "labels out of range": (
         {"train_data": lambda tmp: wrong_labels(), "num_classes": 10},
         ValueError,
         ["row 0: label 12 is outside 0 .. 9", "num_classes"],
     ),
-    "empty file": ({"train_data": lambda tmp: parquet(tmp / "d", b"")}, ValueError, ["train.parquet", "parquet file"]),
-    "truncated file": ({"train_data": truncated}, ValueError, ["train.parquet is not a whole parquet file"]),
+    "empty file": (
+        {"train_data": lambda tmp: parquet(tmp / "d", b"")},
+        ValueError,
+        ["train.parquet", "parquet file"],
+    ),
+    "truncated file": (
+        {"train_data": truncated},
+        ValueError,
+        ["train.parquet is not a whole parquet file"],
+    ),
     "corrupt image": ({"train_data": corrupt_image}, ValueError, ["row 7"]),
     "normalised images": (
-        {"train_data": lambda tmp: floats(0.5), "num_classes": 10}, ValueError, ["[0, 1]", "normalis"],
+        {"train_data": lambda tmp: floats(0.5), "num_classes": 10},
+        ValueError,
+        ["[0, 1]", "normalis"],
     ),
-    "used folder": ({"output_dir": used}, ValueError, ["other files", "resume='auto'", "overwrite=True"]),
-    "folder is a file": ({"output_dir": lambda tmp: used(tmp) / "notes.txt"}, ValueError, ["is a file"]),
+    "used folder": (
+        {"output_dir": used},
+        ValueError,
+        ["other files", "resume='auto'", "overwrite=True"],
+    ),
+    "folder is a file": (
+        {"output_dir": lambda tmp: used(tmp) / "notes.txt"},
+        ValueError,
+        ["is a file"],
+    ),
     "resume without folder": ({"resume": "auto"}, ValueError, ["resume='auto' needs output_dir"]),
-    "resume of nothing": ({"resume": True, "output_dir": lambda tmp: tmp / "x"}, ValueError, ["does not exist"]),
-    "resume from nowhere": ({"resume": "/nowhere", "output_dir": lambda tmp: tmp / "x"}, ValueError, ["is no folder"]),
-    "batch size does not divide": ({"grad_accum": 3}, ValueError, ["batch_size 32", "does not divide by 3"]),
-    "batch size too large": ({"batch_size": 100}, ValueError, ["64 training images do not fill one batch of 100"]),
+    "resume of nothing": (
+        {"resume": True, "output_dir": lambda tmp: tmp / "x"},
+        ValueError,
+        ["does not exist"],
+    ),
+    "resume from nowhere": (
+        {"resume": "/nowhere", "output_dir": lambda tmp: tmp / "x"},
+        ValueError,
+        ["is no folder"],
+    ),
+    "batch size does not divide": (
+        {"grad_accum": 3},
+        ValueError,
+        ["batch_size 32", "does not divide by 3"],
+    ),
+    "batch size too large": (
+        {"batch_size": 100},
+        ValueError,
+        ["64 training images do not fill one batch of 100"],
+    ),
     "epochs and steps": ({"epochs": 2}, ValueError, ["epochs=2 and max_steps=2", "one of them"]),
     "no epochs": ({"epochs": 0, "max_steps": None}, ValueError, ["epochs is 0"]),
     "missing tracker": (
@@ -239,21 +356,37 @@ CASES: dict[str, tuple[dict, type[BaseException], list[str]]] = {
         ValueError,
         [f"tracker {NOT_INSTALLED!r} is not installed", "report_to='none'"],
     ),
-    "unknown tracker": ({"report_to": "tensorbored"}, ValueError, ["unknown tracker 'tensorbored'", "tensorboard"]),
-    "unknown scheduler": ({"scheduler": "cosin"}, ValueError, ["scheduler is 'cosin'; allowed: 'cosine'", "cosine"]),
-    "unknown optimizer": ({"optimizer": "sgdd"}, ValueError, ["='sgdd'", "list_optimizers", "did you mean 'sgd"]),
+    "unknown tracker": (
+        {"report_to": "tensorbored"},
+        ValueError,
+        ["unknown tracker 'tensorbored'", "tensorboard"],
+    ),
+    "unknown scheduler": (
+        {"scheduler": "cosin"},
+        ValueError,
+        ["scheduler is 'cosin'; allowed: 'cosine'", "cosine"],
+    ),
+    "unknown optimizer": (
+        {"optimizer": "sgdd"},
+        ValueError,
+        ["='sgdd'", "list_optimizers", "did you mean 'sgd"],
+    ),
     "unknown progress": ({"progress": "loud"}, ValueError, ["progress is 'loud'", "'lines'"]),
     "unknown precision": ({"mixed_precision": "fp17"}, ValueError, ["fp17"]),
     "unknown validation": ({"validation": "some"}, ValueError, ["validation='some'", "'auto'"]),
     "a class of callback": ({"callbacks": [Callback]}, ValueError, ["made by calling its class"]),
     "baseline of a module": (
-        {"student": lambda tmp: own(), "baseline": True, "output_dir": lambda tmp: tmp / "x"}, ValueError, ["by name"],
+        {"student": lambda tmp: own(), "baseline": True, "output_dir": lambda tmp: tmp / "x"},
+        ValueError,
+        ["by name"],
     ),
     "clip at zero": ({"grad_clip": 0.0}, ValueError, ["grad_clip is 0.0"]),
     "a Method and losses": (
-        {"student": None, "method": lambda tmp: method(), "losses": {"ce": 1.0}}, ValueError, ["losses has no effect"],
+        {"student": None, "method": lambda tmp: method(), "losses": {"ce": 1.0}},
+        ValueError,
+        ["losses has no effect"],
     ),
-}  # fmt: skip
+}
 
 
 def test_as_is_is_not_recommended_to_who_passed_it():
@@ -316,9 +449,8 @@ def test_overwrite_takes_nothing_away_before_everything_is_known_to_work(tmp_pat
     with pytest.raises(ValueError, match="do not fill one batch"):
         call(output_dir=folder, batch_size=1000, overwrite=True)
     with pytest.raises(ValueError, match="'nowhere'"):
-        teacher = own()
         call(
-            teacher=teacher,
+            teacher=own(),
             student=own(),
             method="sp",
             layers=[("nowhere", "conv")],
@@ -329,7 +461,7 @@ def test_overwrite_takes_nothing_away_before_everything_is_known_to_work(tmp_pat
     assert timm.create_model(f"local-dir:{folder}/student", pretrained=True) is not None
 
 
-# --------------------------------------------------------------------------------------------- while a run is under way
+# ------------------------------------------------------------------------- while a run is under way
 def loads(folder: Path, **options) -> None:
     """The last good checkpoint loads: the run goes on to its end."""
     result = call(output_dir=folder, resume=True, **options)
@@ -402,7 +534,7 @@ def test_checkpoint_of_another_run(tmp_path):
 
 
 class Fill(Callback):
-    """Nothing more can be written from `step` on: files may not grow beyond `size` bytes (a limit of the kernel)."""
+    """From `step` on nothing more can be written: a limit of the kernel, `size` bytes a file."""
 
     def __init__(self, step: int, size: int):
         self.step, self.size = step, size
@@ -457,7 +589,7 @@ def test_full_tmpfs_keeps_the_previous_checkpoint(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-# ------------------------------------------------------------------------------------------------- in another process
+# ------------------------------------------------------------------------------- in another process
 def python(code: str, **env: str) -> subprocess.Popen:
     full = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -468,7 +600,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_works(tmp_path):
     folder = tmp_path / "run"
     code = (
         "from kdtoolkit import distill\n"
-        "distill(None, 'cifar_resnet8', 'digits', method='none', epochs=400, batch_size=32, train_limit=96,"
+        "distill(None, 'cifar_resnet8', 'digits', method='none', epochs=400, batch_size=32, "
+        "train_limit=96,"
         " log_every=1,"
         f" output_dir={str(folder)!r}, progress='off', validation='none')"
     )
@@ -484,10 +617,19 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_works(tmp_path):
         process.kill()
     assert process.returncode != 0
     assert f"saved to {folder}/checkpoints/last; continue with resume='auto'" in err
-    steps = [r["step"] for r in call(
-        output_dir=folder, resume="auto", validation="none", max_steps=None, epochs=400, train_limit=96,
-        callbacks=[Enough()],
-    ).history if r["event"] == "train"]  # fmt: skip
+    steps = [
+        r["step"]
+        for r in call(
+            output_dir=folder,
+            resume="auto",
+            validation="none",
+            max_steps=None,
+            epochs=400,
+            train_limit=96,
+            callbacks=[Enough()],
+        ).history
+        if r["event"] == "train"
+    ]
     assert steps == list(range(1, len(steps) + 1))  # each once
 
 
@@ -502,7 +644,8 @@ from kdtoolkit import distill
 hub = ("digits", "resnet18.a1_in1k"), ("digits", "hf-hub:nobody/nothing")
 for data, teacher in (("digit", None), ("cifar100", None), *hub):
     try:
-        distill(teacher, "cifar_resnet8", data, method="kd" if teacher else "none", max_steps=1, progress="off")
+        method = "kd" if teacher else "none"
+        distill(teacher, "cifar_resnet8", data, method=method, max_steps=1, progress="off")
     except (OSError, ValueError) as error:
         print(type(error).__name__, str(error).replace(chr(10), " "))
 """

@@ -1,4 +1,7 @@
-"""Teachers and students of different families, of timm, of torchvision and one's own, trained on real digits."""
+"""Teachers and students of different families, trained on real digits.
+
+Networks of timm, of torchvision and of the test itself.
+"""
 
 import copy
 import functools
@@ -64,33 +67,78 @@ TOKENS = {"img_size": SIZE, "patch_size": 8, "depth": 4, "embed_dim": 32, "num_h
 NETS = {
     "CNN": ("cifar_resnet8", {}),
     "ConvNeXt": ("test_convnext", {}),
-    "CrossViT": ("crossvit_tiny_240", {"img_size": 60, "img_scale": (1.0, 0.934), "patch_size": (12, 14),
-                                       "embed_dim": (24, 48), "depth": ((1, 1, 0),) * 3, "num_heads": (2, 2)}),
+    "CrossViT": (
+        "crossvit_tiny_240",
+        {
+            "img_size": 60,
+            "img_scale": (1.0, 0.934),
+            "patch_size": (12, 14),
+            "embed_dim": (24, 48),
+            "depth": ((1, 1, 0),) * 3,
+            "num_heads": (2, 2),
+        },
+    ),
     "DeiT": ("deit_tiny_distilled_patch16_224", TOKENS),
     "DenseNet": ("densenet121", {"block_config": (2, 2, 2, 2), "growth_rate": 8}),
     "EfficientNet": ("test_efficientnet", {}),
     "EfficientViM": ("efficientvim_m1", {"embed_dim": (16, 32, 48), "depths": (1, 1, 1)}),
     "HRNet": hrnet,
-    "Hiera": ("hiera_tiny_224", {"img_size": SIZE, "embed_dim": 16, "num_heads": 1, "stages": (1, 1, 2, 1)}),
+    "Hiera": (
+        "hiera_tiny_224",
+        {"img_size": SIZE, "embed_dim": 16, "num_heads": 1, "stages": (1, 1, 2, 1)},
+    ),
     "Mixer": lambda: MlpMixer(10, img_size=SIZE, patch_size=8, num_blocks=4, embed_dim=32),
     "MobileNetV3": ("mobilenetv3_small_050", {}),
-    "PiT": ("pit_ti_224", {"img_size": SIZE, "patch_size": 8, "stride": 4, "base_dims": (16, 16, 16),
-                           "depth": (1, 1, 1), "heads": (1, 2, 4)}),
+    "PiT": (
+        "pit_ti_224",
+        {
+            "img_size": SIZE,
+            "patch_size": 8,
+            "stride": 4,
+            "base_dims": (16, 16, 16),
+            "depth": (1, 1, 1),
+            "heads": (1, 2, 4),
+        },
+    ),
     "RegNet": ("regnetx_002", {}),
     "ResNet": ("test_resnet", {}),
-    "Swin": ("swin_tiny_patch4_window7_224", {"img_size": SIZE, "patch_size": 2, "window_size": 4, "embed_dim": 16,
-                                              "depths": (1, 1, 2), "num_heads": (1, 2, 4)}),
-    "TNT": ("tnt_s_legacy_patch16_224", {"img_size": SIZE, "patch_size": 8, "embed_dim": 48, "inner_dim": 12,
-                                         "depth": 4, "num_heads_outer": 2, "num_heads_inner": 2}),
+    "Swin": (
+        "swin_tiny_patch4_window7_224",
+        {
+            "img_size": SIZE,
+            "patch_size": 2,
+            "window_size": 4,
+            "embed_dim": 16,
+            "depths": (1, 1, 2),
+            "num_heads": (1, 2, 4),
+        },
+    ),
+    "TNT": (
+        "tnt_s_legacy_patch16_224",
+        {
+            "img_size": SIZE,
+            "patch_size": 8,
+            "embed_dim": 48,
+            "inner_dim": 12,
+            "depth": 4,
+            "num_heads_outer": 2,
+            "num_heads_inner": 2,
+        },
+    ),
     "ViT": ("vit_tiny_patch16_224", TOKENS),
-    "XCiT": ("xcit_nano_12_p8_224", {"img_size": SIZE, "depth": 4, "embed_dim": 32, "num_heads": 2}),
+    "XCiT": (
+        "xcit_nano_12_p8_224",
+        {"img_size": SIZE, "depth": 4, "embed_dim": 32, "num_heads": 2},
+    ),
     "own": Own,
     "torchvision ResNet": lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=10),
     "torchvision Swin": lambda: swin_transformer.SwinTransformer(
         [2, 2], 16, [1, 1, 2], [1, 2, 4], [4, 4], num_classes=10
     ),
-    "torchvision ViT": lambda: vision_transformer.VisionTransformer(SIZE, 8, 4, 2, 32, 64, num_classes=10),
-}  # fmt: skip
+    "torchvision ViT": lambda: vision_transformer.VisionTransformer(
+        SIZE, 8, 4, 2, 32, 64, num_classes=10
+    ),
+}
 PAIRS = [  # teacher, student; what the teacher's stages end in
     ("ResNet", "ViT"),  # maps
     ("ViT", "ResNet"),  # tokens, one class token
@@ -116,7 +164,8 @@ OTHERS = [
     ("own", "ViT"),
     ("ViT", "own"),
 ]
-# inputs of a teacher's stage that its next feature does not read: EfficientViM's go straight to the head
+# inputs of a teacher's stage that its next feature does not read: EfficientViM's go straight to
+# the head
 UNREAD = {
     "EfficientViM": (
         "objectives.srkd.inputs.2.1.",
@@ -130,7 +179,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 @functools.cache
 def digits(count=10):
     data = load("digits", image_size=SIZE)
-    return data.finish(next(iter(data.train.loader(count))), epoch=0, train=False)
+    return data.prepare_batch(next(iter(data.train.loader(count))), epoch=0, train=False)
 
 
 def network(name, seed=0):
@@ -185,7 +234,7 @@ def course_of(teacher_name, student_name, method, steps, rate):
     net = create_method(method, Taps(model, None, SIZE), [frozen], image=(SIZE, SIZE)).train()
     rates = [
         {"params": net.student.parameters()},
-        {"params": net.objectives.parameters(), "lr": rate},
+        {"params": net.losses.parameters(), "lr": rate},
     ]
     course, reached = fit(net, rates, steps)
     without = [n for n, _ in net.named_parameters() if n not in reached]
@@ -218,7 +267,7 @@ def test_networks_of_others(pair, method):
     assert sum(course[-1].values()) < sum(course[0].values())
 
 
-# -------------------------------------------------------------------------------------------------- several teachers
+# --------------------------------------------------------------------------------- several teachers
 def three_teachers():
     """A ViT for 64 pixels, a CNN for any, a Mixer for 48, each with its own statistics."""
     torch.manual_seed(0)
@@ -275,13 +324,23 @@ class ByHand(Callback):
 
 def test_three_teachers_of_other_sizes_and_statistics():
     teachers = three_teachers()
-    assert len({tuple(Preprocess.of(model).mean) for model, _ in teachers}) == 3
+    assert len({tuple(Preprocess.from_model(model).mean) for model, _ in teachers}) == 3
     watch, before = ByHand(teachers), [state(model) for model, _ in teachers]
     result = distill(
-        [model for model, _ in teachers], network("ResNet"), "digits", image_size=SIZE, method="kd", max_steps=3,
-        batch_size=16, train_limit=64, validation="none", mixed_precision="no", report_to="none", progress="off",
+        [model for model, _ in teachers],
+        network("ResNet"),
+        "digits",
+        image_size=SIZE,
+        method="kd",
+        max_steps=3,
+        batch_size=16,
+        train_limit=64,
+        validation="none",
+        mixed_precision="no",
+        report_to="none",
+        progress="off",
         callbacks=[watch],
-    )  # fmt: skip
+    )
     assert watch.steps == 3 and result.metrics["top1"] >= 0
     for (model, _), kept in zip(teachers, before, strict=True):
         assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
@@ -321,7 +380,7 @@ def test_losses_of_several_teachers_are_those_of_each(count):
         alone.release()
 
 
-# ------------------------------------------------------------------------------------------- gradient checkpointing
+# --------------------------------------------------------------------------- gradient checkpointing
 @pytest.mark.parametrize("name", ["ViT", "DeiT", "Swin", "ResNet", "ConvNeXt", "TNT"])
 def test_gradients_through_a_teacher_that_checkpoints(name):
     def gradients(checkpointing):

@@ -1,4 +1,4 @@
-"""Fine-tuning: new heads, frozen parts, rates by depth, weights from files, and teachers that are found again."""
+"""Fine-tuning: new heads, frozen parts, rates by depth, weights of files, teachers found again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def digits() -> room.Data:
 
 @pytest.fixture(scope="session")
 def seven(tmp_path_factory) -> Path:
-    """A ResNet-8 of 7 classes as a timm folder, with BatchNorm statistics and a normalisation of its own."""
+    """A ResNet-8 of 7 classes as a timm folder, with its own BatchNorm statistics and mean."""
     torch.manual_seed(3)
     net = settled(timm.create_model("cifar_resnet8", num_classes=7))
     net.pretrained_cfg = {**net.pretrained_cfg, "mean": (0.3,) * 3, "std": (0.4,) * 3}
@@ -90,7 +90,7 @@ class Own(nn.Module):
         return self.out(self.neck(self.body(x).mean((2, 3))))
 
 
-# -------------------------------------------------------------------------------------------------------- teacher_head
+# ------------------------------------------------------------------------------------- teacher_head
 def dropping() -> nn.Module:
     return timm.create_model("cifar_resnet8", num_classes=7, drop_rate=0.5)
 
@@ -183,9 +183,15 @@ def test_the_place_depends_on_all_that_a_teacher_depends_on_and_on_nothing_else(
         room.load(torch.utils.data.TensorDataset(x, labels), **split)
         for x in (tensors, 1 - tensors)
     ]
-    other = [key(net, digits, **changes) for changes in (
-        {"teacher_head": "linear-probe"}, {"teacher_training": {"lr": 0.01}}, {"seed": 1}, {"epochs": 2},
-    )]  # fmt: skip
+    other = [
+        key(net, digits, **changes)
+        for changes in (
+            {"teacher_head": "linear-probe"},
+            {"teacher_training": {"lr": 0.01}},
+            {"seed": 1},
+            {"epochs": 2},
+        )
+    ]
     other += [
         key(changed("conv1"), digits),
         key(changed("fc"), digits),
@@ -235,8 +241,8 @@ def test_two_teachers_of_two_families_of_which_one_needs_a_head(digits, tmp_path
     own = timm.create_model("cifar_resnet8", num_classes=10)
     own.pretrained_cfg = {**own.pretrained_cfg, "mean": (0.1,) * 3, "std": (0.2,) * 3}
     assert (
-        Preprocess.of(vit, (16, 16)).size == (32, 32)
-        and Preprocess.of(own, (16, 16)).mean == (0.1,) * 3
+        Preprocess.from_model(vit, (16, 16)).size == (32, 32)
+        and Preprocess.from_model(own, (16, 16)).mean == (0.1,) * 3
     )
     before = state(own), state(vit)
     options = dict(teacher_head=[None, "linear-probe"], teacher_dir=tmp_path, max_steps=1)
@@ -248,8 +254,8 @@ def test_two_teachers_of_two_families_of_which_one_needs_a_head(digits, tmp_path
     )
     assert [p.name.split("-")[0] for p in tmp_path.iterdir()] == ["vit_tiny_patch16_224"]
     assert (
-        "teacher 1 gets a new head of 10 classes in place of 5, which is trained first (linear-probe)"
-        in [*result.plan["notes"]]
+        "teacher 1 gets a new head of 10 classes in place of 5, which is trained first "
+        "(linear-probe)" in [*result.plan["notes"]]
     )
     with pytest.raises(ValueError, match="teacher_head is a list of 1 for 2 teachers"):
         call([own, vit], "cifar_resnet8", digits, teacher_head=["finetune"])
@@ -374,7 +380,7 @@ def test_a_damaged_teacher_says_what_to_do(seven, digits, tmp_path):
         call(seven, "cifar_resnet8", digits, **options)
 
 
-# -------------------------------------------------------------------------------------------------------------- freeze
+# ------------------------------------------------------------------------------------------- freeze
 FROZEN = [
     (2, ("conv1", "bn1", "layer1", "layer2"), ("layer3", "fc")),
     (["layer1", "bn1"], ("layer1", "bn1"), ("conv1", "layer2", "fc")),
@@ -409,7 +415,7 @@ def test_stages_of_a_vit_take_tokens_and_positions_along():
     assert {n.split(".")[1] for n in names - loose} == {"0", "1"}
     still.apply()
     net.train()
-    still.stay()
+    still.set_eval_mode()
     assert not net.blocks[1].mlp.training and net.blocks[2].mlp.training and net.training
     still.release()
     assert all(p.requires_grad for p in net.parameters())
@@ -420,23 +426,32 @@ def test_stages_that_end_in_several_tensors(name):
     with torch.device("meta"):
         taps = Taps(timm.create_model(name, num_classes=10), None, 224)
     every = sum(p.numel() for p in taps.model.parameters())
-    counts = [FrozenParts(taps, stage).count for stage in range(1, len(taps.stages) + 1)]
+    counts = [FrozenParts(taps, stage).num_parameters for stage in range(1, len(taps.stages) + 1)]
     assert (
         counts == sorted(set(counts))
-        and 0 < counts[0]
+        and counts[0] > 0
         and counts[-1] < every - taps.model.num_features * 10
     )
 
 
-@pytest.mark.parametrize(("what", "words"), [
-    (9, ["freeze=9", "ResNet has 3 stages"]),
-    (0, ["freeze=0", "number from 1"]),
-    (True, ["freeze=True", "'backbone'"]),
-    ([], ["freeze=[]"]),
-    ("bakbone", ["did you mean 'backbone'"]),
-    (["layr1"], ["freeze: 'layr1' is no module of ResNet", "layer1, layer2", "did you mean 'layer1'"]),
-    (["conv1", "bn1", "layer1", "layer2", "layer3", "fc"], ["leaves no parameter of ResNet to train", "'backbone'"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        (9, ["freeze=9", "ResNet has 3 stages"]),
+        (0, ["freeze=0", "number from 1"]),
+        (True, ["freeze=True", "'backbone'"]),
+        ([], ["freeze=[]"]),
+        ("bakbone", ["did you mean 'backbone'"]),
+        (
+            ["layr1"],
+            ["freeze: 'layr1' is no module of ResNet", "layer1, layer2", "did you mean 'layer1'"],
+        ),
+        (
+            ["conv1", "bn1", "layer1", "layer2", "layer3", "fc"],
+            ["leaves no parameter of ResNet to train", "'backbone'"],
+        ),
+    ],
+)
 def test_what_cannot_be_frozen(what, words):
     with pytest.raises(ValueError) as caught:
         call(None, "cifar_resnet8", "digits", freeze=what, dry_run=True)
@@ -448,12 +463,15 @@ def test_a_backbone_needs_a_classifier():
         FrozenParts(Taps(nn.Sequential(Own(), nn.ReLU()), None, 16), "backbone")
 
 
-# --------------------------------------------------------------------------------------------------------- layer_decay
+# -------------------------------------------------------------------------------------- layer_decay
 def rates_of(
     net: nn.Module, optimizer: str, decay: float
 ) -> tuple[dict[int, tuple[float, float]], dict[str, int]]:
-    """(lr, weight_decay) by the parameter's id, and layer by name; a FitNet adapter is trained beside the network."""
-    size = Preprocess.of(net, (32, 32)).size or (32, 32)
+    """(lr, weight_decay) by the parameter's id, and layer by name.
+
+    A FitNet adapter is trained beside the network.
+    """
+    size = Preprocess.from_model(net, (32, 32)).size or (32, 32)
     student, teacher = (
         Taps(net, None, size),
         Frozen(timm.create_model("cifar_resnet8", num_classes=10), None, 32),
@@ -519,7 +537,8 @@ def test_the_schedule_scales_every_rate_and_a_resumed_run_goes_on(digits, tmp_pa
     whole = call(None, "cifar_resnet8", digits, callbacks=[rates], **options)
     for step, seen in enumerate(rates.seen):
         assert seen == pytest.approx([0.1 * (1 - step / 4) * 0.5**depth for depth in (2, 1, 0)])
-    assert [r["lr"] for r in whole.history if r["event"] == "train"][0] == pytest.approx(0.075)
+    first = next(row for row in whole.history if row["event"] == "train")
+    assert first["lr"] == pytest.approx(0.075)
     with pytest.raises(Interrupted):
         call(None, "cifar_resnet8", digits, callbacks=[Stop()], output_dir=tmp_path, **options)
     resumed = call(None, "cifar_resnet8", digits, output_dir=tmp_path, resume=True, **options)
@@ -532,7 +551,7 @@ def test_factors_that_are_refused(decay):
         call(None, "cifar_resnet8", "digits", layer_decay=decay, dry_run=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 def test_a_student_folder_of_other_classes_keeps_its_body(seven, digits, tmp_path):
     result = call(
         None, f"local-dir:{seven}", digits, freeze="backbone", output_dir=tmp_path / "run"
@@ -572,8 +591,14 @@ def sources(net: nn.Module, tmp: Path) -> dict[str, object]:
     )
     save_file(tensors, tmp / "c.safetensors", {"mean": "0.1,0.2,0.3", "std": "1,2,4"})
     folder = save_model(net, tmp / "folder")
-    return {"dict": tensors, "pth": tmp / "a.pth", "pt": str(tmp / "b.pt"), "file": tmp / "c.safetensors",
-            "folder": folder, "model": {"model": tensors, "optimizer": {}}}  # fmt: skip
+    return {
+        "dict": tensors,
+        "pth": tmp / "a.pth",
+        "pt": str(tmp / "b.pt"),
+        "file": tmp / "c.safetensors",
+        "folder": folder,
+        "model": {"model": tensors, "optimizer": {}},
+    }
 
 
 @pytest.mark.parametrize("kind", ["dict", "pth", "pt", "file", "folder", "model"])
@@ -597,9 +622,13 @@ def test_weights_of_every_kind(kind, seven, tmp_path):
 def test_weights_go_through_distill(seven, digits, tmp_path, capsys):
     net = load_model(seven)
     options = dict(
-        student_weights=net.state_dict(), teacher_weights=seven, teacher_head="linear-probe", freeze="backbone",
-        progress="lines", output_dir=tmp_path / "run",
-    )  # fmt: skip
+        student_weights=net.state_dict(),
+        teacher_weights=seven,
+        teacher_head="linear-probe",
+        freeze="backbone",
+        progress="lines",
+        output_dir=tmp_path / "run",
+    )
     result = call("cifar_resnet8", "cifar_resnet8", digits, **options)
     assert same(state(net), state(result.student), "conv1", "bn1", "layer")
     out = capsys.readouterr().out
@@ -690,30 +719,47 @@ def test_weights_at_another_image_and_patch_size(digits, tmp_path):
         other.pos_embed, wanted
     )
     result = call(
-        "vit_tiny_patch16_224", "vit_tiny_patch16_224", digits, teacher_weights=folder, student_weights=folder,
-        student_args=VIT | {"img_size": 64}, teacher_args=[VIT | {"img_size": 16, "patch_size": 4}], max_steps=1,
+        "vit_tiny_patch16_224",
+        "vit_tiny_patch16_224",
+        digits,
+        teacher_weights=folder,
+        student_weights=folder,
+        student_args=VIT | {"img_size": 64},
+        teacher_args=[VIT | {"img_size": 16, "patch_size": 4}],
+        max_steps=1,
         output_dir=tmp_path / "run",
-    )  # fmt: skip
+    )
     back = timm.create_model(f"local-dir:{tmp_path}/run/student", pretrained=True).eval()
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(back(x), result.student(x))
 
 
-# --------------------------------------------------------------------------------------------------- dry runs, refusals
+# ------------------------------------------------------------------------------- dry runs, refusals
 def test_a_dry_run_shows_it_all(seven, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan = call(
-        seven, seven, "digits", freeze=1, layer_decay=0.5, lr=0.1, teacher_head="finetune", dry_run=True,
-        teacher_training={"epochs": 3, "optimizer": "adamw"}, student_weights=load_model(seven).state_dict(),
-    ).plan  # fmt: skip
+        seven,
+        seven,
+        "digits",
+        freeze=1,
+        layer_decay=0.5,
+        lr=0.1,
+        teacher_head="finetune",
+        dry_run=True,
+        teacher_training={"epochs": 3, "optimizer": "adamw"},
+        student_weights=load_model(seven).state_dict(),
+    ).plan
     text = " ".join(str(plan).split())
     for words in (
-        "frozen in the student", "layer_decay 0.5 over 3 layers: lr 0.025 to 0.1",
+        "frozen in the student",
+        "layer_decay 0.5 over 3 layers: lr 0.025 to 0.1",
         "the student gets a new head of 10 classes in place of 7",
-        "the teacher gets a new head of 10 classes in place of 7, which is trained first (finetune)",
-        "fine-tuning of a teacher: 3 epochs, batch_size 32, adamw, lr 0.001", "student: a state dict: 54 of 56",
-    ):  # fmt: skip
+        "the teacher gets a new head of 10 classes in place of 7, which is trained first "
+        "(finetune)",
+        "fine-tuning of a teacher: 3 epochs, batch_size 32, adamw, lr 0.001",
+        "student: a state dict: 54 of 56",
+    ):
         assert words in text, words
     assert not list(tmp_path.iterdir())
     sizes = dict(
@@ -726,17 +772,23 @@ def test_a_dry_run_shows_it_all(seven, tmp_path, monkeypatch):
 
 
 REFUSED = [
-    (dict(teacher_training={"epoch": 3}, teacher_head="finetune"), ["unknown 'epoch'", "mean 'epochs'", "freeze"]),
+    (
+        dict(teacher_training={"epoch": 3}, teacher_head="finetune"),
+        ["unknown 'epoch'", "mean 'epochs'", "freeze"],
+    ),
     (dict(teacher_training={"epochs": 3}), ["no effect with teacher_head=None", "'linear-probe'"]),
     (dict(teacher_training={"freeze": 1}, teacher_head="linear-probe"), ["freeze has no effect"]),
     (dict(teacher_training={"lr": -1}, teacher_head="finetune"), ["lr is -1"]),
     (dict(teacher_weights=[{}, {}]), ["teacher_weights is a list of 2 for 1 teachers"]),
     (dict(teacher_args=[{}, {}]), ["teacher_args is a list of 2"]),
     (dict(teacher=[Own(10), Own(10)], teacher_weights={}), ["given once for 2 teachers"]),
-    (dict(teacher=Own(10), teacher_args={"depth": 2}), ["teacher_args={'depth': 2} has no effect", "already built"]),
+    (
+        dict(teacher=Own(10), teacher_args={"depth": 2}),
+        ["teacher_args={'depth': 2} has no effect", "already built"],
+    ),
     (dict(student=Own(10), student_args={"depth": 2}), ["student_args={'depth': 2} has no effect"]),
     (dict(teacher=Own(10), teacher_weights=Own(7).state_dict()), ["holds 7 classes, Own has 10"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -764,7 +816,8 @@ def test_a_new_head_depends_on_the_seed_alone():
 
 def test_the_recipe_runs_and_finds_itself_done(seven, tmp_path, monkeypatch, capsys):
     recipe = Path(__file__).parents[2] / "recipes/finetune_kd.py"
-    flags = "--source digits --source-rows 128 --source-epochs 1 --dataset digits --rows 64 --epochs 1 --batch-size 32"
+    flags = "--source digits --source-rows 128 --source-epochs 1 --dataset digits --rows 64"
+    flags += " --epochs 1 --batch-size 32"
     flags += f" --student cifar_resnet8 --teacher {seven} --output {tmp_path}"
     monkeypatch.setattr(sys, "argv", [str(recipe), *flags.split()])
     runpy.run_path(str(recipe), run_name="__main__")

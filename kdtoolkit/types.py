@@ -92,13 +92,9 @@ CHANNELS_FIRST = ("NCHW", "NCL", "NC")
 class Shape(tuple[int, ...]):
     """Shape of one feature without its batch dimension; equal to the plain tuple of its sizes.
 
-    Args:
-        sizes: The sizes, one to three.
-        layout: See below; default "NCHW", "NLC" or "NC" by the number of sizes.
-        grid: See below; default by the sizes, for tokens the most square one.
-        prefix: See below.
-        order: See below.
-        windows: See below.
+    Made of one to three sizes; the other arguments are the attributes of the same names. By default
+    the layout is "NCHW", "NLC" or "NC" by the number of sizes, and the grid of tokens the most square
+    one.
 
     Attributes:
         layout: "NCHW" (C, H, W); "NHWC" (H, W, C); "NLC" (L, C), tokens; "NCL" (C, L); "NC" (C,), a

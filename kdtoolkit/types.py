@@ -93,8 +93,8 @@ class Shape(tuple[int, ...]):
     """Shape of one feature without its batch dimension; equal to the plain tuple of its sizes.
 
     Made of one to three sizes; the other arguments are the attributes of the same names. By default
-    the layout is "NCHW", "NLC" or "NC" by the number of sizes, and the grid of tokens the most square
-    one.
+    the layout is "NCHW", "NLC" or "NC" by the number of sizes, and the grid of tokens the most
+    square one.
 
     Attributes:
         layout: "NCHW" (C, H, W); "NHWC" (H, W, C); "NLC" (L, C), tokens; "NCL" (C, L); "NC" (C,), a

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kdtoolkit import models as models
     from kdtoolkit import schedules as schedules
     from kdtoolkit.core.callback import Callback as Callback
-    from kdtoolkit.core.callback import RunContext as RunContext
+    from kdtoolkit.core.run_context import RunContext as RunContext
     from kdtoolkit.core.loss import DistillationLoss as DistillationLoss
     from kdtoolkit.core.method import Method as Method
     from kdtoolkit.core.registries import register_loss as register_loss
@@ -49,7 +49,7 @@ _PUBLIC = {name: f"kdtoolkit.{name}" for name in _MODULES} | {
     "Frozen": "kdtoolkit.features.frozen",
     "Method": "kdtoolkit.core.method",
     "Peers": "kdtoolkit.methods.peers",
-    "RunContext": "kdtoolkit.core.callback",
+    "RunContext": "kdtoolkit.core.run_context",
     "StrategyInputs": "kdtoolkit.core.strategy",
     "Taps": "kdtoolkit.features.extractor",
     "create_method": "kdtoolkit.methods.factory",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kdtoolkit.core.callback import RunContext
+from kdtoolkit.core.run_context import RunContext
 from kdtoolkit.utils.state import preserve_random_state
 
 NUM_BATCHES = 16

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kdtoolkit.core.callback import Callback, RunContext
+from kdtoolkit.core.callback import Callback
+from kdtoolkit.core.run_context import RunContext
 from kdtoolkit.utils import checkpoint
 from kdtoolkit.utils.validation import check_whole_number
 

@@ -18,13 +18,8 @@ from torch import Tensor, nn
 
 from kdtoolkit import functional
 from kdtoolkit.callbacks.bn_recalibration import recalibrate_batch_norms, running_statistics
-from kdtoolkit.core.callback import (
-    Callback,
-    RunContext,
-    RunPreview,
-    check_several_networks,
-    last_step_of_epoch,
-)
+from kdtoolkit.core.callback import Callback, check_several_networks
+from kdtoolkit.core.run_context import RunContext, RunPreview, last_step_of_epoch
 from kdtoolkit.types import Step
 from kdtoolkit.utils.validation import (
     check_choice,

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from kdtoolkit import functional
 from kdtoolkit.callbacks.ema import EMATeacher
-from kdtoolkit.core.callback import Callback, RunContext, RunPreview, check_several_networks
+from kdtoolkit.core.callback import Callback, check_several_networks
 from kdtoolkit.core.plan import PlanRow
+from kdtoolkit.core.run_context import RunContext, RunPreview
 from kdtoolkit.schedules import (
     check_loss_weight,
     cosine_rampdown,

@@ -19,7 +19,8 @@ from kdtoolkit.callbacks.diversity_measures import (
     weight_distance,
 )
 from kdtoolkit.callbacks.ema import EMATeacher
-from kdtoolkit.core.callback import Callback, RunContext, RunPreview, last_step_of_epoch
+from kdtoolkit.core.callback import Callback
+from kdtoolkit.core.run_context import RunContext, RunPreview, last_step_of_epoch
 from kdtoolkit.types import Batch, Step
 from kdtoolkit.utils import distributed
 from kdtoolkit.utils.validation import check_whole_number

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdtoolkit.core.callback import Callback, RunContext, RunPreview
+from kdtoolkit.core.callback import Callback
+from kdtoolkit.core.run_context import RunContext, RunPreview
 from kdtoolkit.utils.validation import check_whole_number
 
 

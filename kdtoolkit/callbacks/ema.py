@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from kdtoolkit import functional
 from kdtoolkit.callbacks.ema_init import SEED_OFFSET, reinitialise, train_first_steps
-from kdtoolkit.core.callback import Callback, ExportCandidates, RunContext, RunPreview
+from kdtoolkit.core.callback import Callback
 from kdtoolkit.core.method import Method
 from kdtoolkit.core.plan import PlanRow
+from kdtoolkit.core.run_context import ExportCandidates, RunContext, RunPreview
 from kdtoolkit.schedules import check_loss_weight, describe_weight, weight_at
 from kdtoolkit.types import Batch, LossWeight, Step
 from kdtoolkit.utils.validation import (

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from kdtoolkit import functional
-from kdtoolkit.core.callback import RunContext
 from kdtoolkit.core.method import Method
+from kdtoolkit.core.run_context import RunContext
 from kdtoolkit.models.reinit import reinitialised_copy
 from kdtoolkit.utils import distributed
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kdtoolkit.core.callback import Callback, RunContext
+from kdtoolkit.core.callback import Callback
+from kdtoolkit.core.run_context import RunContext
 from kdtoolkit.models.freezing import FrozenParts
 from kdtoolkit.types import Step
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from kdtoolkit import functional
-from kdtoolkit.core.callback import Callback, RunContext, RunPreview, check_several_networks
+from kdtoolkit.core.callback import Callback, check_several_networks
 from kdtoolkit.core.plan import PlanRow
+from kdtoolkit.core.run_context import RunContext, RunPreview
 from kdtoolkit.schedules import check_loss_weight, describe_weight, weight_at
 from kdtoolkit.types import Batch, LossWeight, Step
 from kdtoolkit.utils.validation import check_choice, check_temperature

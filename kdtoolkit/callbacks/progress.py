@@ -16,7 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from kdtoolkit.core.callback import Callback, MetricsRow, RunContext
+from kdtoolkit.core.callback import Callback
+from kdtoolkit.core.run_context import MetricsRow, RunContext
 from kdtoolkit.types import Step
 from kdtoolkit.utils.validation import check_choice
 

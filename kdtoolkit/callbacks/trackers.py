@@ -11,7 +11,8 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 
-from kdtoolkit.core.callback import Callback, MetricsRow, RunContext
+from kdtoolkit.core.callback import Callback
+from kdtoolkit.core.run_context import MetricsRow, RunContext
 from kdtoolkit.types import Step
 
 WRITES_FILES = ("tensorboard", "dvclive")

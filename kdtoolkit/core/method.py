@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdtoolkit.core.callback import Callback, ExportCandidates
+from kdtoolkit.core.callback import Callback
 from kdtoolkit.core.plan import MethodPlan
+from kdtoolkit.core.run_context import ExportCandidates
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.hooks import remove_tap_hooks
 from kdtoolkit.types import Batch, Clock, Step

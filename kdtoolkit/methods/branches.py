@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from kdtoolkit import functional
-from kdtoolkit.core.callback import ExportCandidates
 from kdtoolkit.core.loss import zero_loss
 from kdtoolkit.core.method import Method, num_parameters
 from kdtoolkit.core.plan import MethodPlan, PlanRow
+from kdtoolkit.core.run_context import ExportCandidates
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.branch_join import BranchJoin, BranchOutputs

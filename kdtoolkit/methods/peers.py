@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kdtoolkit import functional
-from kdtoolkit.core.callback import ExportCandidates
 from kdtoolkit.core.method import Method, num_parameters
 from kdtoolkit.core.plan import MethodPlan, PlanRow
+from kdtoolkit.core.run_context import ExportCandidates
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.network_checks import (
     check_different_weights,

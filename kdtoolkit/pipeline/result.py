@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from kdtoolkit.core.callback import MetricsRow
+from kdtoolkit.core.run_context import MetricsRow
 from kdtoolkit.pipeline.plan import Plan
 
 

@@ -16,8 +16,9 @@ from kdtoolkit.callbacks.checkpoints import Checkpoints
 from kdtoolkit.callbacks.keep_frozen import KeepFrozen
 from kdtoolkit.callbacks.progress import ProgressLog
 from kdtoolkit.callbacks.trackers import Trackers, resolve_trackers
-from kdtoolkit.core.callback import Callback, RunPreview, ordered_callbacks
+from kdtoolkit.core.callback import Callback, ordered_callbacks
 from kdtoolkit.core.config import TrainerConfig
+from kdtoolkit.core.run_context import RunPreview
 from kdtoolkit.methods.resolve import ResolvedLosses
 from kdtoolkit.pipeline import checks, export
 from kdtoolkit.pipeline.accelerator import make_accelerator

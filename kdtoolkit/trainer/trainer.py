@@ -13,15 +13,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from kdtoolkit.core.callback import (
-    Callback,
-    ExportCandidates,
-    RunPreview,
-    last_step_of_epoch,
-    ordered_callbacks,
-)
+from kdtoolkit.core.callback import Callback, ordered_callbacks
 from kdtoolkit.core.config import TrainerConfig
 from kdtoolkit.core.method import Method
+from kdtoolkit.core.run_context import ExportCandidates, RunPreview, last_step_of_epoch
 from kdtoolkit.data.dataset import Data, Split
 from kdtoolkit.data.seeding import derive_seed
 from kdtoolkit.trainer import checks

@@ -10,12 +10,11 @@ from kdtoolkit import callbacks
 from kdtoolkit.core.callback import (
     RENAMED_EVENTS,
     Callback,
-    RunContext,
     check_several_networks,
-    last_step_of_epoch,
     ordered_callbacks,
 )
 from kdtoolkit.core.method import Method
+from kdtoolkit.core.run_context import RunContext, last_step_of_epoch
 from kdtoolkit.types import Clock
 
 

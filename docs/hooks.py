@@ -1,7 +1,8 @@
 """What is made when the site is built: tables of the registry, pages of files outside docs/.
 
-A page asks for a table with a comment, `<!-- table: losses -->`; the tables are at the end of this
-file. CONTRIBUTING.md, CHANGELOG.md and benchmarks/results/ become pages.
+A page asks for a table with a comment, `<!-- table: losses -->` (the tables are at the end of this
+file), and for the reference of a package with `<!-- package: NAME -->`. CONTRIBUTING.md,
+CHANGELOG.md and benchmarks/results/ become pages.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from kdtoolkit.pipeline.method_table import default_sum, method_options
 ROOT = Path(__file__).parents[1]
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 RESULTS = "benchmarks/results"
+PACKAGE = re.compile(r"<!-- package: ([\w.]+) -->")
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 
 
@@ -53,6 +55,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         marker = f"<!-- table: {name} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, table())
+    markdown = PACKAGE.sub(lambda match: package_reference(match[1]), markdown)
     target = page.file.src_uri
     source = repository_path(target)
 
@@ -89,6 +92,17 @@ def site_link(link: str, source: str, target: str) -> str:
     else:
         return link
     return posixpath.relpath(path, posixpath.dirname(target))
+
+
+def package_reference(package: str) -> str:
+    """The reference of a package: its docstring, then each of its modules.
+
+    What its `__init__` exports is not repeated there.
+    """
+    folder = ROOT.joinpath(*package.split("."))
+    names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    head = f"::: {package}\n    options:\n      members: false\n      show_source: false\n"
+    return "\n".join([head, *(f"::: {package}.{name}\n" for name in names)])
 
 
 # ------------------------------------------------------------------------------ tables

@@ -292,7 +292,7 @@ def finished(tmp_path_factory):
     "given, message",
     [
         ({"name": "one", "compile": True}, "compile=True: branches are run"),
-        ({"name": "one", "rampup_epochs": -1}, "a ramp is 0 epochs long or longer, got -1"),
+        ({"name": "one", "rampup_epochs": -1}, "length is -1; allowed: a finite number from 0"),
         ({"name": "dkel", "init_steps": 99}, "init_steps=99, an epoch has 3 batches"),
         ({"name": "kdcl", "transforms": "none"}, "sees 2 views of every image"),
         ({"name": "kdcl", "rule": "general", "validation": "none"}, "KDCL\\(rule='general'\\)"),

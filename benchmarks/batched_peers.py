@@ -1,19 +1,22 @@
 """K peers of one architecture on the same batch: one after another against all at once.
 
-    OMP_NUM_THREADS=1 python benchmarks/batched_peers.py [--models cifar_resnet8] [--peers 2 3 6] [--rounds 7]
-                                                         [--precisions no bf16] [--device cuda] [--out FILE]
+    OMP_NUM_THREADS=1 python benchmarks/batched_peers.py [--models cifar_resnet8] [--peers 2 3 6]
+                                                         [--rounds 7] [--precisions no bf16]
+                                                         [--device cuda] [--out FILE]
 
-loop            K forwards of K networks in channels_last, as `Peers` in the engine runs them
-vmap            torch.func: stacked parameters and buffers, one functional_call under vmap, x shared. On the CPU
-                autocast does not reach conv2d under vmap, and BatchNorm there refuses bf16 beside float32 statistics,
-                so with bf16 hooks cast for every convolution and back for every BatchNorm
-grouped         one network of convolutions with K groups and BatchNorm of K-fold channels, the stem dense because all
-                see the same x, the head a batched product; channels_last
+    loop       K forwards of K networks in channels_last, as `kdtoolkit.Peers` runs them
+    vmap       torch.func: stacked parameters and buffers, one functional_call under vmap, x shared.
+               On the CPU autocast does not reach conv2d under vmap, and BatchNorm there refuses
+               bf16 beside float32 statistics, so with bf16 hooks cast for every convolution and
+               back for every BatchNorm
+    grouped    one network of convolutions with K groups and BatchNorm of K-fold channels, the stem
+               dense because all see the same x, the head a batched product; channels_last
 
-A step is forward, the sum of K cross-entropies, backward and SGD with momentum. All start from the same weights; before
-anything is timed, three steps of each are compared with the loop's: losses, and BatchNorm's running statistics. Times
-are the processor's on the CPU, so that other programs do not count, and the clock's on CUDA; all ways take turns in one
-process; only ratios mean anything.
+A step is forward, the sum of K cross-entropies, backward and SGD with momentum. All start from the
+same weights; before anything is timed, three steps of each are compared with the loop's: losses,
+and BatchNorm's running statistics. Times are processor time on the CPU, where other programs do not
+count, and wall-clock time on CUDA; all variants take turns in one process; only ratios mean
+anything.
 """
 
 from __future__ import annotations
@@ -37,8 +40,10 @@ from torch.func import functional_call, stack_module_state, vmap
 import kdtoolkit
 from kdtoolkit.utils.memory import keep_freed_memory
 
-Way = tuple[Callable[[Tensor], Tensor], list[nn.Parameter], Callable[[], list[dict[str, Tensor]]]]
 # x -> logits (K, B, C); what is trained; buffers of every network
+Variant = tuple[
+    Callable[[Tensor], Tensor], list[nn.Parameter], Callable[[], list[dict[str, Tensor]]]
+]
 
 
 class Heads(nn.Module):
@@ -46,18 +51,16 @@ class Heads(nn.Module):
 
     def __init__(self, layers: list[nn.Linear]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(
-            torch.stack([m.weight.detach().t() for m in layers])
-        )  # (K, F, C)
-        self.bias = nn.Parameter(
-            torch.stack([m.bias.detach() for m in layers]).unsqueeze(1)
-        )  # (K, 1, C)
+        weights = torch.stack([m.weight.detach().t() for m in layers])
+        biases = torch.stack([m.bias.detach() for m in layers])
+        self.weight = nn.Parameter(weights)  # (K, F, C)
+        self.bias = nn.Parameter(biases.unsqueeze(1))  # (K, 1, C)
 
     def forward(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (len(self.weight), -1)).transpose(0, 1) @ self.weight + self.bias
 
 
-def joined(layers: list[nn.Module]) -> nn.Module | None:
+def merge_layers(layers: list[nn.Module]) -> nn.Module | None:
     """K layers side by side in one; None for a layer without weights of its own."""
     first, count = layers[0], len(layers)
     if isinstance(first, nn.Linear):
@@ -84,7 +87,7 @@ def joined(layers: list[nn.Module]) -> nn.Module | None:
     return new
 
 
-def loop(nets: list[nn.Module]) -> Way:
+def loop(nets: list[nn.Module]) -> Variant:
     nets = [copy.deepcopy(n).to(memory_format=torch.channels_last) for n in nets]  # type: ignore[call-overload]
     params = [p for n in nets for p in n.parameters()]
     return (
@@ -94,7 +97,7 @@ def loop(nets: list[nn.Module]) -> Way:
     )
 
 
-def batched(nets: list[nn.Module], cast: bool) -> Way:
+def batched(nets: list[nn.Module], cast: bool) -> Variant:
     params, buffers = stack_module_state([copy.deepcopy(n) for n in nets])  # type: ignore[arg-type]
     skeleton = copy.deepcopy(nets[0]).to("meta")
     for module in skeleton.modules() if cast else ():
@@ -112,25 +115,25 @@ def batched(nets: list[nn.Module], cast: bool) -> Way:
     params = dict(zip(params, trained, strict=True))
     run = vmap(one, in_dims=(0, 0, None))
 
-    def of(k: int) -> dict[str, Tensor]:
-        return {n: b[k] for n, b in buffers.items()}
+    def all_buffers() -> list[dict[str, Tensor]]:
+        return [{n: b[k] for n, b in buffers.items()} for k in range(len(nets))]
 
-    return lambda x: run(params, buffers, x), trained, lambda: [of(k) for k in range(len(nets))]
+    return lambda x: run(params, buffers, x), trained, all_buffers
 
 
-def grouped(nets: list[nn.Module]) -> Way:
+def grouped(nets: list[nn.Module]) -> Variant:
     one = copy.deepcopy(nets[0])
     for name, _ in list(one.named_modules()):
-        if name and (new := joined([n.get_submodule(name) for n in nets])):
+        if name and (new := merge_layers([n.get_submodule(name) for n in nets])):
             parent, _, child = name.rpartition(".")
             setattr(one.get_submodule(parent), child, new)
     one.to(nets[0].fc.weight.device, memory_format=torch.channels_last)  # type: ignore[call-overload, union-attr]
     count = len(nets)
 
-    def of(k: int) -> dict[str, Tensor]:
+    def buffers_of(k: int) -> dict[str, Tensor]:
         return {n: b.chunk(count)[k] if b.dim() else b for n, b in one.named_buffers()}
 
-    return one, list(one.parameters()), lambda: [of(k) for k in range(count)]
+    return one, list(one.parameters()), lambda: [buffers_of(k) for k in range(count)]
 
 
 def statistics_of(buffers: list[dict[str, Tensor]]) -> Tensor:
@@ -138,19 +141,16 @@ def statistics_of(buffers: list[dict[str, Tensor]]) -> Tensor:
     return torch.cat([b[n].detach().flatten().float() for b in buffers for n in sorted(b)]).clone()
 
 
-def stepper(way: Way, x: Tensor, y: Tensor, half: bool) -> Callable[[], Tensor]:
-    forward, params, _ = way
+def make_step(variant: Variant, x: Tensor, y: Tensor, half: bool) -> Callable[[], Tensor]:
+    forward, params, _ = variant
     optimizer = torch.optim.SGD(params, lr=0.05, momentum=0.9)
 
     def step() -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             logits = forward(x)
         targets = y.repeat(len(logits))
-        losses = (
-            F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
-            .view(len(logits), -1)
-            .mean(1)
-        )
+        each = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
+        losses = each.view(len(logits), -1).mean(1)
         losses.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -176,20 +176,19 @@ def row(model: str, peers: int, precision: str, args: argparse.Namespace) -> str
     )
     y = torch.randint(0, 100, (args.batch,), device=args.device)
     half = precision == "bf16"
-    ways = {
+    variants = {
         "loop": loop(nets),
         "vmap": batched(nets, half and not args.autocast_alone),
         "grouped": grouped(nets),
     }
-    steps = {name: stepper(way, x, y, half) for name, way in ways.items()}
+    steps = {name: make_step(variant, x, y, half) for name, variant in variants.items()}
     losses = {name: torch.stack([step() for _ in range(3)]) for name, step in steps.items()}
-    others = [name for name in ways if name != "loop"]
-    apart = {n: (losses[n] - losses["loop"]).abs().max().item() for n in others}
-    kept = {name: statistics_of(way[2]()) for name, way in ways.items()}
-    moved = {
-        n: ((kept[n] - kept["loop"]).abs() / kept["loop"].abs().clamp(min=1)).max().item()
-        for n in others
-    }
+    others = [name for name in variants if name != "loop"]
+    loss_errors = [(losses[n] - losses["loop"]).abs().max().item() for n in others]
+    running = {name: statistics_of(variant[2]()) for name, variant in variants.items()}
+    expected = running["loop"]
+    relative = [(running[n] - expected).abs() / expected.abs().clamp(min=1) for n in others]
+    statistics_errors = [errors.max().item() for errors in relative]
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(args.rounds):
         for name in list(steps) if number % 2 else list(steps)[::-1]:
@@ -200,7 +199,7 @@ def row(model: str, peers: int, precision: str, args: argparse.Namespace) -> str
             [a / b for a, b in zip(times[name], times["loop"], strict=True)], n=4
         )
         cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
-    cells += [f"{max(apart.values()):.1e}", f"{max(moved.values()):.1e}"]
+    cells += [f"{max(loss_errors):.1e}", f"{max(statistics_errors):.1e}"]
     return f"| {model} | {precision} | {peers} | " + " | ".join(cells) + " |"
 
 
@@ -219,16 +218,17 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="", help="file to append the table to")
     args = parser.parse_args()
-    warnings.filterwarnings(
-        "ignore", message="There is a performance drop"
-    )  # as_strided_ of the pool under vmap
+    # as_strided_ of the pooling layer under vmap
+    warnings.filterwarnings("ignore", message="There is a performance drop")
     if args.device == "cpu":
         keep_freed_memory()  # as every run of distill() does
     lines = [
-        f"{args.device} ({platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads), torch "
-        f"{torch.__version__}, kdtoolkit {kdtoolkit.__version__}, batch {args.batch}, {args.rounds} rounds in turns",
+        f"{args.device} ({platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads), torch {torch.__version__}, "
+        f"kdtoolkit {kdtoolkit.__version__}, batch {args.batch}, {args.rounds} rounds in turns",
         "",
-        "| network | precision | K | loop, ms | vmap / loop | grouped / loop | losses apart | statistics apart |",
+        "| network | precision | K | loop, ms | vmap / loop | grouped / loop | losses apart | "
+        "statistics apart |",
         "|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)

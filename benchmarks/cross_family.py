@@ -1,13 +1,14 @@
-"""Teacher and student of different families on CIFAR-10: plain training and four methods, equal budget for all.
+"""Teacher and student of different families on CIFAR-10: plain training and four methods.
 
     python benchmarks/cross_family.py --data PATH --teacher-weights PATH.safetensors
 
-Two pairs at 32 pixels: a convolutional teacher and a small ViT (AdamW, lr 1e-3), and a small Swin, trained here first
-on all training images, and a ResNet-8 (Nesterov, lr 0.1). Students see --rows training images, drawn by class, in
-batches of 64 (the Swin 128); one epoch of warm-up, cosine, crop and flip, last epoch, test set. KD is CE + KD, weights
-1 and 1, so that SRKD differs from it in nothing but its own term; fitnet and at have the methods' own weights (100 and
-1000), fitnet1 and at10 a hundredth of them. An arm that has a result is not run again, one that was broken off goes on.
-The table is written to --table; its part "What they say" is kept.
+Two pairs at 32 pixels: a convolutional teacher and a small ViT (AdamW, lr 1e-3), and a small Swin,
+trained here first on all training images, and a ResNet-8 (Nesterov, lr 0.1). All arms have the same
+budget. Students see --rows training images, drawn by class, in batches of 64 (the Swin 128); one
+epoch of warm-up, cosine, crop and flip, last epoch, test set. KD is CE + KD, weights 1 and 1, so
+that SRKD differs from it in nothing but its own term; fitnet and at have the methods' own weights
+(100 and 1000), fitnet1 and at10 a hundredth of them. An arm that has a result is not run again, an
+interrupted one is resumed. The table is written to --table; its part "What they say" is kept.
 """
 
 from __future__ import annotations
@@ -43,10 +44,8 @@ STUDENTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 def final(folder: Path) -> dict[str, Any] | None:
     """What a finished run measured at its end."""
-    journal = folder / "metrics.jsonl"
-    rows = (
-        [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
-    )
+    log = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     found = next((row for row in rows if row["event"] == "final"), None)
     speeds = [row["images_per_s"] for row in rows if row["event"] == "train"]
     return found and found | {"images_per_s": statistics.median(speeds), "folder": folder}
@@ -59,10 +58,22 @@ def train(
     done = final(folder)
     if done is None:
         distill(
-            teacher, student, "cifar10", data_path=args.data, scheduler="cosine", warmup_epochs=1, validation="none",
-            eval_every=3, mixed_precision=args.precision, output_dir=folder, resume="auto", report_to="none",
-            label=folder.name, progress="lines", **options,
-        )  # fmt: skip
+            teacher,
+            student,
+            "cifar10",
+            data_path=args.data,
+            scheduler="cosine",
+            warmup_epochs=1,
+            validation="none",
+            eval_every=3,
+            mixed_precision=args.precision,
+            output_dir=folder,
+            resume="auto",
+            report_to="none",
+            label=folder.name,
+            progress="lines",
+            **options,
+        )
         done = final(folder)
     assert done is not None
     return done
@@ -90,10 +101,18 @@ def run(args: argparse.Namespace) -> None:
         for seed in args.seeds:
             for name, method in ((m, METHODS[m]) for m in args.methods):
                 train(
-                    args, runs / f"{pair}-{name}-r{args.rows}-e{args.epochs}-s{seed}",
-                    None if name == "none" else teacher, student, student_args=student_args, epochs=args.epochs,
-                    batch_size=64, train_limit=args.rows, seed=seed, **rule, **method,
-                )  # fmt: skip
+                    args,
+                    runs / f"{pair}-{name}-r{args.rows}-e{args.epochs}-s{seed}",
+                    None if name == "none" else teacher,
+                    student,
+                    student_args=student_args,
+                    epochs=args.epochs,
+                    batch_size=64,
+                    train_limit=args.rows,
+                    seed=seed,
+                    **rule,
+                    **method,
+                )
                 table(args)
 
 
@@ -110,7 +129,8 @@ def table(args: argparse.Namespace) -> None:
     lines = ["# Pairs of different families", "", (__doc__ or "").strip().split("\n\n", 1)[1], ""]
     for (pair, rows, epochs), arms in groups.items():
         lines += [
-            f"## {pair}: student {STUDENTS[pair][0]}, {rows} training images, {epochs} epochs, last epoch",
+            f"## {pair}: student {STUDENTS[pair][0]}, {rows} training images, {epochs} epochs, "
+            "last epoch",
             "",
         ]
         lines += [_origin(pair, rows, epochs, [f for found in arms.values() for f in found]), ""]
@@ -132,7 +152,8 @@ def _row(name: str, found: list[dict[str, Any]]) -> str:
     agreement = f"{statistics.mean(agree):.2f}" if agree else ""
     speed = statistics.median(f["images_per_s"] for f in found)
     each = ", ".join(f"{top:.2f}" for top in tops)
-    return f"| {name} | {len(tops)} | {statistics.mean(tops):.2f}{spread} | {each} | {agreement} | {speed:.0f} |"
+    top1 = f"{statistics.mean(tops):.2f}{spread}"
+    return f"| {name} | {len(tops)} | {top1} | {each} | {agreement} | {speed:.0f} |"
 
 
 def _origin(pair: str, rows: int, epochs: int, found: list[dict[str, Any]]) -> str:
@@ -143,9 +164,10 @@ def _origin(pair: str, rows: int, epochs: int, found: list[dict[str, Any]]) -> s
     env = json.loads((found[0]["folder"] / "env.json").read_text())
     packages = ", ".join(f"{p} {env['packages'][p]}" for p in ("torch", "timm"))
     return (
-        f"{teacher}`python benchmarks/cross_family.py --pairs {pair} --rows {rows} --epochs {epochs} --seeds ... "
-        f"--data ... --teacher-weights ...`; {env['device']}, {packages}, {env['threads']} thread(s) a run; images/s "
-        "depend on what else ran on the machine"
+        f"{teacher}`python benchmarks/cross_family.py --pairs {pair} --rows {rows} "
+        f"--epochs {epochs} --seeds ... --data ... --teacher-weights ...`; "
+        f"{env['device']}, {packages}, {env['threads']} thread(s) a run; "
+        "images/s depend on what else ran on the machine"
     )
 
 
@@ -162,7 +184,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10000, help="training images of the students")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument(
-        "--teacher-epochs", type=int, default=8, help="of the Swin, on all training images"
+        "--teacher-epochs", type=int, default=8, help="epochs of the Swin, on all training images"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--precision", default="bf16")

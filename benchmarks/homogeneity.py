@@ -2,19 +2,24 @@
 
     python benchmarks/homogeneity.py [--trials 10000] [--figure benchmarks/results/homogeneity.png]
 
-A distribution is a point of the plane, a loss the way from a point to its target, an ensemble the mean of its points.
-Of three student peers each takes one step an epoch, learning rate 0.1, towards the sum of three targets: the truth,
-the mean of the student's peers, and the other peers' teachers; then each teacher moves by EMA. Reported: mean distance
-of the students and of the teachers to the truth (the paper's gap), and of every teacher to its student (homogeneity).
+A distribution is a point of the plane, a loss the way from a point to its target, an ensemble the
+mean of its points. Of three student peers each takes one step an epoch, learning rate 0.1, towards
+the sum of three targets: the truth, the mean of the student's peers, and the other peers' teachers;
+then each teacher moves by EMA. Reported: mean distance of the students and of the teachers to the
+truth (the paper's gap), and of every teacher to its student (homogeneity).
 
-PCL, random  teachers drawn apart from the students        PCL, copy  teachers start as copies
-DK           copies, then one step of 0.1 to the truth     DKEL       DK, and early the mean of the others' teachers
-DKEL, coded  as its public code has it: the two supervisions mixed, EMA min(1 - 1 / (step + 1), 0.9) with step from 0,
-             so that the first step makes the teacher the student; PCL, coded: PCL, copy with that EMA
+    PCL, random    teachers drawn independently of the students
+    PCL, copy      teachers start as copies
+    DK             copies, then one step of 0.1 to the truth
+    DKEL           DK, and early the mean of the others' teachers
+    DKEL, coded    as its public code has it: the two supervisions mixed, EMA
+                   min(1 - 1 / (step + 1), 0.9) with step from 0, so that the first step makes the
+                   teacher the student
+    PCL, coded     PCL, copy with that EMA
 
-Chosen, because the paper's text does not say: all points and the truth from a standard normal; EMA 0.9; the other
-teachers' pulls averaged; "way" is the vector, not its direction; DKEL's term added, with weight exp(-0.5 epoch).
-`READINGS` holds other choices.
+Chosen, because the paper's text does not say: all points and the truth from a standard normal; EMA
+0.9; the other teachers' pulls averaged; "way" is the vector, not its direction; DKEL's term added,
+with weight exp(-0.5 epoch). `READINGS` holds other choices.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdtoolkit.report.plots import PALETTE, TEACHER, new_figure, save
+from kdtoolkit.report.plots import PALETTE, TEACHER_COLOR, new_figure, save_figure
 
 PEERS = 3
 METHODS = ("PCL, random", "PCL, copy", "DK", "DKEL", "DKEL, coded", "PCL, coded")
@@ -56,8 +61,25 @@ def simulate(
     centre: bool = False,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Mean distance in every trial, (epochs + 1, trials) each: "student", "teacher" to the truth, "apart" between the
-    two. The same seed draws the same points for every method."""
+    """Simulate one method.
+
+    Args:
+        method: One of `METHODS`; the same seed draws the same points for every method.
+        trials: Number of independent simulations.
+        epochs: Number of steps.
+        lr: Length of a step as a fraction of the way to its target.
+        ema: Decay of the teachers' moving average.
+        decay: Rate at which DKEL's additional term decays, per epoch.
+        mixed: DKEL's term is mixed with the other teachers' instead of added.
+        summed: The other teachers' pulls are summed instead of averaged.
+        unit: Ways have length 1.
+        centre: The truth is the origin.
+        seed: Seed of all draws.
+
+    Returns:
+        Mean distances in every trial, (epochs + 1, trials) each: "student" and "teacher" to the
+        truth, "apart" between the two.
+    """
     if method not in METHODS:
         raise ValueError(f"method {method!r}; allowed: {', '.join(METHODS)}")
     rng, coded = np.random.default_rng(seed), method.endswith("coded")
@@ -83,11 +105,10 @@ def simulate(
         others = [np.roll(teacher, -k, axis=1) for k in range(1, PEERS)]  # of peer i: teacher i + k
         each = sum(way(student, t) for t in others) / (1 if summed else PEERS - 1)
         early = np.exp(-decay * epoch) if "DKEL" in method else 0.0
-        taught = (1 - early if mixed or coded else 1.0) * each + early * way(
-            student, sum(others) / (PEERS - 1)
-        )
-        peers = way(student, student.mean(1, keepdims=True))
-        student = student + lr * (way(student, truth) + peers + taught)
+        share = 1 - early if mixed or coded else 1.0
+        to_teachers = share * each + early * way(student, sum(others) / (PEERS - 1))
+        to_peers = way(student, student.mean(1, keepdims=True))
+        student = student + lr * (way(student, truth) + to_peers + to_teachers)
         keep = min(1 - 1 / (epoch + 1), ema) if coded else ema
         teacher = keep * teacher + (1 - keep) * student
     return {name: np.array(values) for name, values in found.items()}
@@ -100,7 +121,10 @@ def converged(gap: np.ndarray, share: float = 0.05) -> int | None:
 
 
 def change(a: np.ndarray, b: np.ndarray, epoch: int) -> str:
-    """By how much a's mean gap differs from b's, in per cent of b's, with the standard error over the trials' pairs."""
+    """By how much a's mean gap differs from b's, in per cent of b's, with its standard error.
+
+    The error is that of the paired differences over the trials.
+    """
     pairs, base = a[epoch] - b[epoch], b[epoch].mean() / 100
     return f"{pairs.mean() / base:+.2f} ± {pairs.std(ddof=1) / len(pairs) ** 0.5 / base:.2f}"
 
@@ -108,8 +132,8 @@ def change(a: np.ndarray, b: np.ndarray, epoch: int) -> str:
 def tables(trials: int) -> list[str]:
     runs = {m: simulate(m, trials) for m in METHODS}
     lines = [
-        "| method | student's gap at epoch 0, 10, 60, 90 | teacher's gap | below 5 % at epoch: student, teacher "
-        "| teacher to student |",
+        "| method | student's gap at epoch 0, 10, 60, 90 | teacher's gap "
+        "| below 5 % at epoch: student, teacher | teacher to student |",
         "|---|---|---|---|---|",
     ]
     for method, run in runs.items():
@@ -118,12 +142,13 @@ def tables(trials: int) -> list[str]:
             for n in ("student", "teacher", "apart")
         ]
         lines.append(
-            f"| {method} | {at[0]} | {at[1]} | {converged(run['student'])}, {converged(run['teacher'])} | {at[2]} |"
+            f"| {method} | {at[0]} | {at[1]} | {converged(run['student'])}, "
+            f"{converged(run['teacher'])} | {at[2]} |"
         )
     lines += [
         "",
-        "| reading | DK against PCL, copy: epochs 10, 60 | DK against PCL, random | DKEL against DK: 5, 10, 60 "
-        "| below 5 %: PCL random, copy, DK, DKEL |",
+        "| reading | DK against PCL, copy: epochs 10, 60 | DK against PCL, random "
+        "| DKEL against DK: 5, 10, 60 | below 5 %: PCL random, copy, DK, DKEL |",
         "|---|---|---|---|---|",
     ]
     for reading, options in READINGS.items():
@@ -153,16 +178,16 @@ def scan(trials: int) -> str:
             earlier.append(ends[0] - ends[1])
     ranges = ", ".join(f"{min(c):+.1f} to {max(c):+.1f} % at epoch {e}" for e, c in found.items())
     return (
-        f"All {len(found[5])} combinations of mixed, summed, unit, centre and EMA 0.5, 0.8, 0.9, 0.99, {trials} "
-        f"trials; DKEL against DK: {ranges}. Both converge in {len(earlier)}, DKEL {min(earlier)} to {max(earlier)} "
-        "epochs earlier."
+        f"All {len(found[5])} combinations of mixed, summed, unit, centre and EMA 0.5, 0.8, 0.9, "
+        f"0.99, {trials} trials; DKEL against DK: {ranges}. Both converge in {len(earlier)}, "
+        f"DKEL {min(earlier)} to {max(earlier)} epochs earlier."
     )
 
 
 def draw(file: Path, trials: int) -> None:
     figure = new_figure(8.4, 3.6)
     panels = figure.subplots(1, 2)
-    styles = dict(zip(METHODS, [TEACHER, *PALETTE], strict=False))
+    styles = dict(zip(METHODS, [TEACHER_COLOR, *PALETTE], strict=False))
     for method, color in styles.items():
         run = simulate(method, trials)
         for axes, name in zip(panels, ("student", "apart"), strict=True):
@@ -181,7 +206,7 @@ def draw(file: Path, trials: int) -> None:
         frameon=False,
         fontsize=9,
     )
-    save(figure, file)
+    save_figure(figure, file)
 
 
 def main() -> None:

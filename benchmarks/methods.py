@@ -3,10 +3,11 @@
     python benchmarks/methods.py run --data cifar10 --data-path PATH --teacher PATH
     python benchmarks/methods.py table
 
-`run` writes one folder per (data, method, seed) under --runs, skips what is finished and resumes what is not. `table`
-reads the folders and writes benchmarks/results/methods.md. KD is CE + KD with weights 1 and 1, so that SRKD differs
-from it in nothing but its own term; m-fitnet is SRKD without any reset; srkd-flow lets gradients flow through the
-target. All: batch 128 (digits 64), Nesterov, lr 0.1, weight decay 5e-4, one epoch of warm-up, cosine, crop (+ flip).
+`run` writes one folder per (data, method, seed) under --runs, skips what is finished and resumes
+what is not. `table` reads the folders and writes benchmarks/results/methods.md. KD is CE + KD with
+weights 1 and 1, so that SRKD differs from it in nothing but its own term; m-fitnet is SRKD without
+any reset; srkd-flow lets gradients flow through the target. All: batch 128 (digits 64), Nesterov,
+lr 0.1, weight decay 5e-4, one epoch of warm-up, cosine, crop (+ flip).
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from kdtoolkit import distill
-from kdtoolkit.models.loading import load_model
+from kdtoolkit.models import load_model
 
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "alone": dict(method="none"),
     "kd": dict(method="kd", losses={"ce": 1.0, "kd": 1.0}),
     "srkd": dict(method="srkd", losses={"ce": 1.0, "kd": 1.0, "srkd": 0.1}),
@@ -41,12 +43,30 @@ def run(args: argparse.Namespace) -> None:
             known = load_model(args.teacher, pretrained=False, role="teacher")
             shortcut = getattr(known, "kd_model_args", {}).get("shortcut", "B")
             distill(
-                teacher, args.student, args.data, data_path=args.data_path, **METHODS[name],  # type: ignore[arg-type]
-                epochs=args.epochs, batch_size=64 if args.data == "digits" else 128, optimizer="nesterov", lr=0.1,
-                weight_decay=5e-4, scheduler="cosine", warmup_epochs=1, validation="none", seed=seed, eval_every=3,
-                mixed_precision=args.precision, train_limit=args.rows or None, output_dir=folder, resume="auto",
-                student_args={"shortcut": shortcut}, report_to="none", label=folder.name, progress="lines",
-            )  # fmt: skip
+                teacher,
+                args.student,
+                args.data,
+                data_path=args.data_path,
+                **METHODS[name],
+                epochs=args.epochs,
+                batch_size=64 if args.data == "digits" else 128,
+                optimizer="nesterov",
+                lr=0.1,
+                weight_decay=5e-4,
+                scheduler="cosine",
+                warmup_epochs=1,
+                validation="none",
+                seed=seed,
+                eval_every=3,
+                mixed_precision=args.precision,
+                train_limit=args.rows or None,
+                output_dir=folder,
+                resume="auto",
+                student_args={"shortcut": shortcut},
+                report_to="none",
+                label=folder.name,
+                progress="lines",
+            )
 
 
 def table(args: argparse.Namespace) -> None:
@@ -87,7 +107,8 @@ def table(args: argparse.Namespace) -> None:
             speed = statistics.median(f["images_per_s"] for f in methods[name])
             each = ", ".join(f"{t:.2f}" for t in tops)
             lines.append(
-                f"| {name} | {len(tops)} | {statistics.mean(tops):.2f}{spread} | {each} | {agreement} | {speed:.0f} |"
+                f"| {name} | {len(tops)} | {statistics.mean(tops):.2f}{spread} | {each} | "
+                f"{agreement} | {speed:.0f} |"
             )
         lines.append("")
     Path(args.out).write_text("\n".join(lines))
@@ -100,9 +121,10 @@ def _origin(final: dict, data: str, student: str, epochs: int) -> str:
     rows = f" --rows {config['train_limit']}" if config.get("train_limit") else ""
     packages = ", ".join(f"{p} {env['packages'][p]}" for p in ("torch", "timm"))
     return (
-        f"`python benchmarks/methods.py run --data {config['train_data']} --student {student} --epochs {epochs}{rows} "
-        f"--precision {config['mixed_precision']} --teacher ... --seeds ...`; {env['device']}, {packages}, "
-        f"{env['threads']} thread(s) a run; images/s depend on what else ran on the machine"
+        f"`python benchmarks/methods.py run --data {config['train_data']} --student {student} "
+        f"--epochs {epochs}{rows} --precision {config['mixed_precision']} --teacher ... "
+        f"--seeds ...`; {env['device']}, {packages}, {env['threads']} thread(s) a run; "
+        "images/s depend on what else ran on the machine"
     )
 
 

@@ -1,14 +1,17 @@
-"""What a distillation step costs: time and peak memory of a KD and an SRKD step against the student's step plus the
-teacher's forward; and a training step with every stage tapped against the same step without taps.
+"""What a distillation step costs, in time and peak memory.
 
     python benchmarks/step_cost.py [--precision bf16] [--rounds 9] [--device cuda]
     python benchmarks/step_cost.py taps [--precision bf16] [--rounds 15] [--device cuda]
 
-Everything is interleaved in one process; times are medians over the rounds, and only ratios mean anything. Peak memory
-is what a step allocates at its highest point: on the CPU from the profiler's record of every allocation, on CUDA from
-the allocator's counter. `teacher` is the plain forward that anyone would write: model.eval() under no_grad and
-autocast, nothing folded; `teacher, ours` is the Frozen teacher of a KD step. With `taps` the features are kept to the
-end of the step and nothing is computed from them; `calls` is how many modules were called with and without taps.
+The first compares a KD and an SRKD step with the student's step plus the teacher's forward; with
+`taps`, a training step with every stage tapped is compared with the same step without taps.
+
+All variants take turns in one process; times are medians over the rounds, and only ratios mean
+anything. Peak memory is what a step allocates at its highest point: on the CPU from the profiler's
+record of every allocation, on CUDA from the allocator's counter. `teacher` is the plain forward
+that anyone would write: model.eval() under no_grad and autocast, nothing folded; `teacher, ours` is
+the Frozen teacher of a KD step. With `taps` the features are kept to the end of the step and
+nothing is computed from them; `calls` is how many modules were called with and without taps.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from kdtoolkit.types import Batch, Clock
 from kdtoolkit.utils.memory import keep_freed_memory
 
 Step = Callable[[], None]
-NETS = {  # name -> (constructor arguments, pixels, batch)
+NETWORKS = {  # name -> (constructor arguments, pixels, batch)
     "cifar_resnet20": ({}, 32, 128),
     "resnet18": ({}, 64, 32),
     "vit_tiny_patch16_224": ({"img_size": 64, "patch_size": 8}, 64, 32),
@@ -83,7 +86,7 @@ def build(args: argparse.Namespace) -> dict[str, Step]:
     plain = copy.deepcopy(teacher).eval()
     own = Frozen(copy.deepcopy(teacher), None, args.size)
     if half:
-        own.fold(half)
+        own.fold_batch_norms(half)
 
     def forward(model: Callable) -> Step:
         def step() -> None:
@@ -97,7 +100,7 @@ def build(args: argparse.Namespace) -> dict[str, Step]:
 
 
 def seconds(step: Step, device: str) -> float:
-    """Of the processor on the CPU, so that other programs on the machine do not count; of the clock on CUDA."""
+    """Processor time on the CPU, where other programs do not count; wall-clock time on CUDA."""
     clock = time.process_time if device == "cpu" else time.perf_counter
     start = clock()
     step()
@@ -128,7 +131,7 @@ def peak(step: Step, device: str) -> float:
 def tapped(
     name: str, args: argparse.Namespace
 ) -> tuple[Step, Callable[[bool], Taps], Callable[[], int]]:
-    options, size, batch = NETS[name]
+    options, size, batch = NETWORKS[name]
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=100, **options).to(
         args.device, memory_format=torch.channels_last
@@ -173,7 +176,8 @@ def tap_row(name: str, args: argparse.Namespace) -> str:
     counts, memory = {}, {}
     for every in (True, False):
         tap(every)
-        step(), step()
+        step()
+        step()
         counts[every], memory[every] = calls(), peak(step, args.device)
     ratios, plain = [], []
     for number in range(args.rounds):
@@ -185,22 +189,24 @@ def tap_row(name: str, args: argparse.Namespace) -> str:
         plain.append(times[False])
     low, _, high = statistics.quantiles(ratios, n=4)
     return (
-        f"| {name} | {len(tap(True).keys)} | {statistics.median(plain) * 1e3:.1f} | {statistics.median(ratios):.3f} "
-        f"({low:.3f} to {high:.3f}) | {memory[True] / memory[False]:.3f} | {counts[True]} / {counts[False]} |"
+        f"| {name} | {len(tap(True).keys)} | {statistics.median(plain) * 1e3:.1f} | "
+        f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f}) | "
+        f"{memory[True] / memory[False]:.3f} | {counts[True]} / {counts[False]} |"
     )
 
 
 def machine(args: argparse.Namespace) -> str:
     return (
-        f"{args.precision}, {args.device} ({platform.machine()}, {torch.get_num_threads()} threads), torch "
-        f"{torch.__version__}, kdtoolkit {kdtoolkit.__version__}"
+        f"{args.precision}, {args.device} ({platform.machine()}, {torch.get_num_threads()} "
+        f"threads), torch {torch.__version__}, kdtoolkit {kdtoolkit.__version__}"
     )
 
 
 def method_lines(args: argparse.Namespace) -> list[str]:
     steps = build(args)
     for step in steps.values():
-        step(), step()
+        step()
+        step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.rounds):
         for name, step in steps.items():
@@ -214,8 +220,8 @@ def method_lines(args: argparse.Namespace) -> list[str]:
         for n in ("kd", "srkd")
     }
     lines = [
-        f"{args.teacher} -> {args.student}, batch {args.batch}, {args.size} px, {machine(args)}, medians of "
-        f"{args.rounds} interleaved rounds",
+        f"{args.teacher} -> {args.student}, batch {args.batch}, {args.size} px, {machine(args)}, "
+        f"medians of {args.rounds} interleaved rounds",
         "",
         "| step | ms | of student + teacher | peak MiB | of student + teacher |",
         "|---|---|---|---|---|",
@@ -223,7 +229,8 @@ def method_lines(args: argparse.Namespace) -> list[str]:
     for name in steps:
         share = ratios.get(name, middle[name] / both_t)
         lines.append(
-            f"| {name} | {middle[name] * 1e3:.1f} | {share:.3f} | {memory[name]:.1f} | {memory[name] / both_m:.3f} |"
+            f"| {name} | {middle[name] * 1e3:.1f} | {share:.3f} | {memory[name]:.1f} | "
+            f"{memory[name] / both_m:.3f} |"
         )
     return lines
 
@@ -232,9 +239,10 @@ def tap_lines(args: argparse.Namespace) -> list[str]:
     return [
         f"{machine(args)}, {args.rounds} rounds in turns",
         "",
-        "| network | taps | step without, ms | ratio, median (quartiles) | memory | calls with / without |",
+        "| network | taps | step without, ms | ratio, median (quartiles) | memory | calls with / "
+        "without |",
         "|---|---|---|---|---|---|",
-        *(tap_row(name, args) for name in NETS),
+        *(tap_row(name, args) for name in NETWORKS),
     ]
 
 

@@ -1,13 +1,15 @@
-"""Networks that teach each other, beside the same network alone: equal seeds, equal budget for every network.
+"""Networks that teach each other, compared with the same network trained alone.
 
     python benchmarks/strategies.py run --data cifar10 --data-path PATH --teacher PATH --rows 20000
     python benchmarks/strategies.py cost --teacher PATH
     python benchmarks/strategies.py table
 
-`run` writes one folder per (arm, seed) under --runs, skips what is finished, resumes what is not. `cost` measures one
-training step of every arm against one of the network alone, interleaved, in processor time. `table` reads the folders
-and writes benchmarks/results/strategies.md. All arms: batch 128, Nesterov, lr 0.1, weight decay 5e-4, one epoch of
-warm-up, cosine, crop and flip, no validation split: last epoch, test set, and the first network is the product.
+Seeds are equal, and so is the budget of every network. `run` writes one folder per (arm, seed)
+under --runs, skips what is finished and resumes what is not. `cost` measures one training step of
+every arm against one of the network alone, in turns, in processor time. `table` reads the folders
+and prints a Markdown table (--out also writes it to a file). All arms: batch 128, Nesterov, lr 0.1,
+weight decay 5e-4, one epoch of warm-up, cosine, crop and flip, no validation split: last epoch,
+test set, and the first network is exported.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from kdtoolkit.callbacks.dcl import DCLMerger
 from kdtoolkit.callbacks.mutual import MutualKL
 
 
-def soup() -> list[Callback]:
-    """Networks come together in the first tenth of the run, part, and come together again in the last tenth."""
+def merge_at_the_end() -> list[Callback]:
+    """Networks that were merged in the first tenth of the run are merged in the last tenth too."""
     late = DCLMerger(10, rule="mean", beta=0.5, start=0.9, statistics="recalibrated")
     late.name = "dcl-late"
     return [late]
@@ -42,7 +44,9 @@ PEERS: dict[str, dict[str, Any]] = {
     "dcl-early-75": dict(method="dcl", until=0.75),
     "dcl-early-mean": dict(method="dcl", rule="mean", until=0.5),
     "dcl-mutual": dict(method="dcl", callbacks=lambda: [MutualKL()]),
-    "dcl-soup": dict(method="dcl", rule="mean", beta=0.5, until=0.1, views=True, callbacks=soup),
+    "dcl-soup": dict(
+        method="dcl", rule="mean", beta=0.5, until=0.1, views=True, callbacks=merge_at_the_end
+    ),
     "dcl-views": dict(method="dcl", rule="mean", views=True),
     "dcl-views-100": dict(method="dcl", rule="mean", views=True, every=100, beta=0.5),
     "dcl-views-epoch": dict(
@@ -64,20 +68,29 @@ ARMS: dict[str, dict[str, Any]] = {
     "kd": dict(method="kd", losses={"ce": 1.0, "kd": 1.0}),
     "sokd": dict(method="sokd"),
 }
-TAUGHT = ("kd", "sokd")
+WITH_TEACHER = ("kd", "sokd")
 
 
 def train(args: argparse.Namespace, arm: str, seed: int, **more: Any) -> Any:
     given = {**ARMS[arm], **({"peers": args.networks} if arm in PEERS else {})}
     shared = dict(
-        data_path=args.data_path, batch_size=128, optimizer="nesterov", lr=0.1, weight_decay=5e-4, scheduler="cosine",
-        warmup_epochs=1, validation="none", seed=seed, mixed_precision=args.precision, report_to="none",
+        data_path=args.data_path,
+        batch_size=128,
+        optimizer="nesterov",
+        lr=0.1,
+        weight_decay=5e-4,
+        scheduler="cosine",
+        warmup_epochs=1,
+        validation="none",
+        seed=seed,
+        mixed_precision=args.precision,
+        report_to="none",
         train_limit=args.rows or None,
-    )  # fmt: skip
+    )
     extra = given.pop("callbacks", list)()
     given["callbacks"] = [*extra, *more.pop("callbacks", [])]
     return distill(
-        args.teacher if arm in TAUGHT else None,
+        args.teacher if arm in WITH_TEACHER else None,
         args.student,
         args.data,
         **{**shared, **given, **more},
@@ -89,17 +102,21 @@ def run(args: argparse.Namespace) -> None:
         for arm in args.arms:
             folder = Path(args.runs) / f"{arm}-k{args.networks}-s{seed}"
             if not (folder / "report.md").exists():
-                told = {
-                    "output_dir": folder,
-                    "resume": "auto",
-                    "label": folder.name,
-                    "progress": "lines",
-                }
-                train(args, arm, seed, epochs=args.epochs, eval_every=args.epochs, **told)
+                train(
+                    args,
+                    arm,
+                    seed,
+                    epochs=args.epochs,
+                    eval_every=args.epochs,
+                    output_dir=folder,
+                    resume="auto",
+                    label=folder.name,
+                    progress="lines",
+                )
 
 
-class Clocked(Callback):
-    """Processor seconds of every step."""
+class StepTimer(Callback):
+    """Processor time of every step, in seconds."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -119,15 +136,20 @@ def cost(args: argparse.Namespace) -> None:
     seconds: dict[str, list[float]] = {arm: [] for arm in args.arms}
     for turn in range(args.turns):
         for arm in args.arms:
-            clock, rows = Clocked(), 128 * (args.steps + 1)
-            quiet = {
-                "progress": "off",
-                "max_steps": args.steps,
-                "train_limit": rows,
-                "warmup_epochs": 0,
-            }
-            train(args, arm, turn, callbacks=[clock], eval_every=10**6, eval_test="end", **quiet)
-            seconds[arm].append(statistics.median(clock.seconds[2:]))
+            timer = StepTimer()
+            train(
+                args,
+                arm,
+                turn,
+                callbacks=[timer],
+                eval_every=10**6,
+                eval_test="end",
+                progress="off",
+                max_steps=args.steps,
+                train_limit=128 * (args.steps + 1),
+                warmup_epochs=0,
+            )
+            seconds[arm].append(statistics.median(timer.seconds[2:]))
     alone = seconds["alone"]
     ratios = {
         arm: statistics.median(s / a for s, a in zip(each, alone, strict=True))
@@ -150,23 +172,33 @@ def table(args: argparse.Namespace) -> None:
             final["diversity"] = [r for r in rows if r["event"] == "diversity"][-1:]
             groups.setdefault((arm, networks), []).append(final)
     costs = json.loads(Path(args.costs).read_text())["ratios"] if Path(args.costs).exists() else {}
-    heads = "arm | n | product | top-1 % | mean of trained networks % | ensemble % | disagreement % | step / alone"
-    lines = [f"| {heads} |", "|" + "---|" * 8]
+    lines = [
+        "| arm | n | exported | top-1 % | mean of trained networks % | ensemble % "
+        "| disagreement % | step / alone |",
+        "|" + "---|" * 8,
+    ]
     for arm, networks in sorted(groups, key=lambda g: (list(ARMS).index(g[0]), g[1])):
         finals = groups[arm, networks]
-        told = [
-            f.get("networks", {}) if arm not in TAUGHT else {} for f in finals
-        ]  # SOKD's branch is a teacher
-        nets = [
-            [v for k, v in n.items() if k != "ensemble" and not k.startswith("ema")] for n in told
+        # SOKD's branch is a teacher and is not counted among the trained networks
+        measured = [{} if arm in WITH_TEACHER else f.get("networks", {}) for f in finals]
+        trained = [
+            [v for k, v in nets.items() if k != "ensemble" and not k.startswith("ema")]
+            for nets in measured
         ]
-        joint = [n.get("ensemble") for n in told]
-        apart = [d["disagreement"] for f in finals for d in f["diversity"] if "disagreement" in d]
+        ensembles = [nets["ensemble"] for nets in measured if nets.get("ensemble") is not None]
+        disagreement = [
+            row["disagreement"] for f in finals for row in f["diversity"] if "disagreement" in row
+        ]
         cells = [
-            f"{arm} ({networks})" if arm in PEERS else arm, str(len(finals)), finals[0]["exported"],
-            spread([f["top1"] for f in finals]), spread([statistics.mean(n) for n in nets if n]),
-            spread([j for j in joint if j is not None]), spread(apart), f"{costs[arm]:.2f}" if arm in costs else "",
-        ]  # fmt: skip
+            f"{arm} ({networks})" if arm in PEERS else arm,
+            str(len(finals)),
+            finals[0]["exported"],
+            spread([f["top1"] for f in finals]),
+            spread([statistics.mean(values) for values in trained if values]),
+            spread(ensembles),
+            spread(disagreement),
+            f"{costs[arm]:.2f}" if arm in costs else "",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     text = "\n".join(lines)
     print(text)
@@ -177,9 +209,8 @@ def table(args: argparse.Namespace) -> None:
 def spread(values: list[float]) -> str:
     if not values:
         return ""
-    return f"{statistics.mean(values):.2f}" + (
-        f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    )
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def main() -> None:
@@ -195,7 +226,7 @@ def main() -> None:
         command.add_argument("--out", default="")
         command.add_argument("--data", default="cifar10")
         command.add_argument("--data-path", default=None, help="a local copy of the data")
-        command.add_argument("--teacher", default=None, help=f"for {', '.join(TAUGHT)}")
+        command.add_argument("--teacher", default=None, help=f"for {', '.join(WITH_TEACHER)}")
         command.add_argument("--student", default="cifar_resnet8")
         command.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
         command.add_argument("--networks", type=int, default=2, help="peers, K")

@@ -188,7 +188,7 @@ def test_two_architectures_of_different_sizes():
         (lambda: MutualKL(target="all"), "target is 'all'; allowed: 'pairwise', 'ensemble'"),
         (lambda: MutualKL(temperature=0), "temperature is 0; allowed: a finite number above 0"),
         (lambda: MutualKL(-1.0), "weight is -1.0; allowed"),
-        (lambda: DCLMerger(0), "every is 0: a whole number of steps from 1"),
+        (lambda: DCLMerger(0), "every is 0; allowed: a whole number from 1"),
         (lambda: DCLMerger(unit="days"), "unit is 'days'"),
         (lambda: DCLMerger(beta=2), "beta is 2"),
         (lambda: DCLMerger(rule="median"), "rule is 'median'"),

@@ -275,7 +275,11 @@ ERRORS = {
     "twice": ("byot", {"stages": [1, 1]}, r"stages=\[1, 1\]"),
     "loss": ("byot", {"losses": {"features": 1.0}}, r"unknown loss 'features'"),
     "omega": ("bake", {"omega": 1.0}, r"omega is 1\.0; allowed: .* \(share of the neighbours"),
-    "partners": ("bake", {"partners": -1}, r"SameClass\(partners=-1\)"),
+    "partners": (
+        "bake",
+        {"partners": -1},
+        "partners of SameClass is -1; allowed: a whole number from 0",
+    ),
 }
 
 

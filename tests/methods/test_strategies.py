@@ -184,10 +184,10 @@ def test_with_every_mutual_weight_at_zero_the_student_trains_as_it_would_alone(n
         ({"name": "dml", "peers": 1}, "peers is 1"),
         ({"name": "dcl", "temperature": 2.0}, "temperature has no effect: method 'dcl' has none"),
         ({"name": "dcl", "layers": [(1, 1)]}, "layers=.* has no effect"),
-        ({"name": "one", "freeze": 1}, "freeze=1 is for a student under losses"),
+        ({"name": "one", "freeze": 1}, "freeze=1 is for one student and its teachers"),
         ({"name": "kdcl", "labelled": 48}, "training rows have no label"),
         ({"name": "one", "compile": True}, "compile=True: branches"),
-        ({"name": "dml", "keep": "some"}, "keep='some'; allowed: 'product', 'all'"),
+        ({"name": "dml", "keep": "some"}, "keep is 'some'; allowed: 'exported', 'all'"),
     ],
 )
 def test_what_is_refused(given, message):

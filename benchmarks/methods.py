@@ -118,11 +118,12 @@ def table(args: argparse.Namespace) -> None:
 def _origin(final: dict, data: str, student: str, epochs: int) -> str:
     """Command and machine of a group of runs."""
     env, config = final["env"], final["config"]
-    rows = f" --rows {config['train_limit']}" if config.get("train_limit") else ""
+    data_config, precision = config["data"], config["loop"]["mixed_precision"]
+    rows = f" --rows {data_config['train_limit']}" if data_config.get("train_limit") else ""
     packages = ", ".join(f"{p} {env['packages'][p]}" for p in ("torch", "timm"))
     return (
-        f"`python benchmarks/methods.py run --data {config['train_data']} --student {student} "
-        f"--epochs {epochs}{rows} --precision {config['mixed_precision']} --teacher ... "
+        f"`python benchmarks/methods.py run --data {data_config['train_data']} "
+        f"--student {student} --epochs {epochs}{rows} --precision {precision} --teacher ... "
         f"--seeds ...`; {env['device']}, {packages}, {env['threads']} thread(s) a run; "
         "images/s depend on what else ran on the machine"
     )

@@ -1,4 +1,4 @@
-"""Checks of what a run is asked for that need no weights and no data."""
+"""Checks of a configuration that need no weights and no data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BUILT_IN_METHOD = (
 
 
 def resolve_method(config: DistillConfig) -> ResolvedLosses | None:
-    """Check what a run learns, and from whom.
+    """Check the method, its losses and its teacher.
 
     Args:
         config: The configuration.

@@ -1,4 +1,4 @@
-"""`DistillConfig`: everything that a run is asked for, typed, frozen and validated once.
+"""`DistillConfig`: the whole configuration of a run, typed, frozen and validated once.
 
 `distill()` builds it from its keywords, the command line from flags, and `read_config` from the
 `config.yaml` that a run leaves. None stands for a default that is resolved later, once: what it
@@ -235,7 +235,7 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Everything that a run is asked for, in six parts. Immutable; validated when it is made.
+    """The whole configuration of a run, in six parts. Immutable; validated when it is made.
 
     Attributes:
         networks: Teacher and student.

@@ -212,7 +212,7 @@ def build_teachers(
             raises.
         networks: Where they come from.
         info: The data.
-        losses: Names of the losses, to tell whether they read a teacher's logits.
+        losses: Names of the losses, to see whether they read a teacher's logits.
         student: Shares no parameter with a teacher.
         notes: What was done to the networks is appended, for the plan.
         seed: Of new heads.

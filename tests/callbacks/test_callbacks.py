@@ -1,4 +1,4 @@
-"""EMA teachers, decaying ensembles, KDCL, DCL's options, Diversity, and the strategies made of them, on digits."""
+"""EMA teachers, decaying ensembles, KDCL, DCL, Diversity, and strategies made of them."""
 
 import copy
 import dataclasses
@@ -99,10 +99,15 @@ def same(a, b):
 def bench(method, *callbacks, **clock):
     """As much of a run as callbacks read, and its callbacks started."""
     run = SimpleNamespace(
-        method=method, callbacks=list(callbacks), clock=Clock(**{"total_steps": 10, **clock}), epoch_start=0,
+        method=method,
+        callbacks=list(callbacks),
+        clock=Clock(**{"total_steps": 10, **clock}),
+        epoch_start=0,
         config=SimpleNamespace(lr=0.1, weight_decay=0.0, seed=0, grad_accum=1, compile=False),
-        accelerator=SimpleNamespace(autocast=nullcontext, sync_gradients=True, device=torch.device("cpu")),
-    )  # fmt: skip
+        accelerator=SimpleNamespace(
+            autocast=nullcontext, sync_gradients=True, device=torch.device("cpu")
+        ),
+    )
     for callback in callbacks:
         callback.on_fit_start(run)
     return run
@@ -235,12 +240,17 @@ def test_forms_of_mutual_learning_are_those_of_the_benchmarks():
         ({}, hard, paper_totals.dml(students, LABELS)),
         ({"form": "tf"}, smooth, paper_totals.dml_tf(students, LABELS)),
         (okddip, hard, paper_totals.dml_okddip(students, LABELS)),
-        (okddip | {"target": "ensemble"}, hard, paper_totals.dml_okddip(students, LABELS, ensemble_first=True)),
         (
-            {"form": "soft-ce", "target": "ensemble", "temperature": 2.0}, hard,
+            okddip | {"target": "ensemble"},
+            hard,
+            paper_totals.dml_okddip(students, LABELS, ensemble_first=True),
+        ),
+        (
+            {"form": "soft-ce", "target": "ensemble", "temperature": 2.0},
+            hard,
             paper_totals.cl_paper(students, LABELS) * 2,
         ),
-    ):  # fmt: skip
+    ):
         total = (
             rest
             + MutualKL(1.0, **options).on_losses(SimpleNamespace(clock=Clock()), Step({}, z), {})[
@@ -320,7 +330,7 @@ def test_accumulated_batches_make_one_update(digits):
 
 
 def test_first_steps_of_a_teacher_of_its_own(digits):
-    """Two SGD steps by hand on the batches that the run begins with; the run itself does not notice."""
+    """Two SGD steps by hand on the first batches of the run, which itself is unchanged."""
     ema = EMATeacher(0.0, init_steps=2, init_lr=0.3)
     _, kept = train(digits, Peers(nets(2)), ema, channels_last=False)
     hand = Peers(nets(2)).train()
@@ -382,9 +392,16 @@ def test_the_order_in_which_callbacks_are_listed_does_not_matter(digits):
             }
         )
     assert len(made) == 24 and all(same(made[0], other) for other in made[1:])
-    assert [c.order for c in (DCLMerger, EMATeacher, DecayingEnsemble, MutualKL, KDCL, Diversity)] == [
-        10, 20, 30, 40, 45, 100,
-    ]  # fmt: skip
+    assert [
+        c.order for c in (DCLMerger, EMATeacher, DecayingEnsemble, MutualKL, KDCL, Diversity)
+    ] == [
+        10,
+        20,
+        30,
+        40,
+        45,
+        100,
+    ]
 
 
 # ------------------------------------------------------------------------------------------- resume
@@ -404,11 +421,13 @@ def no_clock(rows):
 SETS = {
     "ema": lambda: [EMATeacher(1.0, decay=0.9, init_steps=1), DecayingEnsemble(0.5), Diversity()],
     "dcl": lambda: [
-        EMATeacher(1.0, count="from 1", learn_from="own", mode="eval"), MutualKL(1.0, form="tf"),
-        DCLMerger(2, statistics="recalibrated", momentum="merged", until=0.8), Diversity(after=0),
+        EMATeacher(1.0, count="from 1", learn_from="own", mode="eval"),
+        MutualKL(1.0, form="tf"),
+        DCLMerger(2, statistics="recalibrated", momentum="merged", until=0.8),
+        Diversity(after=0),
         KDCL(1.0, rule="general"),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("which", SETS)
@@ -453,9 +472,11 @@ def test_merged_statistics_and_momentum(digits):
         kept = {n: b.clone() for n, b in net.named_buffers()}
         state = optimizer.optimizer.state
         return kept | {
-            f"{n} {k}": v.clone() for n, p in net.named_parameters() for k, v in state.get(p, {}).items()
+            f"{n} {k}": v.clone()
+            for n, p in net.named_parameters()
+            for k, v in state.get(p, {}).items()
             if isinstance(v, torch.Tensor)
-        }  # fmt: skip
+        }
 
     for optimizer in ("sgd", "adamw"):
         check, after = Check(), After()
@@ -491,7 +512,7 @@ def test_recalibrated_statistics_are_those_of_the_weights(digits):
 
     look = Look()
     merger = DCLMerger(1, beta=0.5, statistics="recalibrated")
-    result, kept = train(digits, Peers(nets(2)), merger, look)
+    _, kept = train(digits, Peers(nets(2)), merger, look)
     _, own = train(digits, Peers(nets(2)), DCLMerger(1, beta=0.5))
     parameters = [n for n, _ in look.run.method.named_parameters()]
     assert all(torch.equal(kept.weights[-1][n], own.weights[-1][n]) for n in parameters)
@@ -541,9 +562,7 @@ def identical():
 
 def test_identical_networks_are_noticed_and_peers_are_not(digits):
     options = {"epochs": 3, "batch_size": 48}
-    with pytest.warns(
-        CollapseWarning, match="epoch 2: the peers have collapsed"
-    ) as found:
+    with pytest.warns(CollapseWarning, match="epoch 2: the peers have collapsed") as found:
         train(digits, identical(), Diversity(after=0), **options)
     assert len(found) == 1
     result, _ = train(
@@ -573,13 +592,26 @@ def test_numbers_of_one_batch():
 
 
 # --------------------------------------------------------------------------------------- strategies
-@pytest.mark.parametrize("name, options, terms, product", [
-    ("dml", {"peers": 3, "form": "eps"}, {"mutual", "ce", "ce/peer1", "ce/peer2"}, "student"),
-    ("dcl", {"every": 2, "statistics": "merged", "moments": "reset"}, {"ce", "ce/peer1"}, "student"),
-    ("kdcl", {"rule": "general"}, {"kdcl", "ce", "ce/peer1"}, "student"),
-    ("mean_teacher", {"mixed": 0.25}, {"ce", "consistency"}, "ema"),
-    ("dkel", {"branches": 2}, {"ce", "ce/branch1", "ce/ensemble", "ensemble", "decaying"}, "ema"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options, terms, product",
+    [
+        ("dml", {"peers": 3, "form": "eps"}, {"mutual", "ce", "ce/peer1", "ce/peer2"}, "student"),
+        (
+            "dcl",
+            {"every": 2, "statistics": "merged", "moments": "reset"},
+            {"ce", "ce/peer1"},
+            "student",
+        ),
+        ("kdcl", {"rule": "general"}, {"kdcl", "ce", "ce/peer1"}, "student"),
+        ("mean_teacher", {"mixed": 0.25}, {"ce", "consistency"}, "ema"),
+        (
+            "dkel",
+            {"branches": 2},
+            {"ce", "ce/branch1", "ce/ensemble", "ensemble", "decaying"},
+            "ema",
+        ),
+    ],
+)
 def test_strategies_by_name(name, options, terms, product, valued):
     result = distill(None, "cifar_resnet8", valued, method=name, **{**RUN, "epochs": 2, **options})
     row = next(r for r in result.history if r["event"] == "epoch")
@@ -627,41 +659,83 @@ def test_peers_of_a_list_and_other_architectures(digits):
     assert method.export_candidates()[0] == ["student"]
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda d: EMATeacher(count="from 2"), "count is 'from 2'; allowed: 'constant', 'from 0', 'from 1'"),
-    (lambda d: EMATeacher(loss="l1"), "loss is 'l1'; allowed: 'kd', 'mse', 'kl'"),
-    (lambda d: EMATeacher(learn_from="peers"), "learn_from is 'peers'"),
-    (lambda d: EMATeacher(mode="frozen"), "mode is 'frozen'"),
-    (lambda d: EMATeacher(init="random"), "init is 'random'"),
-    (lambda d: EMATeacher(decay=1.5), "decay is 1.5"),
-    (lambda d: EMATeacher(-1.0), "weight is -1.0; allowed: a finite number from 0"),
-    (lambda d: EMATeacher(temperature=0), "temperature is 0"),
-    (lambda d: EMATeacher(init_steps=-1), "init_steps is -1"),
-    (lambda d: train(d, Peers(nets(1)), EMATeacher()), "needs two networks or more, this run trains 1"),
-    (lambda d: train(d, Peers(nets(2)), EMATeacher(view=1)), "view is 1: views are counted from 0, the method makes 1"),
-    (lambda d: train(d, Peers(nets(2)), EMATeacher(init_steps=9)), "init_steps=9, an epoch has 3 batches"),
-    (lambda d: DecayingEnsemble(decay="step"), "decay is 'step'; allowed: 'exponential', 'cosine', 'linear'"),
-    (lambda d: DecayingEnsemble(rate=-1), "rate is -1"),
-    (lambda d: DecayingEnsemble(length=3), r"length is 3; allowed: a number above 0 \(epochs\), with decay='cosine' or 'linear'"),
-    (lambda d: DecayingEnsemble(temperature=0), "temperature is 0"),
-    (lambda d: DecayingEnsemble(-1.0), "weight is -1.0; allowed: a finite number from 0"),
-    (lambda d: train(d, Peers(nets(1)), DecayingEnsemble()), "DecayingEnsemble needs two networks or more"),
-    (lambda d: KDCL(rule="best"), "rule is 'best'; allowed: 'naive'"),
-    (lambda d: KDCL(temperature=0), "temperature is 0"),
-    (lambda d: KDCL(-1.0), "weight is -1.0; allowed: a finite number from 0"),
-    (lambda d: train(d, Peers(nets(1)), KDCL()), "KDCL needs two networks or more"),
-    (lambda d: train(d, Peers(nets(2)), KDCL(rule="general")), "there is none: set validation=0.1"),
-    (lambda d: MutualKL(form="js"), "form is 'js'; allowed: 'kl', 'eps', 'soft-ce', 'tf'"),
-    (lambda d: MutualKL(form="tf", temperature=2.0), "form='tf' has temperature=1.0"),
-    (lambda d: DCLMerger(statistics="mean"), "statistics is 'mean'; allowed: 'own', 'merged', 'recalibrated'"),
-    (lambda d: DCLMerger(momentum="none"), "momentum is 'none'"),
-    (lambda d: DCLMerger(start=0.6, until=0.5), "start is 0.6 and until 0.5; allowed: shares of the run"),
-    (lambda d: Diversity(0), "every is 0"),
-    (lambda d: Diversity(after=-1), "after is -1"),
-    (lambda d: train(d, Peers(nets(1)), Diversity()), "Diversity compares two networks or more"),
-    (lambda d: create_method("dml", Taps(nets(1)[0], None, 16), peers=1), "peers is 1; allowed: a whole number of networks from 2"),
-    (lambda d: create_method("dkel", Taps(nets(1)[0], None, 16), rampup="none"), "rampup is 'none'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda d: EMATeacher(count="from 2"),
+            "count is 'from 2'; allowed: 'constant', 'from 0', 'from 1'",
+        ),
+        (lambda d: EMATeacher(loss="l1"), "loss is 'l1'; allowed: 'kd', 'mse', 'kl'"),
+        (lambda d: EMATeacher(learn_from="peers"), "learn_from is 'peers'"),
+        (lambda d: EMATeacher(mode="frozen"), "mode is 'frozen'"),
+        (lambda d: EMATeacher(init="random"), "init is 'random'"),
+        (lambda d: EMATeacher(decay=1.5), "decay is 1.5"),
+        (lambda d: EMATeacher(-1.0), "weight is -1.0; allowed: a finite number from 0"),
+        (lambda d: EMATeacher(temperature=0), "temperature is 0"),
+        (lambda d: EMATeacher(init_steps=-1), "init_steps is -1"),
+        (
+            lambda d: train(d, Peers(nets(1)), EMATeacher()),
+            "needs two networks or more, this run trains 1",
+        ),
+        (
+            lambda d: train(d, Peers(nets(2)), EMATeacher(view=1)),
+            "view is 1: views are counted from 0, the method makes 1",
+        ),
+        (
+            lambda d: train(d, Peers(nets(2)), EMATeacher(init_steps=9)),
+            "init_steps=9, an epoch has 3 batches",
+        ),
+        (
+            lambda d: DecayingEnsemble(decay="step"),
+            "decay is 'step'; allowed: 'exponential', 'cosine', 'linear'",
+        ),
+        (lambda d: DecayingEnsemble(rate=-1), "rate is -1"),
+        (
+            lambda d: DecayingEnsemble(length=3),
+            r"length is 3; allowed: a number above 0 \(epochs\), with decay='cosine' or 'linear'",
+        ),
+        (lambda d: DecayingEnsemble(temperature=0), "temperature is 0"),
+        (lambda d: DecayingEnsemble(-1.0), "weight is -1.0; allowed: a finite number from 0"),
+        (
+            lambda d: train(d, Peers(nets(1)), DecayingEnsemble()),
+            "DecayingEnsemble needs two networks or more",
+        ),
+        (lambda d: KDCL(rule="best"), "rule is 'best'; allowed: 'naive'"),
+        (lambda d: KDCL(temperature=0), "temperature is 0"),
+        (lambda d: KDCL(-1.0), "weight is -1.0; allowed: a finite number from 0"),
+        (lambda d: train(d, Peers(nets(1)), KDCL()), "KDCL needs two networks or more"),
+        (
+            lambda d: train(d, Peers(nets(2)), KDCL(rule="general")),
+            "there is none: set validation=0.1",
+        ),
+        (lambda d: MutualKL(form="js"), "form is 'js'; allowed: 'kl', 'eps', 'soft-ce', 'tf'"),
+        (lambda d: MutualKL(form="tf", temperature=2.0), "form='tf' has temperature=1.0"),
+        (
+            lambda d: DCLMerger(statistics="mean"),
+            "statistics is 'mean'; allowed: 'own', 'merged', 'recalibrated'",
+        ),
+        (lambda d: DCLMerger(momentum="none"), "momentum is 'none'"),
+        (
+            lambda d: DCLMerger(start=0.6, until=0.5),
+            "start is 0.6 and until 0.5; allowed: shares of the run",
+        ),
+        (lambda d: Diversity(0), "every is 0"),
+        (lambda d: Diversity(after=-1), "after is -1"),
+        (
+            lambda d: train(d, Peers(nets(1)), Diversity()),
+            "Diversity compares two networks or more",
+        ),
+        (
+            lambda d: create_method("dml", Taps(nets(1)[0], None, 16), peers=1),
+            "peers is 1; allowed: a whole number of networks from 2",
+        ),
+        (
+            lambda d: create_method("dkel", Taps(nets(1)[0], None, 16), rampup="none"),
+            "rampup is 'none'",
+        ),
+    ],
+)
 def test_messages(make, message, digits):
     with pytest.raises(ValueError, match=message):
         make(digits)

@@ -1,4 +1,4 @@
-"""Every method by name: one contract suite, sums of losses, stage reset, several teachers, and what is refused."""
+"""Every method by name: a contract suite, sums of losses, stage reset, several teachers, errors."""
 
 import copy
 import functools
@@ -111,7 +111,7 @@ def state(module):
     return {k: v.clone() for k, v in module.state_dict().items()}
 
 
-# -------------------------------------------------------------------------------------------------------- contract
+# ----------------------------------------------------------------------------------------- contract
 def test_every_method_is_documented_here():
     assert set(OF_ONE) == set(DOCUMENTED)
     assert len(list_methods()) == len(set(list_methods()))
@@ -210,7 +210,7 @@ def test_every_loss_says_what_it_is_and_where_it_differs(name):
         assert "\n\nLoss: " in description and "\n\nDiffers: " in description
 
 
-# --------------------------------------------------------------------------------------------------- weights and sums
+# --------------------------------------------------------------------------------- weights and sums
 def test_a_weight_may_be_a_schedule():
     net = make("kd", losses={"ce": 1.0, "kd": Linear(0.0, 2.0)}).eval()
     at = {share: step(net, clock=Clock(step=share, total_steps=4)).losses for share in (0, 1, 4)}
@@ -327,9 +327,9 @@ def test_mixed_precision_gives_float_losses():
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
-# -------------------------------------------------------------------------------------------------------- stage reset
+# -------------------------------------------------------------------------------------- stage reset
 def slow_srkd(net, batch, numbers):
-    """The paper's sum with the teacher's stages called one after another by hand (CifarNet of three blocks)."""
+    """The paper's sum, with the teacher's stages called by hand (CifarNet of three blocks)."""
     part, student, teacher = net.losses["srkd"], net.student, net.teachers[0].model
 
     def features(model, x):
@@ -428,36 +428,67 @@ def test_srkd_by_module_names():
     assert all(p.grad is not None for p in net.parameters())
 
 
-# -------------------------------------------------------------------------------------------------------------- errors
-@pytest.mark.parametrize("method, given, message", [
-    ("skrd", {}, r"unknown method 'skrd'; did you mean 'srkd'.*Known: at, bake"),
-    ("xyzzy", {}, r"unknown method 'xyzzy'\. Known: at, bake"),
-    ([], {}, r"method=\[\] names nothing; known: at"),
-    ("kd", {"losses": {"ce": 1, "fitnett": 1}}, r"unknown loss 'fitnett'; did you mean 'fitnet'"),
-    ("kd", {"losses": {"ce": -1.0}}, "weight of loss 'ce' is -1.0: a number >= 0, or a schedule"),
-    ("kd", {"losses": {"ce": "1"}}, "weight of loss 'ce' is '1'"),
-    ("kd", {"losses": {"ce": 0, "kd": 0.0}}, "every weight is zero"),
-    ("kd", {"temprature": 2}, "unknown option 'temprature' for the losses ce, kd; .*temperature"),
-    ("kd", {"temperature": 0}, "temperature is 0; allowed: a finite number above 0"),
-    ("kd", {"label_smoothing": 1.0}, "label_smoothing is 1.0"),
-    ("kd", {"reset": ()}, "unknown option 'reset' for the losses ce, kd"),
-    ("kd", {"teachers": []}, "the loss 'kd' needs a teacher"),
-    ("at", {"p": 0.5}, "p is 0.5; allowed: a finite number from 1"),
-    ("at", {"layers": [("block1", "blok1")]}, "'blok1' is not a module of WideResNet.*did you mean 'block1'"),
-    ("at", {"layers": "first"}, "layers='first': 'auto' or a list"),
-    ("at", {"layers": []}, "AT compares features: give pairs of taps"),
-    ("at", {"layers": [(1, 7)]}, "has 3 stages, stage 7 is none of them"),
-    ("sp", {"sp_stages": "first"}, "sp_stages is 'first'; allowed: 'last', 'all'"),
-    ("fitnet", {"hint": 4}, r"hint is 4; allowed: a pair of stages from 1 to 3 \(-1 is the last\)"),
-    ("fitnet", {"hint": "last"}, "hint is 'last'"),
-    ("srkd", {"reset": (4,)}, r"reset is \(4,\); allowed: 'all' or a list of stage pairs from 1 to 3"),
-    ("srkd", {"reset": 3}, "reset is 3; allowed: 'all' or a list"),
-    ("srkd", {"reset": "last"}, "reset is 'last'"),
-    ("srkd", {"layers": [(1, 1)]}, "at least two pairs of stages"),
-    ("srkd", {"layers": [(3, 3), (1, 1)]}, "from shallow to deep, each tap once"),
-    ("srkd", {"layers": [(1, 1), (2, 1)]}, "from shallow to deep, each tap once"),
-    ("srkd", {"layers": [(1, "block1.0.conv1"), (2, 2)]}, "cannot reset .* at 'block1.0.conv1' .*other paths"),
-])  # fmt: skip
+# ------------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize(
+    "method, given, message",
+    [
+        ("skrd", {}, r"unknown method 'skrd'; did you mean 'srkd'.*Known: at, bake"),
+        ("xyzzy", {}, r"unknown method 'xyzzy'\. Known: at, bake"),
+        ([], {}, r"method=\[\] names nothing; known: at"),
+        (
+            "kd",
+            {"losses": {"ce": 1, "fitnett": 1}},
+            r"unknown loss 'fitnett'; did you mean 'fitnet'",
+        ),
+        (
+            "kd",
+            {"losses": {"ce": -1.0}},
+            "weight of loss 'ce' is -1.0: a number >= 0, or a schedule",
+        ),
+        ("kd", {"losses": {"ce": "1"}}, "weight of loss 'ce' is '1'"),
+        ("kd", {"losses": {"ce": 0, "kd": 0.0}}, "every weight is zero"),
+        (
+            "kd",
+            {"temprature": 2},
+            "unknown option 'temprature' for the losses ce, kd; .*temperature",
+        ),
+        ("kd", {"temperature": 0}, "temperature is 0; allowed: a finite number above 0"),
+        ("kd", {"label_smoothing": 1.0}, "label_smoothing is 1.0"),
+        ("kd", {"reset": ()}, "unknown option 'reset' for the losses ce, kd"),
+        ("kd", {"teachers": []}, "the loss 'kd' needs a teacher"),
+        ("at", {"p": 0.5}, "p is 0.5; allowed: a finite number from 1"),
+        (
+            "at",
+            {"layers": [("block1", "blok1")]},
+            "'blok1' is not a module of WideResNet.*did you mean 'block1'",
+        ),
+        ("at", {"layers": "first"}, "layers='first': 'auto' or a list"),
+        ("at", {"layers": []}, "AT compares features: give pairs of taps"),
+        ("at", {"layers": [(1, 7)]}, "has 3 stages, stage 7 is none of them"),
+        ("sp", {"sp_stages": "first"}, "sp_stages is 'first'; allowed: 'last', 'all'"),
+        (
+            "fitnet",
+            {"hint": 4},
+            r"hint is 4; allowed: a pair of stages from 1 to 3 \(-1 is the last\)",
+        ),
+        ("fitnet", {"hint": "last"}, "hint is 'last'"),
+        (
+            "srkd",
+            {"reset": (4,)},
+            r"reset is \(4,\); allowed: 'all' or a list of stage pairs from 1 to 3",
+        ),
+        ("srkd", {"reset": 3}, "reset is 3; allowed: 'all' or a list"),
+        ("srkd", {"reset": "last"}, "reset is 'last'"),
+        ("srkd", {"layers": [(1, 1)]}, "at least two pairs of stages"),
+        ("srkd", {"layers": [(3, 3), (1, 1)]}, "from shallow to deep, each tap once"),
+        ("srkd", {"layers": [(1, 1), (2, 1)]}, "from shallow to deep, each tap once"),
+        (
+            "srkd",
+            {"layers": [(1, "block1.0.conv1"), (2, 2)]},
+            "cannot reset .* at 'block1.0.conv1' .*other paths",
+        ),
+    ],
+)
 def test_what_is_refused(method, given, message):
     with pytest.raises(ValueError, match=message):
         make(method, **given)

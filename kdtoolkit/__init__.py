@@ -1,7 +1,7 @@
 """kdtoolkit: knowledge distillation for any timm model, in one call or one launch.
 
-Names are imported when they are used. The CIFAR networks of the distillation papers are in timm's registry as soon as
-both `kdtoolkit` and `timm` are imported.
+Names are imported when they are used. The CIFAR networks of the distillation papers are in timm's
+registry as soon as both `kdtoolkit` and `timm` are imported.
 """
 
 from typing import TYPE_CHECKING
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from kdtoolkit import models as models
     from kdtoolkit import schedules as schedules
     from kdtoolkit.core.callback import Callback as Callback
-    from kdtoolkit.core.run_context import RunContext as RunContext
     from kdtoolkit.core.loss import DistillationLoss as DistillationLoss
     from kdtoolkit.core.method import Method as Method
     from kdtoolkit.core.registries import register_loss as register_loss
     from kdtoolkit.core.registries import register_strategy as register_strategy
+    from kdtoolkit.core.run_context import RunContext as RunContext
     from kdtoolkit.core.strategy import StrategyInputs as StrategyInputs
     from kdtoolkit.features.adapters import Adapter as Adapter
     from kdtoolkit.features.extractor import Taps as Taps
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = "callbacks data features functional losses methods metrics models schedules".split()
+_MODULES = ("callbacks", "data", "features", "functional", "losses")
+_MODULES += ("methods", "metrics", "models", "schedules")
 _PUBLIC = {name: f"kdtoolkit.{name}" for name in _MODULES} | {
     "Adapter": "kdtoolkit.features.adapters",
     "Branches": "kdtoolkit.methods.branches",
@@ -62,6 +63,6 @@ _RENAMED = {  # of 0.1; they go with the next release
     "Objective": ("DistillationLoss", "kdtoolkit.core.loss"),
     "objectives": ("losses", "kdtoolkit.losses"),
 }
-__all__ = sorted([*_PUBLIC, "__version__"])  # noqa: PLE0605
+__all__ = sorted([*_PUBLIC, "__version__"])
 __getattr__, __dir__ = lazy_attributes(__name__, _PUBLIC, _RENAMED)
 import_after("timm", "kdtoolkit.models")

@@ -1,7 +1,7 @@
 """The command `kdtoolkit`: train, plan, methods, run.
 
-Options are the fields of `DistillConfig`; their help texts are its documentation. torch is imported
-when a command needs it, so that `--help` answers at once.
+Options are defined in kdtoolkit/pipeline/config.py; their help texts are the docstrings there.
+torch is imported when a command needs it, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Knowledge distillation for any timm model.
 
 commands:
   train      one distillation from options, or from a configuration file (--config FILE.yaml)
-  plan       print taps, shapes, adapters, losses and parameters, without weights or data
+  plan       print taps, shapes, adapters, losses and parameters; no weights are loaded
   methods    list the methods, or show one with its options: kdtoolkit methods NAME
   run        run a recipe: kdtoolkit run RECIPE [its options]; without a name it lists them
 
@@ -107,7 +107,7 @@ DESCRIPTIONS = {
     "train": "Train a student. --config FILE.yaml reads a configuration, such as the "
     "config.yaml that a run leaves; options replace its values.",
     "plan": "Print what would be compared with what, through which adapter, with which weight: "
-    "no weights, no data.",
+    "no weights are loaded; data is opened unless it is a built-in name such as 'cifar10'.",
 }
 SHORT_NAMES = {  # of options
     "--data": "--train-data",

@@ -222,7 +222,7 @@ class Callback:
         return None
 
     def predict(self, x: Tensor) -> dict[str, Tensor]:
-        """Evaluate its networks, in eval mode; they are left in train mode.
+        """Compute the logits of its networks in eval mode, then switch them back to train mode.
 
         Args:
             x: Images (B, 3, H, W) in [0, 1].

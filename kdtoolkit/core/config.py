@@ -27,14 +27,15 @@ class TrainerConfig:
         epochs: Passes over the training data; None where `max_steps` is given.
         max_steps: Optimizer steps; None where `epochs` is given.
         batch_size: Images per optimizer step, over all processes and accumulation steps.
-        optimizer: `"sgd"` (momentum without Nesterov) and `"nesterov"` decay every parameter, as in the papers; other
-            names are timm's, without decay on biases and norms.
+        optimizer: `"sgd"` (momentum without Nesterov) and `"nesterov"` decay every parameter, as in
+            the papers; other names are timm's, without decay on biases and norms.
         lr: Learning rate, the highest of the schedule.
         weight_decay: Weight decay.
         momentum: Momentum, from 0 to below 1.
-        layer_decay: Factor of the learning rate from one layer to the next towards the image, above 0 to 1; None is
-            the same rate everywhere.
-        scheduler: Learning rate over time: "cosine", "multistep", "onecycle", "linear" or "constant".
+        layer_decay: Factor of the learning rate from one layer to the next towards the image, above
+            0 to 1; None is the same rate everywhere.
+        scheduler: Learning rate over time: "cosine", "multistep", "onecycle", "linear" or
+            "constant".
         milestones: Shares of the run at which "multistep" lowers the rate.
         gamma: Factor of the learning rate at each of them.
         warmup_epochs: Epochs, or a part of one, in which the learning rate rises from 0.
@@ -46,8 +47,8 @@ class TrainerConfig:
         log_every: Batches between two rows of losses.
         eval_every: Epochs between two evaluations; the last epoch is always evaluated.
         monitor: Split that chooses the best epoch; None takes the last.
-        eval_test: Evaluate the test set at "every" evaluation or at the "end"; "auto" is "end" where a validation
-            split chooses.
+        eval_test: Evaluate the test set at "every" evaluation or at the "end"; "auto" is "end"
+            where a validation split chooses.
     """
 
     epochs: int | None = 10

@@ -53,7 +53,7 @@ class Method(nn.Module):
         from kdtoolkit.types import Step
 
 
-        class LabelNoise(kdtoolkit.Method):
+        class LabelSmoothing(kdtoolkit.Method):
             def __init__(self, student):
                 super().__init__()
                 self.student = student
@@ -72,7 +72,8 @@ class Method(nn.Module):
 
 
         student = timm.create_model("cifar_resnet8", num_classes=10)
-        result = kdtoolkit.distill(None, None, "digits", method=LabelNoise(student), epochs=1)
+        method = LabelSmoothing(student)
+        result = kdtoolkit.distill(None, None, "digits", method=method, epochs=1)
         ```
     """
 
@@ -144,7 +145,10 @@ class Method(nn.Module):
         return {name: self.logits(name, batch["x"]) for name in self.networks()}
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that this process trains, by name, frozen ones included."""
+        """Parameters of the networks that this process trains, by name.
+
+        Those with `requires_grad=False` are included.
+        """
         return dict(self.named_parameters())
 
     def sync(self, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -45,7 +45,7 @@ def register_loss(
 
         @kdtoolkit.register_loss("cosine", losses={"ce": 1.0, "cosine": 2.0})
         class Cosine(kdtoolkit.DistillationLoss):
-            \"\"\"Angle between the logits of student and teacher.\"\"\"
+            \"\"\"1 - cosine of the logits of student and teacher.\"\"\"
 
             needs_taps = False
 
@@ -72,7 +72,7 @@ def register_loss(
 def register_strategy(
     name: str, *, losses: Mapping[str, LossWeight], title: str = "", needs_teacher: bool = False
 ) -> Callable[[BuildFunction], BuildFunction]:
-    """Register a function that builds the method of several networks trained together.
+    """Register a function that builds a method, usually of several networks.
 
     The function is `build(given: StrategyInputs, *, options) -> Method`. Its keyword-only
     parameters are the options that `distill()` passes on, with their defaults.

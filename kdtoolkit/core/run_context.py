@@ -143,7 +143,8 @@ class RunContext(Protocol):
 
         Args:
             epoch: Number of the epoch, from 0.
-            step: Number of the step, from 0; negative numbers are free for draws outside of a step.
+            step: Number of the step, from 0. For draws outside of a step use -3 and below: the
+                trainer uses -1 and the recalibration of BatchNorms -2.
         """
         ...
 

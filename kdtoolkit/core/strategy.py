@@ -31,7 +31,7 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class StrategySpec(MethodSpec):
-    """A method of several networks that are trained together.
+    """A method that is made by a build function, usually of several networks.
 
     Its losses are terms of the method that `build` returns, not `DistillationLoss` objects.
 

@@ -24,7 +24,7 @@ from kdtoolkit.data.rows import RowDataset
 from kdtoolkit.data.sources import open_source
 from kdtoolkit.data.split_builder import SplitBuilder, describe_storage
 from kdtoolkit.data.splits import check_validation
-from kdtoolkit.data.transform_plan import TransformPlan, plan_transforms
+from kdtoolkit.data.transform_choice import TransformChoice, choose_transforms
 from kdtoolkit.data.transforms import ImageTransform
 
 if TYPE_CHECKING:
@@ -161,16 +161,16 @@ def _build(
     num_classes: int,
     seed: int,
     num_workers: int | None,
-) -> tuple[TransformPlan, dict[str, Split]]:
+) -> tuple[TransformChoice, dict[str, Split]]:
     """Plan and build the splits.
 
     If an image of another size is met while decoding, plan again for sizes that differ.
     """
-    plan = plan_transforms(splits, option, preset, size)
+    plan = choose_transforms(splits, option, preset, size)
     try:
         return plan, SplitBuilder(splits, plan, num_classes, seed, num_workers).build()
     except SizesDifferError as e:
-        plan = plan_transforms(splits, option, preset, size, sizes_differ=True)
+        plan = choose_transforms(splits, option, preset, size, sizes_differ=True)
         plan.description += f" (sizes differ: {e})"
     return plan, SplitBuilder(splits, plan, num_classes, seed, num_workers).build()
 
@@ -194,7 +194,7 @@ def _num_unlabelled(train: Split) -> int:
 
 def _describe(
     splits: OpenSplits,
-    plan: TransformPlan,
+    plan: TransformChoice,
     built: dict[str, Split],
     seed: int,
     num_unlabelled: int,

@@ -14,7 +14,7 @@ from kdtoolkit.data.open_splits import OpenSplits
 from kdtoolkit.data.rows import RowDataset
 from kdtoolkit.data.stream import StreamDataset
 from kdtoolkit.data.tables import Table
-from kdtoolkit.data.transform_plan import TransformPlan
+from kdtoolkit.data.transform_choice import TransformChoice
 from kdtoolkit.data.transforms import ImageTransform
 from kdtoolkit.data.user_loader import IndexedDataset, rebuild_loader
 
@@ -36,7 +36,7 @@ class SplitBuilder:
     def __init__(
         self,
         splits: OpenSplits,
-        plan: TransformPlan,
+        plan: TransformChoice,
         num_classes: int,
         seed: int,
         num_workers: int | None,

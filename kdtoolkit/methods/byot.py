@@ -117,7 +117,9 @@ class BYOT(Method):
         classes = num_outputs(self.taps)
         exempt_stage = None if self.exempt is None else self.exit_stages[-self.exempt]
         return {
-            f"exit{s}": Exit(self.taps.boundary_of(s).shape, self.deepest, classes, s != exempt_stage)
+            f"exit{s}": Exit(
+                self.taps.boundary_of(s).shape, self.deepest, classes, s != exempt_stage
+            )
             for s in self.exit_stages
         }
 

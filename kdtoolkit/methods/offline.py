@@ -78,7 +78,11 @@ class OfflineDistillation(Method):
         return [(name, cast("DistillationLoss", loss)) for name, loss in self.losses.items()]
 
     def forward(self, batch: Batch, clock: Clock) -> Step:
-        """All losses whose weight is not 0; the others still read their parameters."""
+        """One forward pass of the student, and of the teachers that are read.
+
+        Every weighted loss is returned. One of weight 0 is a zero that depends on its parameters,
+        because DistributedDataParallel expects a gradient for each.
+        """
         weights = weights_at(self.weights, clock)
         student = self.taps(self.preprocess(batch["x"]))
         teachers: dict[int, Out] = {}

@@ -18,7 +18,7 @@ from kdtoolkit.methods.network_checks import (
     check_separate_parameters,
     parameter_shapes,
 )
-from kdtoolkit.methods.placement import NetworkPlacement
+from kdtoolkit.methods.network_placement import NetworkPlacement
 from kdtoolkit.schedules import check_loss_weight, describe_weight, weight_at
 from kdtoolkit.types import Batch, Clock, LossWeight, Step
 from kdtoolkit.utils import distributed
@@ -119,7 +119,7 @@ class Peers(Method):
                 torch.manual_seed(seed)  # dropout as if the network were alone
                 x = batch["x"] if self.num_views == 1 else batch["views"][:, k]
                 logits[name] = self.logits(name, x)
-        return self.placement.gather(logits, list(self.peers))
+        return self.placement.gather_logits(logits, list(self.peers))
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
         """One group for each network of this process."""

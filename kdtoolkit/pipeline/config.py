@@ -83,7 +83,9 @@ class DataConfig:
         transforms: None (as the data set's papers, or by the images' sizes), "none", "crop-flip", a
             `BatchAugment`, a callable on a PIL image, or a pair of these for training and
             evaluation.
-        image_size: Images are resized to this many pixels a side. Default: the data's own size.
+        image_size: Images are resized to this many pixels a side. Default: the data's own size; 224
+            where images differ in size, or are larger than 96 pixels and `transforms` is not given.
+            Float images of one size, a callable in `transforms` and a DataLoader keep theirs.
         train_limit: Train on this many rows only, drawn by class. Default: all.
         labelled: Number or share of the training rows that keep their labels, drawn by class; the
             others are unlabelled, which only some methods ("mean_teacher") can use. Rows with label

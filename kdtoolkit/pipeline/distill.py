@@ -162,7 +162,9 @@ def distill(
         transforms: None (as the data set's papers, or by the images' sizes), "none", "crop-flip", a
             `BatchAugment`, a callable on a PIL image, or a pair of these for training and
             evaluation.
-        image_size: Images are resized to this many pixels a side. Default: the data's own size.
+        image_size: Images are resized to this many pixels a side. Default: the data's own size; 224
+            where images differ in size, or are larger than 96 pixels and `transforms` is not given.
+            Float images of one size, a callable in `transforms` and a DataLoader keep theirs.
         train_limit: Train on this many rows only, drawn by class. Default: all.
         labelled: Number or share of the training rows that keep their labels, drawn by class; the
             others are unlabelled, which only some methods ("mean_teacher") can use. Rows with label
@@ -224,7 +226,8 @@ def distill(
             they are listed. Beside `config` the default is those that the file names.
         accelerator: Your own `accelerate.Accelerator`; it trains with the accumulation, data
             splitting and seeds of this run and is given back as it was.
-        dry_run: Stop after the plan: no weights, no data.
+        dry_run: Stop after the plan: no weights are loaded; data is opened unless it is a built-in
+            name such as "cifar10".
         **method_options: Options of the losses or of the strategy, e.g. `reset=`, `detach=`,
             `hint=`, `p=`; `kdtoolkit methods NAME` lists them.
 

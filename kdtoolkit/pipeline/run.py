@@ -35,9 +35,10 @@ from kdtoolkit.pipeline.teacher_finetune import (
     finetune_teachers,
     finetuning_fields,
 )
+from kdtoolkit.trainer.best_epoch import monitored_split
 from kdtoolkit.trainer.environment import describe_environment
 from kdtoolkit.trainer.optim import check_optimizer
-from kdtoolkit.trainer.schedule import make_loader_and_schedule
+from kdtoolkit.trainer.run_length import make_loader_and_schedule
 from kdtoolkit.trainer.trainer import Trainer
 from kdtoolkit.utils import checkpoint
 from kdtoolkit.utils.io import write_json, write_yaml
@@ -66,7 +67,8 @@ def run_distillation(
         config: The configuration.
         callbacks: Called at each event of the loop, by their `order`, else as they are listed.
         accelerator: The caller's own; None makes one.
-        dry_run: Whether to stop after the plan: no weights, no data.
+        dry_run: Whether to stop after the plan: no weights are loaded; data is opened unless it is
+            a built-in name such as "cifar10".
 
     Returns:
         The student, its numbers and its folder.
@@ -106,6 +108,7 @@ class _Request:
     folder: Path | None
     resume_from: Path | None
     accelerator: Accelerator | None
+    dry_run: bool
 
 
 @dataclass
@@ -147,10 +150,11 @@ def _check_request(
     resume_from = None
     if not dry_run:
         resume_from = claim_output_dir(folder, output.resume, output.overwrite)
-    ready = None if dry_run else make_accelerator(config, accelerator, trackers, folder)
+    accelerator = None if dry_run else make_accelerator(config, accelerator, trackers, folder)
     return _Request(
-        config, losses, resolved, tuple(callbacks), progress, trackers, folder, resume_from, ready
-    )
+        config, losses, resolved, tuple(callbacks), progress, trackers, folder, resume_from,
+        accelerator, dry_run,
+    )  # fmt: skip
 
 
 def _resolved_fields(config: DistillConfig, losses: ResolvedLosses | None) -> dict[str, Any]:
@@ -167,8 +171,8 @@ def _resolved_fields(config: DistillConfig, losses: ResolvedLosses | None) -> di
 
 
 def _prepare(request: _Request, info: DataInfo) -> _Prepared:
-    config, dry_run = request.config, request.accelerator is None
-    parts = build_parts(config, request.losses, info, dry_run=dry_run)
+    config = request.config
+    parts = build_parts(config, request.losses, info, dry_run=request.dry_run)
     try:
         if parts.to_finetune:
             parts.notes.append(describe_finetuning(config))
@@ -193,32 +197,31 @@ def _trainer_config(config: DistillConfig, parts: RunParts, info: DataInfo) -> T
         return found
     own = getattr(info.data.train.user_loader, "batch_size", None)  # a DataLoader keeps its own
     batch_size = own * found.grad_accum if own else found.batch_size
-    monitor = "val" if info.data.val is not None else None
-    return replace(found, batch_size=batch_size, monitor=monitor)
+    return replace(found, batch_size=batch_size, monitor=monitored_split(info.data))
 
 
 def _fit_and_export(run: _Prepared) -> DistillResult:
-    request, info, ready = run.request, run.info, run.accelerator
+    request, info, accelerator = run.request, run.info, run.accelerator
     config, folder = request.config, request.folder
     method = run.parts.method
-    ranks = 1 if method.networks_per_process else ready.num_processes
+    ranks = 1 if method.networks_per_process else accelerator.num_processes
     # a batch size that does not fit is an error before anything is written
     make_loader_and_schedule(run.trainer_config, info.loaded, ranks, method.batch_sampler)
     if folder is not None and request.resume_from is None:
-        _empty_folder(folder, ready)
-    if request.progress.mode != "off" and ready.is_main_process:
+        _empty_folder(folder, accelerator)
+    if request.progress.mode != "off" and accelerator.is_main_process:
         for note in run.parts.notes:
             logger.info("%s", note)
-    baseline = _baseline_folder(config, info)
+    baseline = _find_or_train_baseline(config, info)
     if run.parts.to_finetune:
         _finetune(run)
     trainer = _make_trainer(run)
     try:
         if request.resume_from is not None:
             checkpoint.check_metadata(request.resume_from, trainer.checkpoint_metadata)
-        if folder is not None and ready.is_main_process:
+        if folder is not None and accelerator.is_main_process:
             write_yaml(folder / "config.yaml", _plain_config(run))
-            write_json(folder / "env.json", describe_environment(ready))
+            write_json(folder / "env.json", describe_environment(accelerator))
             write_json(folder / "plan.json", run.plan)
         trainer.fit(request.resume_from)
         chosen = export.load_chosen_epoch(trainer)
@@ -232,10 +235,10 @@ def _fit_and_export(run: _Prepared) -> DistillResult:
     networks = {name: export.bare(net) for name, net in exported.networks.items()}
     student = networks[exported.name]
     result = DistillResult(student, networks, final, trainer.metrics_log.rows, run.plan, folder)
-    if folder is not None and ready.is_main_process:
+    if folder is not None and accelerator.is_main_process:
         export.write_report(folder, run.parts, baseline, info)
     request.progress.on_result(final)
-    ready.wait_for_everyone()
+    accelerator.wait_for_everyone()
     return result
 
 
@@ -282,8 +285,8 @@ def _empty_folder(folder: Path, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-def _baseline_folder(config: DistillConfig, info: DataInfo) -> Path | None:
-    """The folder of the same student trained alone; it is trained here where that is wanted."""
+def _find_or_train_baseline(config: DistillConfig, info: DataInfo) -> Path | None:
+    """The folder of the same student trained alone; `baseline=True` trains it here."""
     baseline = config.output.baseline
     if baseline is None or baseline is False:
         return None

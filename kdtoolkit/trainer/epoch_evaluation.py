@@ -1,27 +1,14 @@
-"""Evaluation before the first and after every epoch, and which network was best."""
+"""Evaluation before the first and after every epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from kdtoolkit.core.config import TrainerConfig
 from kdtoolkit.data.dataset import Data, Split
 
 if TYPE_CHECKING:
     from kdtoolkit.trainer.trainer import Trainer
-
-
-class NetworkAccuracy(NamedTuple):
-    """Accuracy of one network.
-
-    Attributes:
-        network: Its name.
-        top1: Top-1 accuracy in percent.
-    """
-
-    network: str
-    top1: float
 
 
 def splits_to_evaluate(config: TrainerConfig, data: Data, epoch: int, is_last: bool) -> list[Split]:
@@ -44,26 +31,6 @@ def splits_to_evaluate(config: TrainerConfig, data: Data, epoch: int, is_last: b
 def metric_name(split: str, network: str, metric: str) -> str:
     """`"val/top1"` for the student, `"val/peer1/top1"` for another network."""
     return f"{split}/{metric}" if network == "student" else f"{split}/{network}/{metric}"
-
-
-def find_best_network(
-    metrics: Mapping[str, float], split: str | None, networks: Sequence[str]
-) -> NetworkAccuracy | None:
-    """The network with the highest top-1 accuracy, the first of equals.
-
-    Args:
-        metrics: Numbers of an evaluation by `metric_name`.
-        split: Split that chooses; None is none.
-        networks: Names of the networks to choose from.
-
-    Returns:
-        The best network, or None where none was evaluated on the split.
-    """
-    if split is None:
-        return None
-    names = {network: metric_name(split, network, "top1") for network in networks}
-    evaluated = [NetworkAccuracy(n, metrics[key]) for n, key in names.items() if key in metrics]
-    return max(evaluated, key=lambda found: found.top1, default=None)
 
 
 def evaluate_epoch(run: Trainer, is_last: bool) -> dict[str, float]:

@@ -14,7 +14,7 @@ from kdtoolkit.core.config import TrainerConfig
 from kdtoolkit.core.method import Method
 from kdtoolkit.data.dataset import Data
 from kdtoolkit.trainer.optim import make_optimizer
-from kdtoolkit.trainer.schedule import make_loader_and_schedule
+from kdtoolkit.trainer.run_length import make_loader_and_schedule
 from kdtoolkit.types import Clock
 from kdtoolkit.utils.memory import keep_freed_memory
 

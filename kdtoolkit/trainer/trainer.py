@@ -21,10 +21,10 @@ from kdtoolkit.data.dataset import Data, Split
 from kdtoolkit.data.seeding import derive_seed
 from kdtoolkit.trainer import checks
 from kdtoolkit.trainer.batches import remaining_batches
+from kdtoolkit.trainer.best_epoch import update_best
 from kdtoolkit.trainer.epoch_evaluation import (
     evaluate_epoch,
     evaluate_teachers,
-    find_best_network,
 )
 from kdtoolkit.trainer.evaluator import Evaluator
 from kdtoolkit.trainer.loop_state import LoopState
@@ -66,7 +66,7 @@ class Trainer:
         evaluator: Evaluates networks and teachers.
         best: `{"epoch", "step", "top1", "network"}` of the best evaluation; empty before the first.
         stop: A reason to end the run after this step, which a callback may set.
-        stop_signal: Whether Ctrl-C or SIGTERM came.
+        stop_signal: Records Ctrl-C and SIGTERM and shares them between ranks.
         epoch_start: Step at which this epoch began.
         checkpoint_metadata: Settings that a checkpoint must share with the run that resumes it.
     """
@@ -161,7 +161,9 @@ class Trainer:
             step: Step = self.net(batch, clock)
             losses = step.losses | self._callback_losses(step, batch)
             self.loss_tracker.add(losses, clock.step, len(batch["y"]) * self._ranks_per_batch)
-            if accelerator.device.type == "cpu":  # free there; on other devices once a row
+            # costs nothing on the CPU; elsewhere it waits for the device, so only when losses are
+            # logged
+            if accelerator.device.type == "cpu":
                 self.check_finite()
             accelerator.backward(sum(losses.values()))
             if clock.step == 0:
@@ -393,18 +395,5 @@ class Trainer:
         self.metrics_log.add(event="train", **self._position(), **row)
 
     def _evaluate(self, is_last: bool) -> dict[str, float]:
-        """Evaluate after an epoch and remember the best network.
-
-        Returns:
-            Metrics by `metric_name`; "improved", 1.0 where the best network is better than all
-            before, else 0.0; "monitored", its accuracy in percent.
-        """
-        metrics = evaluate_epoch(self, is_last)
-        best = find_best_network(metrics, self.config.monitor, self.export_candidates()[0])
-        improved = best is not None and best.top1 > self.best.get("top1", -1.0)
-        metrics["improved"] = float(improved)
-        if best is not None:
-            metrics["monitored"] = best.top1
-            if improved:
-                self.best = self._position() | {"top1": best.top1, "network": best.network}
-        return metrics
+        """Evaluate after an epoch and remember the best network; see `update_best`."""
+        return update_best(self, evaluate_epoch(self, is_last))

@@ -50,7 +50,9 @@ class NetworkPlacement:
         """Whether this process trains network k."""
         return not self.is_spread or self.process_of(k) == distributed.rank()
 
-    def gather(self, local_logits: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    def gather_logits(
+        self, local_logits: Mapping[str, Tensor], names: Sequence[str]
+    ) -> dict[str, Tensor]:
         """Logits of all networks on every process.
 
         Args:

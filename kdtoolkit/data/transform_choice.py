@@ -33,7 +33,7 @@ MAX_TEXT = 200  # characters of a transform's description
 
 
 @dataclasses.dataclass
-class TransformPlan:
+class TransformChoice:
     """What is done to an image.
 
     Attributes:
@@ -55,14 +55,14 @@ class TransformPlan:
     resize: bool = False
 
 
-def plan_transforms(
+def choose_transforms(
     splits: OpenSplits,
     option: TransformOption,
     preset: BatchAugment | None,
     image_size: tuple[int, int] | None,
     *,
     sizes_differ: bool = False,
-) -> TransformPlan:
+) -> TransformChoice:
     """Choose which transforms run where.
 
     Args:
@@ -102,10 +102,10 @@ def plan_transforms(
             f"RandomResizedCrop to {size[0]}x{size[1]} and flip, per sample; "
             "evaluation: Resize and CenterCrop"
         )
-        return TransformPlan(size, None, train_transform(size), for_eval, False, text)
+        return TransformChoice(size, None, train_transform(size), for_eval, False, text)
     augment = preset if option is None else _augment_of(option, size)
     text = f"Resize and CenterCrop to {size[0]}x{size[1]}, then {augment or 'none'}"
-    return TransformPlan(size, augment, for_eval, for_eval, False, text)
+    return TransformChoice(size, augment, for_eval, for_eval, False, text)
 
 
 def _plan_batched(
@@ -114,7 +114,7 @@ def _plan_batched(
     image_size: tuple[int, int] | None,
     augment: BatchAugment | None,
     description: str,
-) -> TransformPlan:
+) -> TransformChoice:
     """Images of equal size: augmented in batches, and held in memory where they fit."""
     size = image_size or common_size
     transform = None if size == common_size else resize_transform(size)
@@ -122,7 +122,7 @@ def _plan_batched(
     num_rows = sum(len(rows) for rows in splits.rows.values())
     cache = bool(tables) and all(map(_is_cacheable, tables)) and fits_in_memory(num_rows, size)
     resize = image_size is not None
-    return TransformPlan(size, augment, transform, transform, cache, description, resize)
+    return TransformChoice(size, augment, transform, transform, cache, description, resize)
 
 
 def _is_cacheable(table: Table) -> bool:
@@ -131,7 +131,7 @@ def _is_cacheable(table: Table) -> bool:
 
 def _plan_user_transforms(
     train: SplitSource, for_train: ImageTransform, for_eval: ImageTransform
-) -> TransformPlan:
+) -> TransformChoice:
     if isinstance(train, DataLoader):
         raise ValueError(
             "transforms has no effect on a DataLoader: put the callable into its data set"
@@ -140,18 +140,18 @@ def _plan_user_transforms(
         image = to_tensor(for_train(first_image(train)), "the output of transforms")
     text = f"the user's, per sample: {_describe_transform(for_train)}"
     size = (image.shape[1], image.shape[2])
-    return TransformPlan(size, None, for_train, for_eval, cache=False, description=text)
+    return TransformChoice(size, None, for_train, for_eval, cache=False, description=text)
 
 
 def _plan_user_loader(
     train: DataLoader[Any], option: str | BatchAugment | None, image_size: tuple[int, int] | None
-) -> TransformPlan:
+) -> TransformChoice:
     if image_size is not None:
         raise ValueError("image_size has no effect on a DataLoader: resize in its data set")
     size = next(iter(probe_sizes(train)))
     augment = _augment_of(option, size)
     text = str(augment) if augment else "the user's DataLoader's own"
-    return TransformPlan(size, augment, None, None, cache=False, description=text)
+    return TransformChoice(size, augment, None, None, cache=False, description=text)
 
 
 def _choose_augment(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import runpy
 import sys
@@ -15,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import kdtoolkit.data as room
 from kdtoolkit import Callback, Frozen, Taps, create_method, distill
 from kdtoolkit.core.config import TrainerConfig
+from kdtoolkit.data import Data
+from kdtoolkit.data import load as load_data
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.models.freezing import FrozenParts
 from kdtoolkit.models.head import classifier_names, replace_head
@@ -25,9 +25,11 @@ from kdtoolkit.models.layer_groups import layer_numbers
 from kdtoolkit.models.loading import load_model
 from kdtoolkit.models.saving import save_model
 from kdtoolkit.models.weights import load_weights
-from kdtoolkit.pipeline import teacher_finetune
-from kdtoolkit.pipeline.build import DataInfo
+from kdtoolkit.pipeline import run
+from kdtoolkit.pipeline.config import DistillConfig
+from kdtoolkit.pipeline.data_info import DataInfo
 from kdtoolkit.pipeline.distill import DistillResult
+from kdtoolkit.pipeline.teacher_finetune import finetune_teachers, finetuned_folder
 from kdtoolkit.trainer.optim import make_optimizer
 from kdtoolkit.utils.checkpoint import CheckpointError
 from kdtoolkit.utils.signals import Interrupted
@@ -37,8 +39,8 @@ VIT = dict(img_size=32, patch_size=8, depth=4, embed_dim=48, num_heads=3)
 
 
 @pytest.fixture(scope="session")
-def digits() -> room.Data:
-    return room.load("digits", train_limit=96, validation=64)
+def digits() -> Data:
+    return load_data("digits", train_limit=96, validation=64)
 
 
 @pytest.fixture(scope="session")
@@ -157,16 +159,15 @@ def test_a_fine_tuned_teacher_is_found_by_another_student_and_method(seven, digi
     assert "figures" in {p.name for p in folder.iterdir()} and (folder / "report.md").exists()
 
 
-def key(net: nn.Module, data: room.Data, **options) -> str:
+def key(net: nn.Module, data: Data, **options) -> str:
     """Name of the folder of a fine-tuned teacher."""
-    defaults = {n: p.default for n, p in inspect.signature(distill).parameters.items()}
-    given = defaults | {"teacher_head": "finetune", "teacher_dir": "x"} | options
-    return teacher_finetune.place(
-        net, given, DataInfo(10, data.image_size, data, data.describe())
-    ).name
+    given = {"teacher": net, "teacher_head": "finetune", "teacher_dir": "x"} | options
+    config = DistillConfig.from_keywords(**given)
+    info = DataInfo(10, data.image_size, data, data.describe())
+    return finetuned_folder(net, config, info).name
 
 
-def test_the_place_depends_on_all_that_a_teacher_depends_on_and_on_nothing_else(seven, digits):
+def test_the_folder_depends_on_all_that_a_teacher_depends_on_and_on_nothing_else(seven, digits):
     def changed(part: str) -> nn.Module:
         net = load_model(seven)
         with torch.no_grad():
@@ -175,12 +176,12 @@ def test_the_place_depends_on_all_that_a_teacher_depends_on_and_on_nothing_else(
 
     net, tensors = load_model(seven), torch.rand(64, 3, 16, 16)
     first = key(net, digits)
-    again = room.load("digits", train_limit=96, validation=64)
+    again = load_data("digits", train_limit=96, validation=64)
     equal = [key(net, again), key(net, digits, progress="off", freeze=1, student="x")]
     assert equal == [first] * 2, "the way to the images and the student do not count"
     labels, split = torch.arange(64) % 10, dict(validation=20, num_classes=10)
     sets = [
-        room.load(torch.utils.data.TensorDataset(x, labels), **split)
+        load_data(torch.utils.data.TensorDataset(x, labels), **split)
         for x in (tensors, 1 - tensors)
     ]
     other = [
@@ -199,8 +200,8 @@ def test_the_place_depends_on_all_that_a_teacher_depends_on_and_on_nothing_else(
         *(key(net, data) for data in sets),
     ]
     other += [
-        key(net, room.load("digits", train_limit=96, validation=48)),
-        key(net, room.load("digits")),
+        key(net, load_data("digits", train_limit=96, validation=48)),
+        key(net, load_data("digits")),
     ]
     assert len({first, *other}) == 1 + len(other)
 
@@ -212,20 +213,18 @@ class Stop(Callback):
         run.stop = "interrupted"
 
 
-def test_an_interrupted_fine_tuning_goes_on(seven, digits, tmp_path, monkeypatch):
-    def train(*args, **options):
-        return distill(*args, callbacks=[Stop()], **options)
+def test_an_interrupted_fine_tuning_is_resumed(seven, digits, tmp_path, monkeypatch):
+    def finetune(config, parts, info, accelerator, train):
+        def interrupted(training):
+            return train(training, callbacks=[Stop()])
+
+        return finetune_teachers(config, parts, info, accelerator, interrupted)
 
     options = dict(
         teacher_head="finetune", teacher_training={"max_steps": 3}, output_dir=tmp_path / "run"
     )
     with monkeypatch.context() as patched:
-        adapted = teacher_finetune.adapted
-        patched.setattr(
-            teacher_finetune,
-            "adapted",
-            lambda given, parts, facts, _, a: adapted(given, parts, facts, train, a),
-        )
+        patched.setattr(run, "finetune_teachers", finetune)
         with pytest.raises(Interrupted, match="at step 1 of 3"):
             call(seven, "cifar_resnet8", digits, **options)
     (folder,) = (tmp_path / "run" / "finetuned").iterdir()
@@ -547,7 +546,7 @@ def test_the_schedule_scales_every_rate_and_a_resumed_run_goes_on(digits, tmp_pa
 
 @pytest.mark.parametrize("decay", [0, 1.5, "0.5", True])
 def test_factors_that_are_refused(decay):
-    with pytest.raises(ValueError, match="layer_decay is .*above 0 and at most 1"):
+    with pytest.raises(ValueError, match="layer_decay is .*above 0 up to 1"):
         call(None, "cifar_resnet8", "digits", layer_decay=decay, dry_run=True)
 
 
@@ -619,7 +618,7 @@ def test_weights_of_every_kind(kind, seven, tmp_path):
     assert teacher.num_classes == 7 and same(state(net), state(teacher))
 
 
-def test_weights_go_through_distill(seven, digits, tmp_path, capsys):
+def test_weights_go_through_distill(seven, digits, tmp_path, caplog):
     net = load_model(seven)
     options = dict(
         student_weights=net.state_dict(),
@@ -629,13 +628,11 @@ def test_weights_go_through_distill(seven, digits, tmp_path, capsys):
         progress="lines",
         output_dir=tmp_path / "run",
     )
-    result = call("cifar_resnet8", "cifar_resnet8", digits, **options)
+    with caplog.at_level("INFO", "kdtoolkit"):
+        result = call("cifar_resnet8", "cifar_resnet8", digits, **options)
     assert same(state(net), state(result.student), "conv1", "bn1", "layer")
-    out = capsys.readouterr().out
-    assert (
-        out.count("student: a state dict: 54 of 56 tensors matched") == 1
-        and f"teacher: {seven}: 56 of 56" in out
-    )
+    assert caplog.text.count("student: a state dict: 54 of 56 tensors matched") == 1
+    assert f"teacher: {seven}: 56 of 56" in caplog.text
     assert any("54 of 56 tensors" in note for note in result.plan["notes"])
     assert "state dict of 56 tensors" in (tmp_path / "run/config.yaml").read_text()
     own, before = Own(10), Own(10)

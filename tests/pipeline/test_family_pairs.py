@@ -168,9 +168,9 @@ OTHERS = [
 # the head
 UNREAD = {
     "EfficientViM": (
-        "objectives.srkd.inputs.2.1.",
-        "objectives.srkd.inputs.3.1.",
-        "objectives.srkd.inputs.3.2.",
+        "losses.srkd.inputs.2.1.",
+        "losses.srkd.inputs.3.1.",
+        "losses.srkd.inputs.3.2.",
     )
 }
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -364,7 +364,7 @@ def test_losses_of_several_teachers_are_those_of_each(count):
     }
     sum(together.values()).backward()
     assert all(p.grad is not None for p in net.parameters())
-    own = {k: v for k, v in net.state_dict().items() if k.startswith("objectives")}
+    own = {k: v for k, v in net.state_dict().items() if k.startswith("losses.")}
     net.release()
     for number, one in enumerate(several):
         alone = method([one]).eval()

@@ -585,7 +585,7 @@ def sources(net: nn.Module, tmp: Path) -> dict[str, object]:
         {"state_dict": {f"module.{k}": v for k, v in tensors.items()}, "epoch": 3}, tmp / "a.pth"
     )
     torch.save(
-        {f"student.{k}": v for k, v in tensors.items()} | {"objectives.x": torch.zeros(2)},
+        {f"student.{k}": v for k, v in tensors.items()} | {"losses.x": torch.zeros(2)},
         tmp / "b.pt",
     )
     save_file(tensors, tmp / "c.safetensors", {"mean": "0.1,0.2,0.3", "std": "1,2,4"})

@@ -27,13 +27,20 @@ SHORT = [
 ]
 
 
-@pytest.mark.parametrize("recipe, flags, others", [
-    ("dml_cifar100", ["--peers", "3"], {"peer1", "peer2"}),
-    ("dcl_cifar100", ["--rule", "mean", "--every", "1", "--unit", "epochs"], {"peer1"}),
-    ("dkel_cifar100", [], {"student", "branch1", "branch2", "ema-branch1", "ema-branch2"}),
-    ("dkel_cifar100", ["--method", "pcl"], {"student", "branch1", "branch2", "ema-branch1", "ema-branch2"}),
-    ("sokd_cifar100", ["--teacher-mode", "train"], {"branch"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe, flags, others",
+    [
+        ("dml_cifar100", ["--peers", "3"], {"peer1", "peer2"}),
+        ("dcl_cifar100", ["--rule", "mean", "--every", "1", "--unit", "epochs"], {"peer1"}),
+        ("dkel_cifar100", [], {"student", "branch1", "branch2", "ema-branch1", "ema-branch2"}),
+        (
+            "dkel_cifar100",
+            ["--method", "pcl"],
+            {"student", "branch1", "branch2", "ema-branch1", "ema-branch2"},
+        ),
+        ("sokd_cifar100", ["--teacher-mode", "train"], {"branch"}),
+    ],
+)
 def test_recipe_trains_and_saves_all(recipe, flags, others, tmp_path, monkeypatch, capsys):
     if recipe == "sokd_cifar100":
         torch.manual_seed(0)

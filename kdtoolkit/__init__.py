@@ -38,8 +38,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("callbacks", "data", "features", "functional", "losses")
-_MODULES += ("methods", "metrics", "models", "schedules")
+_MODULES = (
+    "callbacks",
+    "data",
+    "features",
+    "functional",
+    "losses",
+    "methods",
+    "metrics",
+    "models",
+    "schedules",
+)
 _PUBLIC = {name: f"kdtoolkit.{name}" for name in _MODULES} | {
     "Adapter": "kdtoolkit.features.adapters",
     "Branches": "kdtoolkit.methods.branches",

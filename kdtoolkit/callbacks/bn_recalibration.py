@@ -18,14 +18,28 @@ SEED_STEP = -2  # see RunContext.seed_step: no step of the run has this number
 
 
 def named_batch_norms(net: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    """Every BatchNorm of a network that keeps running statistics, with its name."""
+    """Every BatchNorm of a network that keeps running statistics, with its name.
+
+    Args:
+        net: Network to search, itself and its modules at every depth.
+
+    Yields:
+        Name in the network, and the module.
+    """
     for name, module in net.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             yield name, module
 
 
 def running_statistics(net: nn.Module) -> dict[str, Tensor]:
-    """Running means and variances of a network by name, without the counters."""
+    """Running means and variances of a network by name, without the counters.
+
+    Args:
+        net: The network.
+
+    Returns:
+        "<module>.running_mean" and "<module>.running_var" -> the buffer itself, not a copy, (C,).
+    """
     return {
         f"{name}.{key}": module.get_buffer(key)
         for name, module in named_batch_norms(net)

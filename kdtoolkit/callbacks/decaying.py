@@ -96,7 +96,14 @@ class DecayingEnsemble(Callback):
         self.teacher = next((c for c in run.callbacks if isinstance(c, EMATeacher)), None)
 
     def ensemble_share(self, clock: Clock) -> float:
-        """g, the share of the ensemble in this epoch, 0 to 1."""
+        """g, the share of the ensemble in this epoch, 0 to 1.
+
+        Args:
+            clock: Step and epoch of the run, and how many there are.
+
+        Returns:
+            The share; constant within an epoch.
+        """
         if self.decay == "exponential":
             return exponential_decay(clock.epoch, self.rate, self.cut)
         length = clock.total_steps / clock.steps_per_epoch if self.length is None else self.length

@@ -49,7 +49,14 @@ def measure_batch(
 
 
 def have_same_architecture(nets: Sequence[nn.Module]) -> bool:
-    """Whether all networks have parameters of the same names and shapes."""
+    """Whether all networks have parameters of the same names and shapes.
+
+    Args:
+        nets: The networks, at least one.
+
+    Returns:
+        True if they agree, in the order of the parameters too; buffers are not compared.
+    """
     return len({tuple((n, tuple(p.shape)) for n, p in net.named_parameters()) for net in nets}) == 1
 
 

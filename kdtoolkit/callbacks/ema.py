@@ -216,7 +216,14 @@ class EMATeacher(Callback):
         return found
 
     def cached_logits(self, run: RunContext) -> dict[str, Tensor] | None:
-        """What `logits` has returned in this step; None if the teacher did not run in it."""
+        """What `logits` has returned in this step; None if the teacher did not run in it.
+
+        Args:
+            run: The run; its clock says which step it is.
+
+        Returns:
+            Logits (B, C), detached, by the names of the students; or None.
+        """
         if self._cached is None or self._cached[0] != run.clock.step:
             return None
         return self._cached[1]

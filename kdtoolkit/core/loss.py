@@ -97,7 +97,15 @@ class DistillationLoss(nn.Module):
         raise NotImplementedError
 
     def features(self, student: Out, teacher: Out) -> tuple[list[Tensor], list[Tensor]]:
-        """The features of all pairs: the student's, and the teacher's."""
+        """The features of all pairs: the student's, and the teacher's.
+
+        Args:
+            student: What the student gave for the batch, with the features of its taps.
+            teacher: The same of the teacher.
+
+        Returns:
+            Two lists in the order of `pairs`, one feature a pair, batch first.
+        """
         return [student.feats[s] for s, _ in self.pairs], [teacher.feats[t] for _, t in self.pairs]
 
     def plan_rows(self) -> list[ComparedTaps]:

@@ -234,5 +234,12 @@ def _copy_teacher(teacher: Frozen) -> Frozen:
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Number of parameters of a module."""
+    """Number of parameters of a module.
+
+    Args:
+        module: The module, with all that is in it.
+
+    Returns:
+        Number of values, trainable or not; a shared parameter counts once.
+    """
     return sum(p.numel() for p in module.parameters())

@@ -175,5 +175,12 @@ class RunContext(Protocol):
 
 
 def last_step_of_epoch(run: RunContext) -> int:
-    """Value of `run.clock.step` at the end of the epoch that is running."""
+    """Value of `run.clock.step` at the end of the epoch that is running.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Step, counted from the start of the run; at most its `clock.total_steps`.
+    """
     return min(run.clock.total_steps, run.epoch_start + run.clock.steps_per_epoch)

@@ -55,7 +55,11 @@ class OpenSplits:
         }
 
     def remove(self, split: str) -> None:
-        """Remove a split, if there is one of that name."""
+        """Remove a split, if there is one of that name.
+
+        Args:
+            split: "train", "val" or "test".
+        """
         self.sources.pop(split, None)
         self.rows.pop(split, None)
 

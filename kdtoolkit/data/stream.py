@@ -80,6 +80,9 @@ class StreamDataset(IterableDataset[dict[str, Tensor]]):
 
         It is then read through a buffer, in another order each epoch. Torch streams must shuffle
         themselves.
+
+        Args:
+            shuffle: True: through a buffer of `SHUFFLE_BUFFER` rows; False: in the stream's order.
         """
         if self._columns is None:
             return

@@ -55,7 +55,16 @@ class Regressor(nn.Module):
 
     @staticmethod
     def fits(src: Shape, dst: Shape) -> bool:
-        """Whether one of the kernels takes a feature from `src` to `dst`."""
+        """Whether one of the kernels takes a feature from `src` to `dst`.
+
+        Args:
+            src: Shape of the student's feature.
+            dst: Shape of the teacher's feature.
+
+        Returns:
+            True if both are "NCHW", and the teacher's grid is twice the student's, or not larger
+            and fewer than `MAX_KERNEL_SIZE` rows smaller.
+        """
         if not src.layout == dst.layout == "NCHW":
             return False
         (h_s, w_s), (h_t, w_t) = src.grid, dst.grid

@@ -220,7 +220,14 @@ def _sum_over_ranks(counts: Tensor) -> Tensor:
 
 
 def raise_no_samples(names: str) -> NoReturn:
-    """Raise the `ValueError` that no sample was added."""
+    """Raise the `ValueError` that no sample was added.
+
+    Args:
+        names: Names of the metrics, as the message shows them.
+
+    Raises:
+        ValueError: Always.
+    """
     raise ValueError(
         f"{names}: compute() before any sample was added, on any rank; "
         "call add_batch first, or check that the data is not empty"

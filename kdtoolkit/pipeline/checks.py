@@ -198,7 +198,17 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
 
 
 def make_progress_log(config: DistillConfig) -> ProgressLog:
-    """The callback that prints the progress of a run."""
+    """The callback that prints the progress of a run.
+
+    Args:
+        config: The configuration; its `loop.progress` and `loop.label` are used.
+
+    Returns:
+        The callback, new.
+
+    Raises:
+        ValueError: If `progress` is not one of the modes.
+    """
     progress = config.loop.progress
     if isinstance(progress, bool):
         progress = "auto" if progress else "off"
@@ -257,6 +267,12 @@ def channels_last_pays(student: nn.Module) -> bool:
     """Whether a network has 2-D convolutions, and no tied weights.
 
     accelerate cannot load tied weights in that layout.
+
+    Args:
+        student: The network.
+
+    Returns:
+        True if it has an `nn.Conv2d` and no parameter under two names.
     """
     names = list(student.named_parameters(remove_duplicate=False))
     tied = len(names) > len(list(student.parameters()))

@@ -7,7 +7,6 @@ became stands in the plan and in the run's `config.yaml`.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -378,12 +377,3 @@ def check_keywords(keywords: Mapping[str, Any], allowed: tuple[str, ...], where:
         if name not in allowed:
             hint = suggestion(name, allowed) or "."
             raise ValueError(f"{where}: unknown {name!r}{hint} Allowed: {', '.join(allowed)}")
-
-
-def to_mapping(config: DistillConfig) -> dict[str, dict[str, Any]]:
-    """Part -> field -> value, nested as in `config.yaml`."""
-    return {
-        part.name: {i.name: getattr(getattr(config, part.name), i.name) for i in fields(own)}
-        for part in dataclasses.fields(config)
-        for own in [getattr(config, part.name)]
-    }

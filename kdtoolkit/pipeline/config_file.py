@@ -50,7 +50,16 @@ def config_to_plain(
 
 
 def to_plain_value(value: Any) -> Any:
-    """A value as YAML can hold it."""
+    """A value as YAML can hold it.
+
+    Args:
+        value: Any value of a configuration.
+
+    Returns:
+        None, a number or text as it is; a path as text; a list or tuple as a list; a mapping as a
+        dict with names as text; an object of a known class as a dict of its class and fields. What
+        YAML cannot hold, a state dict included, becomes `{"object": what it is}`.
+    """
     from torch import Tensor, nn
 
     if value is None or isinstance(value, (bool, int, str)):
@@ -74,7 +83,15 @@ def to_plain_value(value: Any) -> Any:
 
 
 def callback_to_plain(callback: Callback) -> dict[str, Any]:
-    """A callback as its class and all its arguments, defaults included."""
+    """A callback as its class and all its arguments, defaults included.
+
+    Args:
+        callback: The callback.
+
+    Returns:
+        The class under "callback", or under "object" if it is not a known one; and
+        argument -> plain value.
+    """
     args, keywords = callback.init_arguments
     bound = inspect.signature(type(callback)).bind(*args, **keywords)
     bound.apply_defaults()

@@ -56,7 +56,14 @@ def checkpoint_metadata(
 
 
 def describe_callback(callback: Callback) -> str:
-    """A callback with all its arguments, as text; addresses of objects are left out."""
+    """A callback with all its arguments, as text; addresses of objects are left out.
+
+    Args:
+        callback: The callback.
+
+    Returns:
+        "Class(argument=value, ...)".
+    """
     plain = callback_to_plain(callback)
     arguments = {k: v for k, v in plain.items() if k not in ("callback", "object")}
     shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())

@@ -208,7 +208,14 @@ def _report(folder: Path, parts: RunParts, baseline: Path | None, info: DataInfo
 
 
 def bare(net: nn.Module) -> nn.Module:
-    """The network on the CPU, contiguous, in eval mode, without hooks."""
+    """The network on the CPU, contiguous, in eval mode, without hooks.
+
+    Args:
+        net: The network; it is changed in place. Only the hooks of taps are removed.
+
+    Returns:
+        The same network.
+    """
     return remove_tap_hooks(net).cpu().to(memory_format=torch.contiguous_format).eval()
 
 

@@ -29,7 +29,14 @@ class MethodOption:
 
 
 def default_sum(spec: MethodSpec) -> str:
-    """The default losses of a method, as "0.1 ce + 0.9 kd"; an arrow marks a rising weight."""
+    """The default losses of a method, as "0.1 ce + 0.9 kd"; an arrow marks a rising weight.
+
+    Args:
+        spec: The method.
+
+    Returns:
+        Its losses in their order, each with its weight; "" if it has none.
+    """
     terms = [f"{_weight(weight)} {name}" for name, weight in spec.losses.items()]
     return " + ".join(terms)
 
@@ -68,7 +75,14 @@ def _options(function: Any, documented: Any) -> list[MethodOption]:
 
 
 def argument_texts(doc: str) -> dict[str, str]:
-    """Argument -> text, of the `Args:` section of a Google-style docstring."""
+    """Argument -> text, of the `Args:` section of a Google-style docstring.
+
+    Args:
+        doc: The docstring without indentation, as `inspect.getdoc` gives it.
+
+    Returns:
+        One entry an argument, its lines joined by spaces; empty without such a section.
+    """
     texts: dict[str, str] = {}
     inside, current = False, ""
     for line in doc.splitlines():

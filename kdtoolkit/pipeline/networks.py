@@ -27,14 +27,30 @@ TRAINED_HEADS = (
 
 
 def as_list(source: Any) -> list[Any]:
-    """One source or several as a list; None is an empty one."""
+    """One source or several as a list; None is an empty one.
+
+    Args:
+        source: One source, a list or tuple of them, or None.
+
+    Returns:
+        A new list.
+    """
     if source is None:
         return []
     return list(source) if isinstance(source, (list, tuple)) else [source]
 
 
 def untapped(net: nn.Module, image_size: tuple[int, int]) -> Taps:
-    """Stages and shapes of a network for images of the data, without hooks."""
+    """Stages and shapes of a network for images of the data, without hooks.
+
+    Args:
+        net: The network.
+        image_size: Height and width of the images, pixels; used where the preprocessing of the
+            network gives no size.
+
+    Returns:
+        Taps of the network, none of them selected.
+    """
     return Taps(net, None, Preprocess.from_model(net, image_size).size or image_size)
 
 
@@ -88,7 +104,15 @@ def build_student(
 
 @contextlib.contextmanager
 def weights_restored_on_error(net: Any) -> Iterator[None]:
-    """The caller's module keeps its weights if what follows raises; names and None have none."""
+    """The caller's module keeps its weights if what follows raises; names and None have none.
+
+    Args:
+        net: The module; anything else is left alone.
+
+    Yields:
+        Nothing; the block runs. After an error in it, the state dict is loaded back, and
+        `pretrained_cfg` is set back if there was one.
+    """
     if not isinstance(net, nn.Module):
         yield
         return

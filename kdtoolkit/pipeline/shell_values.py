@@ -13,7 +13,14 @@ from typing import Any
 
 
 def parse_literal(text: str) -> Any:
-    """A Python literal (`2`, `0.5`, `None`, `[1, 2]`, `true`), else the text itself."""
+    """A Python literal (`2`, `0.5`, `None`, `[1, 2]`, `true`), else the text itself.
+
+    Args:
+        text: A value as it was typed; "true" and "false" in any case.
+
+    Returns:
+        The value, or `text` where it is no literal.
+    """
     lowered = text.lower()
     if lowered in ("true", "false"):
         return lowered == "true"

@@ -96,7 +96,17 @@ def finetuning_fields(config: DistillConfig) -> dict[str, Any]:
 
 
 def describe_finetuning(config: DistillConfig) -> str:
-    """How teachers are fine-tuned, in a line for the plan."""
+    """How teachers are fine-tuned, in a line for the plan.
+
+    Args:
+        config: The configuration of the run.
+
+    Returns:
+        Length, batch size, optimizer and learning rate; `layer_decay` where it is set.
+
+    Raises:
+        ValueError: If `teacher_training` is not allowed as it is.
+    """
     s = DistillConfig.from_keywords(**finetuning_fields(config)).trainer
     length = f"{s.max_steps} steps" if s.max_steps else f"{s.epochs} epochs"
     decay = f", layer_decay {s.layer_decay:g}" if s.layer_decay is not None else ""

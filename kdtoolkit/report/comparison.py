@@ -75,7 +75,15 @@ def _as_list(given: Folder | Sequence[Folder]) -> list[Folder]:
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation of a sample (n - 1); the latter is nan for a single value."""
+    """Mean and standard deviation of a sample (n - 1); the latter is nan for a single value.
+
+    Args:
+        values: The values, at least one.
+
+    Returns:
+        Mean and standard deviation, in the unit of the values; the latter is nan too where a value
+        is not finite.
+    """
     mean = statistics.fmean(values)
     has_std = len(values) > 1 and all(map(math.isfinite, values))
     return mean, statistics.stdev(values) if has_std else math.nan

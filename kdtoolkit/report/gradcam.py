@@ -114,7 +114,14 @@ def normalise(model: nn.Module, x: Tensor, mean_std: MeanStd | None = None) -> T
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode inside a block; the mode of each module is restored."""
+    """Put a model into eval mode inside a block; the mode of each module is restored.
+
+    Args:
+        model: The model; it is changed in place.
+
+    Yields:
+        Nothing; the block runs. The modes are restored after an error too.
+    """
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

@@ -13,7 +13,15 @@ MAX_PREFIX_TOKENS = 10
 
 
 def stage_channels(model: nn.Module) -> dict[str, int | None]:
-    """Stages that timm's `feature_info` names, in order, with their channels where it says them."""
+    """Stages that timm's `feature_info` names, in order, with their channels where it says them.
+
+    Args:
+        model: The model, of timm or not.
+
+    Returns:
+        Name of a module of the model -> channels, or None where they are not said; empty without
+        `feature_info`.
+    """
     info = getattr(model, "feature_info", None)
     rows = getattr(info, "info", info)
     if not isinstance(rows, (list, tuple)):

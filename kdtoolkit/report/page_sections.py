@@ -67,7 +67,15 @@ NO_STUDENT = "The run folder has no `student/` yet, so there is nothing to load.
 
 
 def page_title(run: RunFolder) -> str:
-    """Teacher, student and method of a run."""
+    """Teacher, student and method of a run.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The title, without a mark of a heading; the name of the folder where there is no
+        config.yaml.
+    """
     if not run.config:
         return f"Run {run.path.resolve().name}"
     student, method = _short_name(run.setting("student")), _short_name(run.setting("method"))
@@ -88,7 +96,14 @@ def _short_name(value: Any) -> str:
 
 
 def environment_line(run: RunFolder) -> str:
-    """Versions and device of a run; empty where they are not known."""
+    """Versions and device of a run; empty where they are not known.
+
+    Args:
+        run: The run; its `environment` is read.
+
+    Returns:
+        One sentence, or "".
+    """
     facts = [
         f"{key} {run.environment[key]}"
         for key in ENVIRONMENT
@@ -138,7 +153,16 @@ def _num_parameters(model: nn.Module | None) -> MetricsRow:
 
 
 def gain_line(run: RunFolder, baseline: RunFolder) -> str:
-    """The student's gain over the student trained alone; empty where one was not evaluated."""
+    """The student's gain over the student trained alone; empty where one was not evaluated.
+
+    Args:
+        run: The run with distillation.
+        baseline: The run of the student alone.
+
+    Returns:
+        Difference of the top-1 accuracies in points, with a warning where they are of different
+        splits or epochs chosen differently; or "".
+    """
     ours, theirs = tables.student_metrics(run), tables.student_metrics(baseline)
     if "top1" not in ours or "top1" not in theirs:
         return ""
@@ -155,7 +179,14 @@ def gain_line(run: RunFolder, baseline: RunFolder) -> str:
 
 
 def compression_section(run: RunFolder) -> str:
-    """Retention and compression; empty where they are not known."""
+    """Retention and compression; empty where they are not known.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Heading and table, markdown; or "".
+    """
     parts = tables.compression_parts(run)
     rows = [
         [heading, tables.format_metric(key, parts[key])]
@@ -168,7 +199,14 @@ def compression_section(run: RunFolder) -> str:
 
 
 def settings_section(run: RunFolder) -> str:
-    """The main settings; empty where they are not known."""
+    """The main settings; empty where they are not known.
+
+    Args:
+        run: The run; its `config` is read.
+
+    Returns:
+        Heading and table of those in `SETTINGS` that are not None, markdown; or "".
+    """
     settings = {name: run.setting(name) for name in SETTINGS}
     rows = [
         [f"`{name}`", format_setting(value)]

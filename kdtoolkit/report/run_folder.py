@@ -50,7 +50,14 @@ class RunFolder:
         return next((part[name] for part in parts if name in part), None)
 
     def last_row(self, event: str) -> MetricsRow:
-        """The newest row of an event, or an empty one."""
+        """The newest row of an event, or an empty one.
+
+        Args:
+            event: Value of "event" in metrics.jsonl, such as "eval" or "final".
+
+        Returns:
+            The row itself, or {}.
+        """
         return next((row for row in reversed(self.rows) if row.get("event") == event), {})
 
     @property

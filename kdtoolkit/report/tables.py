@@ -99,7 +99,14 @@ def compression_parts(run: RunFolder) -> MetricsRow:
 
 
 def describe_source(run: RunFolder) -> str:
-    """One or two sentences: of which epoch, split and network the student's metrics are."""
+    """One or two sentences: of which epoch, split and network the student's metrics are.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Text, markdown; it says so where the run has no evaluation or has not finished.
+    """
     final, row = run.last_row("final"), student_metrics(run)
     if not row:
         return "No evaluation of the student was found."
@@ -145,7 +152,15 @@ def format_metric(key: str, value: Any) -> str:
 
 
 def format_count(value: float) -> str:
-    """A count as text: 278324 is "278.3 K", 41 is "41"."""
+    """A count as text: 278324 is "278.3 K", 41 is "41".
+
+    Args:
+        value: The count.
+
+    Returns:
+        From 1000 on, in K, M or G: two decimals below 100 of the unit, else one. Below 1000, a
+        whole number.
+    """
     for unit, size in UNITS:
         if value >= size:
             digits = 2 if value < 100 * size else 1

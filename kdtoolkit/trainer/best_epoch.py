@@ -25,7 +25,14 @@ class NetworkAccuracy(NamedTuple):
 
 
 def monitored_split(data: Data) -> str | None:
-    """The split that chooses the best epoch; None, where there is none, takes the last epoch."""
+    """The split that chooses the best epoch; None, where there is none, takes the last epoch.
+
+    Args:
+        data: Data of the run.
+
+    Returns:
+        "val", or None.
+    """
     return "val" if data.val is not None else None
 
 

@@ -33,7 +33,14 @@ class NonFiniteValue(NamedTuple):
 
 
 def find_non_finite_loss(losses: LossTracker) -> NonFiniteValue | None:
-    """The first loss term that was nan or infinite, or None."""
+    """The first loss term that was nan or infinite, or None.
+
+    Args:
+        losses: The losses of the run so far.
+
+    Returns:
+        The term, its step and what to lower; or None.
+    """
     found = losses.first_non_finite()
     if found is None:
         return None

@@ -29,7 +29,16 @@ def splits_to_evaluate(config: TrainerConfig, data: Data, epoch: int, is_last: b
 
 
 def metric_name(split: str, network: str, metric: str) -> str:
-    """`"val/top1"` for the student, `"val/peer1/top1"` for another network."""
+    """`"val/top1"` for the student, `"val/peer1/top1"` for another network.
+
+    Args:
+        split: Name of the split, such as "val".
+        network: Name of the network; "student" is left out.
+        metric: Name of the metric, such as "top1".
+
+    Returns:
+        The parts, joined by "/".
+    """
     return f"{split}/{metric}" if network == "student" else f"{split}/{network}/{metric}"
 
 

@@ -15,12 +15,26 @@ GraphValue = tuple[Node, int]  # one tensor in the graph: an operation, and whic
 
 
 def graph_value(tensor: Tensor) -> GraphValue | None:
-    """The place of a tensor in the autograd graph; None for a tensor that no operation made."""
+    """The place of a tensor in the autograd graph; None for a tensor that no operation made.
+
+    Args:
+        tensor: Any tensor of the traced forward.
+
+    Returns:
+        The operation that made it, and which of the operation's outputs it is; or None.
+    """
     return None if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
 
 
 def graph_values(tensors: Iterable[Tensor]) -> list[GraphValue]:
-    """The places of those tensors that have one."""
+    """The places of those tensors that have one.
+
+    Args:
+        tensors: Tensors of the traced forward.
+
+    Returns:
+        Their places in the same order; tensors that no operation made are left out.
+    """
     return [value for tensor in tensors if (value := graph_value(tensor)) is not None]
 
 
@@ -52,7 +66,14 @@ def is_read(outputs: Sequence[Tensor], value: GraphValue, blocked: Collection[Gr
 
 
 def source_leaves(tensor: Tensor) -> list[Tensor]:
-    """The leaves that a tensor was computed from; the tensor itself where it is one."""
+    """The leaves that a tensor was computed from; the tensor itself where it is one.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        Leaves that require grad, each once; empty where the tensor depends on none.
+    """
     if tensor.grad_fn is None and tensor.requires_grad:
         return [tensor]
     leaves = [_leaf_of(node) for node in iterate_operations([tensor])]
@@ -62,7 +83,15 @@ def source_leaves(tensor: Tensor) -> list[Tensor]:
 def iterate_operations(
     outputs: Iterable[Tensor], blocked: Collection[GraphValue] = ()
 ) -> Iterator[Node]:
-    """Every operation that some outputs were computed by, back to the `blocked` values."""
+    """Every operation that some outputs were computed by, back to the `blocked` values.
+
+    Args:
+        outputs: Where the way back begins.
+        blocked: Values through which it does not go.
+
+    Yields:
+        The operations, each once; a leaf's node of the graph is among them.
+    """
     todo = [value[0] for value in graph_values(outputs) if value not in blocked]
     seen = set(todo)
     while todo:
@@ -75,7 +104,14 @@ def iterate_operations(
 
 
 def count_readers(outputs: Iterable[Tensor]) -> Counter[GraphValue]:
-    """How many operations read each value that the outputs were computed from."""
+    """How many operations read each value that the outputs were computed from.
+
+    Args:
+        outputs: Tensors that the forward ended in.
+
+    Returns:
+        Value -> number of times that operations read it; 0 for values that none reads.
+    """
     readers: Counter[GraphValue] = Counter()
     for node in iterate_operations(outputs):
         for parent, number in node.next_functions:
@@ -89,6 +125,13 @@ def find_dominators(outputs: Sequence[Tensor], leaf: Tensor) -> set[GraphValue]:
 
     Paths are counted exactly: a value through which as many paths go as there are is a dominator.
     Linear in the size of the graph.
+
+    Args:
+        outputs: Where paths end.
+        leaf: Where paths begin; a tensor that requires grad and was not computed.
+
+    Returns:
+        The values; empty where no path leads from the leaf to the outputs.
     """
     roots = graph_values(outputs)
     order = _topological_order(roots)

@@ -23,6 +23,12 @@ def building_blocks(trace: ModelTrace) -> list[ModuleCall]:
 
     A block runs once. Above it are only containers, and modules through which the resolution
     changes more than once (a backbone, a convolutional stem).
+
+    Args:
+        trace: Trace of the model.
+
+    Returns:
+        The calls; where several return at the same time, the one with the longest name first.
     """
     transparent = {name for name, module in trace.modules.items() if isinstance(module, CONTAINERS)}
     transparent |= {"", *_multi_resolution_modules(trace)}
@@ -35,7 +41,14 @@ def building_blocks(trace: ModelTrace) -> list[ModuleCall]:
 
 
 def parents_of(name: str) -> set[str]:
-    """The modules that a module lies in, without the model: "a.b.c" -> {"a", "a.b"}."""
+    """The modules that a module lies in, without the model: "a.b.c" -> {"a", "a.b"}.
+
+    Args:
+        name: Full name of a module.
+
+    Returns:
+        Full names of the modules around it; empty for a child of the model.
+    """
     return {name[:index] for index, character in enumerate(name) if character == "."}
 
 
@@ -55,7 +68,14 @@ def _multi_resolution_modules(trace: ModelTrace) -> set[str]:
 
 
 def block_boundaries(trace: ModelTrace) -> list[StageBoundary]:
-    """Ends of modules with children at which the network can be reset, in the order of return."""
+    """Ends of modules with children at which the network can be reset, in the order of return.
+
+    Args:
+        trace: Trace of the model.
+
+    Returns:
+        The boundaries that consist of one tensor each.
+    """
     names = [name for name in trace.calls if name and not is_leaf(trace.modules[name])]
     boundaries = (find_boundary(trace, name) for name in names)
     single = [b for b in boundaries if can_end_stage(b) and len(b.tensors) == 1]
@@ -66,6 +86,12 @@ def resolution_runs(trace: ModelTrace) -> list[list[StageBoundary]]:
     """Ends of building blocks that every path passes, in runs of about equal resolution.
 
     Modules without children count only where a run has nothing else.
+
+    Args:
+        trace: Trace of the model.
+
+    Returns:
+        The runs, and the ends in each of them, in the order of return.
     """
     runs: list[list[StageBoundary]] = []
     for boundary in _block_ends_by_value(trace):
@@ -112,7 +138,14 @@ def _without_leaves(trace: ModelTrace, run: list[StageBoundary]) -> list[StageBo
 
 
 def numbered_siblings(trace: ModelTrace) -> list[StageBoundary]:
-    """The longest series blocks.0, blocks.1, ... of one shape, at any depth, as a ViT's blocks."""
+    """The longest series blocks.0, blocks.1, ... of one shape, at any depth, as a ViT's blocks.
+
+    Args:
+        trace: Trace of the model.
+
+    Returns:
+        The ends of its modules in the order of return; empty where there is no such series.
+    """
     series: dict[tuple[str, tuple[int, ...]], list[StageBoundary]] = defaultdict(list)
     for name in trace.calls:
         stem = re.sub(r"\d+$", "", name)
@@ -126,10 +159,24 @@ def numbered_siblings(trace: ModelTrace) -> list[StageBoundary]:
 
 
 def can_end_stage(boundary: StageBoundary | None) -> TypeGuard[StageBoundary]:
-    """Whether the network can be reset at a boundary, and its feature read there."""
+    """Whether the network can be reset at a boundary, and its feature read there.
+
+    Args:
+        boundary: A boundary, or None where none was found.
+
+    Returns:
+        True where it can be replaced and is not overwritten in place; False for None.
+    """
     return boundary is not None and boundary.replaceable and not boundary.overwritten
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module has no children."""
+    """Whether a module has no children.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        True where it has none.
+    """
     return next(module.children(), None) is None

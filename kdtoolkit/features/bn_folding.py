@@ -79,7 +79,11 @@ def fold_batch_norms(
 
 
 def unfold_batch_norms(swaps: Sequence[ModuleSwap]) -> None:
-    """Put every module back in its place."""
+    """Put every module back in its place.
+
+    Args:
+        swaps: What `fold_batch_norms` returned; it is undone from the last to the first.
+    """
     for swap in reversed(swaps):
         swap.parent._modules[swap.attribute] = swap.original
 

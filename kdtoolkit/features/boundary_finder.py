@@ -132,7 +132,15 @@ def _find_read_tensors(
 
 
 def unwrap_boundary(trace: ModelTrace, boundary: StageBoundary) -> StageBoundary:
-    """The same boundary with each module as the last one inside it that returns the same."""
+    """The same boundary with each module as the last one inside it that returns the same.
+
+    Args:
+        trace: Trace of the model.
+        boundary: The boundary; it is not changed.
+
+    Returns:
+        A copy with other names of modules, and the times at which those return.
+    """
     tensors = tuple(_unwrap_tensor(trace, tensor) for tensor in boundary.tensors)
     return dataclasses.replace(boundary, tensors=tensors)
 
@@ -148,6 +156,14 @@ def unwrap_sequential(trace: ModelTrace, name: str) -> str:
     """The last block of a Sequential in place of the Sequential, as far as both return the same.
 
     Gradient checkpointing, and some models, call the blocks of a Sequential and not itself.
+
+    Args:
+        trace: Trace of the model.
+        name: Full name of any module.
+
+    Returns:
+        Full name of the block; `name` itself where the module is no Sequential, or its last block
+        does not run exactly once or returns something else.
     """
     while isinstance(trace.modules[name], nn.Sequential) and len(trace.modules[name]._modules):
         last = f"{name}.{list(trace.modules[name]._modules)[-1]}"

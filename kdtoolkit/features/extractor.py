@@ -127,7 +127,15 @@ class Taps:
         return {key: boundary.stride for key, boundary in self._boundaries.items()}
 
     def resolve_key(self, key: TapKey) -> TapKey:
-        """The key of a tap's feature: -1 becomes the number of the last stage."""
+        """The key of a tap's feature: -1 becomes the number of the last stage.
+
+        Args:
+            key: Stage number, negative from the end, or a name.
+
+        Returns:
+            The positive number for a negative one; every other key as it is. Whether there is such
+            a stage is not checked.
+        """
         return key + len(self.stages) + 1 if isinstance(key, int) and key < 0 else key
 
     def boundary_of(self, key: TapKey) -> StageBoundary:
@@ -215,7 +223,14 @@ class Taps:
         return Out(logits, feats)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """What is done to images before the model: nothing here."""
+        """What is done to images before the model: nothing here.
+
+        Args:
+            x: Images (B, 3, H, W), as the model takes them.
+
+        Returns:
+            The same images.
+        """
         return x
 
     def _run_model(self, x: Tensor, replace: Replacements) -> tuple[object, dict[TapKey, Tensor]]:

@@ -76,7 +76,20 @@ class Frozen(Taps):
     def reset(
         self, x: Tensor, replace: Mapping[TapKey, Replacement], want: Sequence[TapKey]
     ) -> dict[TapKey, Tensor]:
-        """As `Taps.reset`, on images in [0, 1]."""
+        """As `Taps.reset`, on images in [0, 1].
+
+        Args:
+            x: Images (B, 3, H, W) in [0, 1].
+            replace: Tap -> feature in the shape of that tap; gradients flow into those that require
+                them.
+            want: Taps whose features are returned, each behind a replaced one.
+
+        Returns:
+            Wanted tap -> the model's own stage, run on the replacement of the tap before it.
+
+        Raises:
+            ValueError: As `Taps.reset`.
+        """
         self._stay_in_eval()
         with torch.set_grad_enabled(_needs_grad(replace)):
             return super().reset(x, replace, want)
@@ -88,7 +101,15 @@ class Frozen(Taps):
             return super().forward_from(x, at, feature)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Normalise images, and resize them where the model's own size is fixed."""
+        """Normalise images, and resize them where the model's own size is fixed.
+
+        Args:
+            x: Images (B, 3, H, W) in [0, 1].
+
+        Returns:
+            Images as the model takes them, in the data type that its first parameter had when it
+            was frozen.
+        """
         return self.preprocess(x).to(self._dtype)
 
     def _resolve_replacements(

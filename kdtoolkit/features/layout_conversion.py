@@ -12,7 +12,17 @@ from kdtoolkit.types import Shape
 
 
 def as_shape(sizes: Sequence[int]) -> Shape:
-    """A Shape from a Shape, or from plain (C, H, W), (L, C) or (C,), without the batch."""
+    """A Shape from a Shape, or from plain (C, H, W), (L, C) or (C,), without the batch.
+
+    Args:
+        sizes: The Shape, or the plain sizes.
+
+    Returns:
+        A Shape as it is; plain sizes as a new Shape.
+
+    Raises:
+        ValueError: If there are not one to three plain sizes.
+    """
     return sizes if isinstance(sizes, Shape) else Shape(tuple(int(size) for size in sizes))
 
 
@@ -67,7 +77,15 @@ def from_map(feature: Tensor, shape: Shape, tokens: Tensor | None = None) -> Ten
 
 
 def as_tokens(feature: Tensor, shape: Shape) -> Tensor:
-    """A feature of layout "NLC" or "NCL" as tokens (B, L, C)."""
+    """A feature of layout "NLC" or "NCL" as tokens (B, L, C).
+
+    Args:
+        feature: The feature, (B, L, C) or (B, C, L).
+        shape: Its shape, of which the layout is read.
+
+    Returns:
+        Tokens (B, L, C), class tokens among them.
+    """
     return feature.transpose(1, 2) if shape.layout == "NCL" else feature
 
 

@@ -15,7 +15,14 @@ DEFAULT_INPUT = (3, 224, 224)
 
 
 def get_pretrained_cfg(model: nn.Module) -> dict[str, Any]:
-    """Read timm's `pretrained_cfg` of a model as a plain dict; empty for other libraries."""
+    """Read timm's `pretrained_cfg` of a model as a plain dict; empty for other libraries.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        A new dict.
+    """
     cfg = getattr(model, "pretrained_cfg", None)
     if cfg is None:
         return {}
@@ -50,7 +57,14 @@ def _per_channel(numbers: Sequence[float], channels: int | None) -> tuple[float,
 
 
 def fixed_size(model: nn.Module) -> tuple[int, int] | None:
-    """The only image size (H, W) that a model takes, or None when it takes any."""
+    """The only image size (H, W) that a model takes, or None when it takes any.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Height and width in pixels, or None.
+    """
     embeds = patch_embeddings(model)
     cfg = get_pretrained_cfg(model)
     if embeds:
@@ -69,12 +83,26 @@ def fixed_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def patch_embeddings(model: nn.Module) -> list[PatchEmbed]:
-    """The patch embeddings among a model's children: a ViT's patch_embed, a Mixer's stem."""
+    """The patch embeddings among a model's children: a ViT's patch_embed, a Mixer's stem.
+
+    Args:
+        model: Any model; modules deeper than its children are not looked at.
+
+    Returns:
+        timm's `PatchEmbed` modules, in the order of the children; empty for other models.
+    """
     return [module for module in model.children() if isinstance(module, PatchEmbed)]
 
 
 def input_shape(model: nn.Module) -> tuple[int, int, int]:
-    """The images (channels, H, W) that a model was made for; by default (3, 224, 224)."""
+    """The images (channels, H, W) that a model was made for; by default (3, 224, 224).
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Number of channels, and height and width in pixels.
+    """
     channels, *size = get_pretrained_cfg(model).get("input_size") or DEFAULT_INPUT
     height, width = fixed_size(model) or size
     return int(getattr(model, "in_chans", channels)), int(height), int(width)

@@ -101,7 +101,14 @@ class ModelTrace:
         return find_dominators(self.logits, self.x)
 
     def single_call(self, name: str) -> ModuleCall | None:
-        """The call of a module that runs exactly once in a forward, else None."""
+        """The call of a module that runs exactly once in a forward, else None.
+
+        Args:
+            name: Full name of the module.
+
+        Returns:
+            The call; None where the module runs never or several times.
+        """
         calls = self.calls.get(name, [])
         return calls[0] if len(calls) == 1 else None
 

@@ -96,6 +96,13 @@ class StageBoundary:
 
 
 def split_tap_name(name: str) -> tuple[str, str]:
-    """Split a tap into module and path: "stage2[1]" -> ("stage2", "[1]")."""
+    """Split a tap into module and path: "stage2[1]" -> ("stage2", "[1]").
+
+    Args:
+        name: A tap as one writes it.
+
+    Returns:
+        Name of the module, and the path with its brackets, "" where there is none.
+    """
     module, bracket, rest = name.partition("[")
     return module, bracket + rest

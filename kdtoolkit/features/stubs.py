@@ -48,7 +48,14 @@ class ModuleStubs:
 
     @contextlib.contextmanager
     def installed(self, batch: int) -> Iterator[None]:
-        """Put the stand-ins in place, for a forward of `batch` images."""
+        """Put the stand-ins in place, for a forward of `batch` images.
+
+        Args:
+            batch: Number of images in the batch.
+
+        Yields:
+            Nothing; afterwards the modules have their own forwards again.
+        """
         own_forwards = [(module, module.__dict__.get("forward")) for module, _ in self._stubs]
         for module, stub in self._stubs:
             module.forward = stub(batch)  # type: ignore[method-assign]

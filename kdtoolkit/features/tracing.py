@@ -27,7 +27,14 @@ from kdtoolkit.features.model_trace import ModelTrace, ModuleCall, TracedOutput
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """Copy a model's structure onto the meta device: no memory, no weights; in eval mode."""
+    """Copy a model's structure onto the meta device: no memory, no weights; in eval mode.
+
+    Args:
+        model: The model; it is not changed.
+
+    Returns:
+        The copy; none of its parameters requires grad.
+    """
     memo: dict[int, object] = {}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
@@ -39,7 +46,15 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def eval_without_gradients(model: nn.Module) -> Iterator[nn.Module]:
-    """Put a model in eval mode without trainable parameters, and afterwards back as it was."""
+    """Put a model in eval mode without trainable parameters, and afterwards back as it was.
+
+    Args:
+        model: The model; it is changed in place.
+
+    Yields:
+        The same model; afterwards every module has its mode and every parameter its `requires_grad`
+        again.
+    """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:

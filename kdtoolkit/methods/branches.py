@@ -285,12 +285,26 @@ class Branches(Method):
 
 
 def name_of(k: int) -> str:
-    """Name of branch k: "student", "branch1", ..."""
+    """Name of branch k: "student", "branch1", ...
+
+    Args:
+        k: Number of the branch, from 0.
+
+    Returns:
+        The name; branch 0 is the student.
+    """
     return FIRST if k == 0 else f"branch{k}"
 
 
 def loss_of(name: str) -> str:
-    """Name of a branch's cross-entropy: "ce" of the student, "ce/branch1", ..."""
+    """Name of a branch's cross-entropy: "ce" of the student, "ce/branch1", ...
+
+    Args:
+        name: Name of the branch.
+
+    Returns:
+        Name of the loss.
+    """
     return "ce" if name == FIRST else f"ce/{name}"
 
 
@@ -302,7 +316,14 @@ def _list_networks(networks: nn.Module | Sequence[nn.Module], branches: int) -> 
 
 
 def check_num_branches(branches: object) -> None:
-    """Check that a number of branches is a whole number from 2."""
+    """Check that a number of branches is a whole number from 2.
+
+    Args:
+        branches: What was given.
+
+    Raises:
+        ValueError: If it is not such a number.
+    """
     check_whole_number("branches", branches, minimum=2, meaning="the student among them")
 
 

@@ -58,7 +58,14 @@ def check_same_architecture(networks: Sequence[nn.Module]) -> None:
 
 
 def parameter_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter, by name."""
+    """Shape of every parameter, by name.
+
+    Args:
+        network: Any module.
+
+    Returns:
+        Name -> shape, in the order of the network.
+    """
     return {name: tuple(p.shape) for name, p in network.named_parameters()}
 
 
@@ -78,7 +85,14 @@ def have_equal_values(first: Parameters, second: Parameters) -> bool:
 
 
 def find_equal_pair(networks: Sequence[Parameters]) -> tuple[int, int] | None:
-    """Numbers of the first two networks whose parameters are equal, the lower first, or None."""
+    """Numbers of the first two networks whose parameters are equal, the lower first, or None.
+
+    Args:
+        networks: Parameters by name, of every network.
+
+    Returns:
+        The two numbers, from 0; None where no two are equal.
+    """
     for number, parameters in enumerate(networks):
         for other in range(number):
             if have_equal_values(networks[other], parameters):

@@ -43,11 +43,25 @@ class NetworkPlacement:
         return processes > 1 and self.spread is not False and self.num_networks % processes == 0
 
     def process_of(self, k: int) -> int:
-        """Rank of the process that trains network k, where networks are spread."""
+        """Rank of the process that trains network k, where networks are spread.
+
+        Args:
+            k: Number of the network, from 0.
+
+        Returns:
+            k modulo the number of processes.
+        """
         return k % distributed.world_size()
 
     def is_local(self, k: int) -> bool:
-        """Whether this process trains network k."""
+        """Whether this process trains network k.
+
+        Args:
+            k: Number of the network, from 0.
+
+        Returns:
+            True for every network where they are not spread.
+        """
         return not self.is_spread or self.process_of(k) == distributed.rank()
 
     def gather_logits(

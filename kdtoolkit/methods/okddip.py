@@ -51,7 +51,14 @@ class PeerAttention(BranchJoin):
         self.temperature = temperature
 
     def attention(self, embeddings: Sequence[Tensor]) -> Tensor:
-        """Attention (B, K, K) between K peers, from their embeddings (B, D)."""
+        """Attention (B, K, K) between K peers, from their embeddings (B, D).
+
+        Args:
+            embeddings: Embeddings (B, D) of the K peers.
+
+        Returns:
+            Share of peer j in the target of peer i, at [:, i, j]; every row sums to 1.
+        """
         queries = [self.query(embedding) for embedding in embeddings]
         keys = [self.key(embedding) for embedding in embeddings]
         return functional.okddip_attention(queries, keys)

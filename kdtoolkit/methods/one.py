@@ -50,7 +50,14 @@ class GatedEnsemble(BranchJoin):
         )
 
     def gates(self, shared: Tensor) -> Tensor:
-        """Shares of the branches, (B, K), from the feature at the cut."""
+        """Shares of the branches, (B, K), from the feature at the cut.
+
+        Args:
+            shared: The feature at the cut, in the layout of `shape`, with the batch.
+
+        Returns:
+            The shares; those of one image sum to 1.
+        """
         pooled = as_map(shared, self.shape).mean((2, 3))
         return torch.softmax(self.score(pooled), dim=1)
 

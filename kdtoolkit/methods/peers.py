@@ -213,10 +213,24 @@ class Peers(Method):
 
 
 def name_of(k: int) -> str:
-    """Name of network k: "student", "peer1", ..."""
+    """Name of network k: "student", "peer1", ...
+
+    Args:
+        k: Number of the network, from 0.
+
+    Returns:
+        The name; network 0 is the student.
+    """
     return FIRST if k == 0 else f"peer{k}"
 
 
 def loss_of(name: str) -> str:
-    """Name of a network's cross-entropy: "ce" of the student, "ce/peer1", ..."""
+    """Name of a network's cross-entropy: "ce" of the student, "ce/peer1", ...
+
+    Args:
+        name: Name of the network.
+
+    Returns:
+        Name of the loss.
+    """
     return "ce" if name == FIRST else f"ce/{name}"

@@ -38,7 +38,17 @@ class ResolvedLosses:
     loss_objects: Mapping[str, DistillationLoss]
 
     def options_of(self, loss: str) -> dict[str, Any]:
-        """The options that a registered loss takes, of those that were given."""
+        """The options that a registered loss takes, of those that were given.
+
+        Args:
+            loss: Name of the registered loss.
+
+        Returns:
+            Options by name; empty where it takes none of them.
+
+        Raises:
+            ValueError: If no loss is registered under this name.
+        """
         allowed = keyword_options(LOSSES[loss].__init__)
         return {name: value for name, value in self.options.items() if name in allowed}
 
@@ -153,7 +163,14 @@ def find_strategy(method: MethodSelection) -> StrategySpec | None:
 
 
 def loss_name(loss: DistillationLoss) -> str:
-    """The name under which a loss is registered; for others the class name in lower case."""
+    """The name under which a loss is registered; for others the class name in lower case.
+
+    Args:
+        loss: The loss.
+
+    Returns:
+        The name.
+    """
     return getattr(loss, "registered", type(loss).__name__.lower())
 
 

@@ -36,15 +36,37 @@ def merge_weights(
 
 
 def weights_at(weights: Mapping[str, LossWeight], clock: Clock) -> dict[str, float]:
-    """The weights of all terms at this moment."""
+    """The weights of all terms at this moment.
+
+    Args:
+        weights: Number or schedule by term.
+        clock: Position in the run.
+
+    Returns:
+        Number by term, in the same order.
+    """
     return {name: weight_at(weight, clock) for name, weight in weights.items()}
 
 
 def describe_weights(weights: Mapping[str, LossWeight]) -> dict[str, float | str]:
-    """The weights of all terms as the plan prints them: numbers, or schedules as text."""
+    """The weights of all terms as the plan prints them: numbers, or schedules as text.
+
+    Args:
+        weights: Number or schedule by term.
+
+    Returns:
+        Number or text by term, in the same order.
+    """
     return {name: describe_weight(weight) for name, weight in weights.items()}
 
 
 def describe_feature(end: StageBoundary) -> str:
-    """Name, shape and layout of a feature as text, such as "layer2, 32x8x8 NCHW"."""
+    """Name, shape and layout of a feature as text, such as "layer2, 32x8x8 NCHW".
+
+    Args:
+        end: The end of the stage that the feature belongs to.
+
+    Returns:
+        The text; the shape in it is without the batch.
+    """
     return f"{end.name}, {'x'.join(map(str, end.shape))} {end.shape.layout}"

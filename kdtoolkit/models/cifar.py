@@ -129,12 +129,31 @@ def _initialise_convolutions(network: nn.Module) -> None:
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """Make a 3x3 convolution with padding 1 and no bias."""
+    """Make a 3x3 convolution with padding 1 and no bias.
+
+    Args:
+        inputs: Channels that go in.
+        outputs: Channels that come out.
+        stride: Step in pixels; 2 halves the resolution.
+
+    Returns:
+        The convolution.
+    """
     return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
 
 
 def conv1x1(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """Make a 1x1 convolution without bias."""
+    """Make a 1x1 convolution without bias.
+
+    Args:
+        inputs: Channels that go in.
+        outputs: Channels that come out.
+        stride: Step in pixels; 2 halves the resolution.
+        groups: Number of groups of channels that are convolved apart.
+
+    Returns:
+        The convolution.
+    """
     return nn.Conv2d(inputs, outputs, 1, stride, groups=groups, bias=False)
 
 

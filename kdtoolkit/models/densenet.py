@@ -50,7 +50,14 @@ class DenseLayer(nn.Module):
 
 
 def transition(width: int) -> list[nn.Module]:
-    """Make the layers between two dense blocks: half the resolution, as many channels."""
+    """Make the layers between two dense blocks: half the resolution, as many channels.
+
+    Args:
+        width: Channels that go in and come out.
+
+    Returns:
+        BatchNorm, ReLU, 1x1 convolution and 2x2 average pooling.
+    """
     return [nn.BatchNorm2d(width), nn.ReLU(), conv1x1(width, width), nn.AvgPool2d(2)]
 
 

@@ -72,7 +72,14 @@ def describe_model(
 
 
 def class_name(model: nn.Module) -> str:
-    """Return the full name of a model's class, "package.module.Class"."""
+    """Return the full name of a model's class, "package.module.Class".
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The name.
+    """
     return f"{type(model).__module__}.{type(model).__qualname__}"
 
 

@@ -185,5 +185,13 @@ def share_trunk(net: nn.Module, source: nn.Module, cut: Cut) -> None:
 
 
 def join_names(prefix: str, name: str) -> str:
-    """Join the name of a module and of what it holds; the network itself has the empty name."""
+    """Join the name of a module and of what it holds; the network itself has the empty name.
+
+    Args:
+        prefix: Full name of the module; "" for the network.
+        name: Name inside it.
+
+    Returns:
+        The full name.
+    """
     return f"{prefix}.{name}" if prefix else name

@@ -11,7 +11,14 @@ from torch import Tensor
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata of a .safetensors file; empty where it has none."""
+    """Read the metadata of a .safetensors file; empty where it has none.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Text by key.
+    """
     with safe_open(path, "pt") as file:
         return file.metadata() or {}
 

@@ -25,12 +25,28 @@ STEM_WIDTH = 24
 
 
 def depthwise(width: int, stride: int) -> nn.Conv2d:
-    """Make a depthwise 3x3 convolution without bias."""
+    """Make a depthwise 3x3 convolution without bias.
+
+    Args:
+        width: Channels that go in and come out.
+        stride: Step in pixels; 2 halves the resolution.
+
+    Returns:
+        The convolution.
+    """
     return nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False)
 
 
 def pointwise(inputs: int, width: int) -> list[nn.Module]:
-    """Make a 1x1 convolution with BatchNorm and ReLU."""
+    """Make a 1x1 convolution with BatchNorm and ReLU.
+
+    Args:
+        inputs: Channels that go in.
+        width: Channels that come out.
+
+    Returns:
+        The three layers, in this order.
+    """
     return [conv1x1(inputs, width), nn.BatchNorm2d(width), nn.ReLU()]
 
 

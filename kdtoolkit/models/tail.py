@@ -77,7 +77,14 @@ class Tail(nn.Module):
         return self.taps.forward_from(x, self.stage, feature)
 
     def run_network(self, x: Tensor) -> Out:
-        """Run the complete network on images (B, 3, H, W)."""
+        """Run the complete network on images (B, 3, H, W).
+
+        Args:
+            x: The images, as the network takes them.
+
+        Returns:
+            Logits (B, C), and the features of all taps.
+        """
         self._synchronise_modes()
         return self.taps(x)
 

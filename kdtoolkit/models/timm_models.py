@@ -149,6 +149,13 @@ def load_by_name(name: str, request: LoadRequest) -> nn.Module:
 
 
 def shorten_message(error: BaseException) -> str:
-    """Return the first lines of an error message as one line."""
+    """Return the first lines of an error message as one line.
+
+    Args:
+        error: The error.
+
+    Returns:
+        The first four lines that are not blank, cut off after 400 characters.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:4])[:400]

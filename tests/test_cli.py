@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from kdtoolkit import cli, list_methods
-from kdtoolkit.pipeline.config import FIELD_NAMES
+from kdtoolkit.pipeline.config import FIELD_NAMES, DistillConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = (
@@ -75,7 +75,7 @@ def test_options_become_values_of_the_right_type(flags, wanted):
 
 def test_options_left_out_leave_the_defaults():
     config, _ = cli.parse_config(["--student", "cifar_resnet8"], "train")
-    assert config.changed_keywords() == {"student": "cifar_resnet8"}
+    assert config == DistillConfig.from_keywords(student="cifar_resnet8")
 
 
 @pytest.mark.parametrize("flag", [
@@ -121,9 +121,10 @@ def test_a_configuration_file_is_read_first(tmp_path):
     (tmp_path / "c.yaml").write_text("student: cifar_resnet8\nmethod: none\nlr: 0.3\nepochs: 4\n")
     path = str(tmp_path / "c.yaml")
     config, found = cli.parse_config(["--config", path, "--lr", "0.1"], "train")
-    assert found == path and config.changed_keywords() == {
-        "student": "cifar_resnet8", "method": "none", "lr": 0.1, "epochs": 4,
-    }  # fmt: skip
+    assert found == path
+    assert config == DistillConfig.from_keywords(
+        student="cifar_resnet8", method="none", lr=0.1, epochs=4
+    )
 
 
 def test_train_from_the_file_that_a_run_left(tmp_path):

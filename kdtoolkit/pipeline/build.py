@@ -23,12 +23,11 @@ from kdtoolkit.pipeline.config import DistillConfig
 from kdtoolkit.pipeline.data_info import DataInfo
 from kdtoolkit.pipeline.networks import (
     build_student,
-    build_teachers,
-    check_no_shared_parameters,
     check_trainable,
     untapped,
     weights_restored_on_error,
 )
+from kdtoolkit.pipeline.teachers import build_teachers, check_no_shared_parameters
 
 
 @dataclass

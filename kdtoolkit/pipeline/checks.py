@@ -15,7 +15,8 @@ from kdtoolkit.core.registries import LOSSES
 from kdtoolkit.core.strategy import StrategySpec
 from kdtoolkit.methods.resolve import ResolvedLosses, find_strategy, resolve_losses
 from kdtoolkit.pipeline.config import FIELD_NAMES, DistillConfig
-from kdtoolkit.pipeline.networks import as_list, check_head_names
+from kdtoolkit.pipeline.networks import as_list
+from kdtoolkit.pipeline.teachers import check_head_names
 from kdtoolkit.utils.registry import keyword_defaults
 
 if TYPE_CHECKING:

@@ -334,23 +334,11 @@ class DistillConfig:
         """Field -> value over all parts, the options of the method under "options"."""
         return {name: value for _, name, value in self._values()}
 
-    def changed_keywords(self) -> dict[str, Any]:
-        """The fields that differ from their defaults."""
-        defaults = DistillConfig().flat()
-        return {name: v for name, v in self.flat().items() if _differs(v, defaults[name])}
-
     def _values(self) -> Iterator[tuple[str, str, Any]]:
         for part in fields(self):
             own = getattr(self, part.name)
             for item in fields(own):
                 yield part.name, item.name, getattr(own, item.name)
-
-
-def _differs(value: Any, default: Any) -> bool:
-    if value is default:
-        return False
-    plain = (bool, int, float, str, tuple, list, dict, type(None))
-    return not (isinstance(value, plain) and type(value) is type(default) and value == default)
 
 
 # field -> the part of DistillConfig that it belongs to

@@ -26,7 +26,8 @@ from kdtoolkit.pipeline import fingerprint
 from kdtoolkit.pipeline.build import RunParts
 from kdtoolkit.pipeline.config import DistillConfig, check_keywords
 from kdtoolkit.pipeline.data_info import DataInfo
-from kdtoolkit.pipeline.networks import TRAINED_HEADS, check_head_names, untapped
+from kdtoolkit.pipeline.networks import untapped
+from kdtoolkit.pipeline.teachers import TRAINED_HEADS, check_head_names
 from kdtoolkit.utils.checkpoint import CheckpointError
 from kdtoolkit.utils.io import write_json
 from kdtoolkit.utils.output_dir import OutputDirNotEmpty

@@ -24,13 +24,16 @@ print(step())
 """
 
 
+def faults_of_a_step(mode):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, mode], env=env, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_a_step_reuses_the_memory_of_the_one_before():
-    env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    faults = {}
-    for mode in ("keep", "leave"):
-        done = subprocess.run(
-            [sys.executable, "-c", STEP, mode], env=env, capture_output=True, text=True, check=True
-        )
-        faults[mode] = int(done.stdout)
-    assert 5 * faults["keep"] < faults["leave"], faults
+    assert faults_of_a_step("keep") < 2000
+    # one process in eight has something at the top of its heap, and glibc trims nothing
+    assert any(faults_of_a_step("leave") > 10_000 for _ in range(5))

@@ -191,13 +191,27 @@ def test_best_epoch_is_the_one_that_is_returned(whole):
     assert state["epoch"] == best["epoch"]
 
 
+def processor_time(function):
+    """Seconds of processor time, the least of three."""
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        result = function()
+        times.append(time.process_time() - start)
+    return result, min(times)
+
+
 def test_dry_run_is_fast_and_touches_nothing(tmp_path):
-    distill("resnet34", "resnet18", "cifar100", method="srkd", dry_run=True)
-    start = time.perf_counter()
-    result = distill(
-        "resnet50", "resnet18", "cifar100", method="srkd", dry_run=True, output_dir=tmp_path / "run"
+    result, took = processor_time(
+        lambda: distill(
+            "resnet50", "resnet18", "cifar100", method="srkd", dry_run=True,
+            output_dir=tmp_path / "run",
+        )
+    )  # fmt: skip
+    _, creation = processor_time(
+        lambda: [timm.create_model(name) for name in ("resnet50", "resnet18")]
     )
-    assert time.perf_counter() - start < 1.0
+    assert took < 3 * creation  # 1.0 when this was written: 0.3 s each
     assert not (tmp_path / "run").exists() and all(p.is_meta for p in result.student.parameters())
     text = str(result.plan)
     assert "layer4.1" in text and "100 classes" in text and "{" not in text

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdtoolkit.core.callback import Callback
 from kdtoolkit.core.run_context import RunContext
-from kdtoolkit.utils import checkpoint
+from kdtoolkit.utils import checkpoint_store
 from kdtoolkit.utils.validation import check_whole_number
 
 
@@ -40,8 +40,8 @@ class Checkpoints(Callback):
         is_over = run.clock.step >= run.clock.total_steps or bool(run.stop)
         if improved or is_over or run.clock.epoch % self.every == 0:
             last = run.save("last")
-            if improved and last is not None and run.accelerator.is_main_process:
-                checkpoint.copy(last, last.with_name("best"))
+            if improved and last is not None:
+                checkpoint_store.copy(run.accelerator, last, last.with_name("best"))
             run.accelerator.wait_for_everyone()
 
     def _keep_in_memory(self, run: RunContext) -> None:

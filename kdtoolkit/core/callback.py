@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from kdtoolkit.core.plan import PlanRow
 from kdtoolkit.core.run_context import ExportCandidates, RunContext, RunPreview
-from kdtoolkit.types import Batch, Step
+from kdtoolkit.types import Batch, LossWeight, Step
+from kdtoolkit.utils.state_tree import UnsupportedState, pack_state
 
 if TYPE_CHECKING:
     from typing import Self
@@ -55,6 +57,42 @@ def check_several_networks(callback: Callback, method: Method) -> None:
             f"{type(callback).__name__} needs two networks or more, this run trains {count}: "
             "use Peers([...])"
         )
+
+
+def check_states(callbacks: Sequence[Callback]) -> None:
+    """Check that a checkpoint can hold what every callback saves.
+
+    A callback whose state does not exist before training is checked when it is first saved.
+
+    Args:
+        callbacks: All callbacks of a run.
+
+    Raises:
+        ValueError: If a state is no dict, or holds what a checkpoint cannot save.
+    """
+    for callback in callbacks:
+        if callback.name:
+            with contextlib.suppress(AttributeError, KeyError, TypeError, IndexError):
+                check_state(callback, callback.state_dict())
+
+
+def check_state(callback: Callback, state: object) -> None:
+    """Check that a checkpoint can hold the state of a callback.
+
+    Args:
+        callback: The callback, for the message.
+        state: What its `state_dict` returned.
+
+    Raises:
+        ValueError: If it is no dict, or holds what a checkpoint cannot save.
+    """
+    who = f"{type(callback).__name__}.state_dict() (callback {callback.name!r})"
+    if not isinstance(state, dict):
+        raise ValueError(f"{who} returns a {type(state).__name__}: return a dict")
+    try:
+        pack_state(state)
+    except UnsupportedState as error:
+        raise ValueError(f"{who} returns what cannot be saved: {error}") from error
 
 
 # Methods of a callback that had another name in 0.1; the old names go with the next release.
@@ -202,6 +240,14 @@ class Callback:
     def on_fit_end(self, run: RunContext) -> None:
         """The run is over; also called when it fails, so that files and bars are closed."""
 
+    def loss_weights(self) -> Mapping[str, LossWeight]:
+        """Weights of its losses by name; schedules are tried over the whole run before it starts.
+
+        Returns:
+            Numbers and schedules; empty where it has none.
+        """
+        return {}
+
     def plan_rows(self) -> list[PlanRow]:
         """Rows of the plan for the losses that it adds."""
         return []
@@ -236,7 +282,13 @@ class Callback:
         """As `Method.sync`, for its networks."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint saves of it, if it has a `name`."""
+        """What a checkpoint saves of it, if it has a `name`.
+
+        Returns:
+            Plain values, tensors, NumPy arrays and scalars, and paths, in nested dicts, lists,
+            tuples and sets. `load_state_dict` gets them back with the types that they had, tensors
+            on the CPU. Anything else is an error before training begins.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

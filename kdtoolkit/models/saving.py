@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kdtoolkit.features.model_inputs import get_pretrained_cfg
 from kdtoolkit.models.describe import class_name
+from kdtoolkit.utils.io import apply_umask
 
 # A timm that records arguments reads these from the model itself
 READ_BY_TIMM = ("in_chans", "global_pool", "img_size")
@@ -56,6 +57,7 @@ def save_model(
         draft = Path(temporary, folder.name)
         with _with_input_size(model, input_size):
             _write(model, draft, _recorded_args(model) if model_args is None else model_args)
+        apply_umask(draft)
         if not folder.exists():
             draft.rename(folder)
             return folder

@@ -17,8 +17,10 @@ from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.models.saving import save_model
 from kdtoolkit.pipeline.build import RunParts
 from kdtoolkit.pipeline.data_info import DataInfo
+from kdtoolkit.trainer.best_epoch import replace_lost_best
 from kdtoolkit.trainer.trainer import Trainer
-from kdtoolkit.utils import checkpoint
+from kdtoolkit.utils import checkpoint_store, distributed
+from kdtoolkit.utils.checkpoint import CheckpointError, read_metadata
 
 T = TypeVar("T")
 REPORT_IMAGES = 8  # shown with Grad-CAM
@@ -43,6 +45,9 @@ class Export:
 def load_chosen_epoch(run: Trainer) -> dict[str, Any]:
     """Load the best epoch's weights into the method, where a validation split chose one.
 
+    Where they are lost, the weights of the last epoch stay, and a warning says so. All ranks call
+    it.
+
     Args:
         run: The finished run.
 
@@ -51,19 +56,56 @@ def load_chosen_epoch(run: Trainer) -> dict[str, Any]:
     """
     if run.config.monitor is None or not run.best:
         return {"epoch": run.clock.epoch, "chosen": "last"}
-    if run.output_dir is not None:
-        best = run.output_dir / "checkpoints" / "best"
-        checkpoint.load_weights(run.method, best)
-        states = checkpoint.callback_states(best)
+    try:
+        kept = _best_weights(run)
+    except CheckpointError as error:
+        kept = None
+        logger.warning("%s", _describe_lost_best(run, error))
+    is_lost = distributed.any_rank(kept is None, run.accelerator.device)
+    if kept is None or is_lost:
+        is_last = run.best["step"] == run.clock.step  # these are the best epoch's weights
+        if not is_last:
+            replace_lost_best(run)
+            return {"epoch": run.clock.epoch, "chosen": "last"}
     else:
+        _load_weights(run, *kept)
+    return {"epoch": int(run.best["epoch"]), "chosen": "best", "chosen_on": run.config.monitor}
+
+
+def _best_weights(run: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State of the method and of callbacks at the best epoch."""
+    if run.output_dir is None:
         kept = next(c.best_weights for c in run.callbacks if isinstance(c, Checkpoints))
         assert kept is not None
-        weights, states = kept
-        run.method.load_state_dict(weights)
+        return kept
+    best = run.output_dir / "checkpoints" / "best"
+    weights, states = checkpoint_store.read_method(best)
+    own = run.method.state_dict()
+    fits = weights.keys() == own.keys() and all(
+        getattr(weights[key], "shape", None) == getattr(value, "shape", None)
+        for key, value in own.items()
+    )
+    if read_metadata(best).get("step") != run.best["step"] or not fits:
+        raise CheckpointError(f"{best} is of another epoch or another run")
+    return weights, states
+
+
+def _load_weights(run: Trainer, weights: dict[str, Any], states: dict[str, Any]) -> None:
+    run.method.load_state_dict(weights)
     for callback in run.callbacks:
         if callback.networks():
             callback.load_state_dict(states[callback.name])
-    return {"epoch": int(run.best["epoch"]), "chosen": "best", "chosen_on": run.config.monitor}
+
+
+def _describe_lost_best(run: Trainer, error: CheckpointError) -> str:
+    best = f"the best epoch ({run.best['epoch']}, top1 {run.best['top1']:.2f})"
+    reason = str(error).partition("; ")[0]
+    if run.best["step"] == run.clock.step:
+        return f"{reason}. The student has the weights of {best}: it was the last one"
+    return (
+        f"{reason}. The student has the weights of the last epoch ({run.clock.epoch}), not those "
+        f"of {best}"
+    )
 
 
 def choose_export(run: Trainer) -> Export:

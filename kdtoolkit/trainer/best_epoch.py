@@ -76,3 +76,21 @@ def update_best(run: Trainer, metrics: Mapping[str, float]) -> dict[str, float]:
             position = {"epoch": run.clock.epoch, "step": run.clock.step}
             run.best = position | {"top1": best.top1, "network": best.network}
     return found
+
+
+def replace_lost_best(run: Trainer) -> None:
+    """Take the epoch of the current weights as the best one, for the weights of that are lost.
+
+    Args:
+        run: The run; `run.best` is replaced. It is empty where this epoch was not evaluated.
+    """
+    position = {"epoch": run.clock.epoch, "step": run.clock.step}
+    metrics = {
+        metric_name(row["split"], row["network"], "top1"): row["top1"]
+        for row in run.metrics_log.rows
+        if row.get("event") == "eval" and position.items() <= row.items() and "top1" in row
+    }
+    found = find_best_network(metrics, run.config.monitor, run.export_candidates()[0])
+    run.best = {}
+    if found is not None:
+        run.best = position | {"top1": found.top1, "network": found.network}

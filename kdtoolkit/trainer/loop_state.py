@@ -24,7 +24,7 @@ class LoopStateDict(TypedDict):
 
 
 class LoopState:
-    """What `accelerate` saves of a trainer beside weights, optimizer and random states.
+    """What a checkpoint holds of a trainer beside weights, optimizer and random states.
 
     States of callbacks are stored by name: a callback that was added or removed does not break
     loading.

@@ -13,28 +13,35 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from kdtoolkit.core.callback import Callback, ordered_callbacks
+from kdtoolkit.core.callback import Callback, check_states, ordered_callbacks
 from kdtoolkit.core.config import TrainerConfig
 from kdtoolkit.core.method import Method
 from kdtoolkit.core.run_context import ExportCandidates, RunPreview, last_step_of_epoch
 from kdtoolkit.data.dataset import Data, Split
 from kdtoolkit.data.seeding import derive_seed
-from kdtoolkit.trainer import checks
+from kdtoolkit.trainer import checks, loss_checks
 from kdtoolkit.trainer.batches import remaining_batches
-from kdtoolkit.trainer.best_epoch import update_best
+from kdtoolkit.trainer.best_epoch import replace_lost_best, update_best
 from kdtoolkit.trainer.epoch_evaluation import (
     evaluate_epoch,
     evaluate_teachers,
 )
 from kdtoolkit.trainer.evaluator import Evaluator
 from kdtoolkit.trainer.loop_state import LoopState
+from kdtoolkit.trainer.loss_checks import owner
 from kdtoolkit.trainer.loss_tracker import LossTracker
 from kdtoolkit.trainer.metrics_log import MetricsLog
 from kdtoolkit.trainer.preparation import describe_for_checkpoint, prepare_training
 from kdtoolkit.trainer.stop_signal import INTERRUPTED, StopSignal
 from kdtoolkit.types import Batch, Step
-from kdtoolkit.utils import checkpoint
-from kdtoolkit.utils.signals import Interrupted, catch_stop_signals
+from kdtoolkit.utils import checkpoint, checkpoint_store
+from kdtoolkit.utils.rank_monitor import report_failure
+from kdtoolkit.utils.signals import (
+    Interrupted,
+    by_signal,
+    explain_interruption,
+    handle_stop_signals,
+)
 from kdtoolkit.utils.state import preserve_random_state
 
 Event = Literal[
@@ -63,10 +70,11 @@ class Trainer:
         clock: Step and epoch, and how many there are.
         metrics_log: The rows of `metrics.jsonl`.
         loss_tracker: Mean losses since the last row and of the epoch.
+        loss_owners: Which callback returned a loss, by the loss's name.
         evaluator: Evaluates networks and teachers.
         best: `{"epoch", "step", "top1", "network"}` of the best evaluation; empty before the first.
         stop: A reason to end the run after this step, which a callback may set.
-        stop_signal: Records Ctrl-C and SIGTERM and shares them between ranks.
+        stop_signal: Records Ctrl-C, SIGTERM and SIGHUP and shares them between ranks.
         epoch_start: Step at which this epoch began.
         checkpoint_metadata: Settings that a checkpoint must share with the run that resumes it.
     """
@@ -88,8 +96,11 @@ class Trainer:
         preview = RunPreview(method, data, config, self.callbacks)
         for callback in self.callbacks:
             callback.check(preview)
+        if output_dir is not None:
+            check_states(self.callbacks)
         self.metrics_log = MetricsLog(output_dir, accelerator.is_main_process)
         self.loss_tracker = LossTracker()
+        self.loss_owners: dict[str, str] = {}  # of losses that callbacks return
         self.evaluator = Evaluator(
             method, data, accelerator, self.prepare_batch, config.batch_size, self.callbacks
         )
@@ -99,10 +110,10 @@ class Trainer:
         self.epoch_start = 0
         prepared = prepare_training(method, data, config, accelerator, layers)
         self.net, self.optimizer, self.scheduler, self.loader, self.clock = prepared
+        loss_checks.check_schedules(method, self.callbacks, self.clock)
         self.checkpoint_metadata = describe_for_checkpoint(method, config, self.clock)
         self.checkpoint_metadata |= metadata or {}
         self._state = LoopState(self)
-        accelerator.register_for_checkpointing(self._state)
 
     # ---------------------------------------------------------------------------------------- loop
     def fit(self, resume_from: Path | None = None) -> None:
@@ -114,21 +125,29 @@ class Trainer:
         Raises:
             CheckpointError: If the checkpoint is of another run or damaged.
             NonFiniteLoss: If a loss or a weight becomes nan or infinite.
-            Interrupted: After Ctrl-C or SIGTERM; the run was saved.
+            Interrupted: After Ctrl-C, SIGTERM or SIGHUP; the run was saved.
+            RankFailed: If another process of the run failed, ended or answers no more.
         """
         self._start(resume_from)
         try:
-            with catch_stop_signals(self.stop_signal.receive):
-                self.emit("on_fit_start")
-                while self.clock.step < self.clock.total_steps and not self.stop:
-                    self._run_epoch()
-                if self.stop == INTERRUPTED:
-                    self._save_and_interrupt()
-        except BaseException:
+            with explain_interruption(lambda: f"at once; {self._describe_last()}"):
+                with handle_stop_signals(self.stop_signal.receive):
+                    self._run_epochs()
+        except BaseException as error:
+            report_failure(error)  # what follows may wait for other ranks
             with contextlib.suppress(Exception):  # the first error is the one to report
                 self._finish()
             raise
         self._finish()
+
+    def _run_epochs(self) -> None:
+        self.emit("on_fit_start")
+        while self.clock.step < self.clock.total_steps and not self.stop:
+            self._run_epoch()
+        if self.stop == INTERRUPTED:
+            self._save_and_interrupt()
+        if self.stop_signal.is_received(self.clock.step, exchange_now=True):
+            self._interrupt("after the last step", self._describe_last())
 
     def _run_epoch(self) -> None:
         clock = self.clock
@@ -158,7 +177,7 @@ class Trainer:
         accelerator, clock = self.accelerator, self.clock
         self.seed_step(clock.epoch, clock.step)
         with accelerator.accumulate(self.net):
-            step: Step = self.net(batch, clock)
+            step = loss_checks.check_step(self.net(batch, clock), self.method)
             losses = step.losses | self._callback_losses(step, batch)
             self.loss_tracker.add(losses, clock.step, len(batch["y"]) * self._ranks_per_batch)
             # costs nothing on the CPU; elsewhere it waits for the device, so only when losses are
@@ -167,7 +186,7 @@ class Trainer:
                 self.check_finite()
             accelerator.backward(sum(losses.values()))
             if clock.step == 0:
-                checks.check_first_gradients(self.method, losses)
+                checks.check_first_gradients(self.method, losses, self.loss_owners)
             if accelerator.sync_gradients:
                 self.emit("on_grads")
                 self._clip_gradients()
@@ -201,8 +220,15 @@ class Trainer:
         set_seed(self.config.seed, device_specific=True)
         evaluate_teachers(self)
         if resume_from is not None:
-            checkpoint.load(self.accelerator, resume_from)
-            checkpoint.restore_best(self.accelerator, resume_from, self.output_dir, self.best)
+            checkpoint_store.load(self.accelerator, resume_from, self._state)
+            self._restore_best(resume_from)
+
+    def _restore_best(self, resumed: Path) -> None:
+        """Restore checkpoints/best; where it is lost, the resumed epoch takes its place."""
+        if checkpoint_store.restore_best(self.accelerator, resumed, self.output_dir, self.best):
+            return
+        replace_lost_best(self)
+        checkpoint_store.restore_best(self.accelerator, resumed, self.output_dir, self.best)
 
     def _stop_after_signal(self, exchange_now: bool = False) -> None:
         """Set `stop` if a signal came; all ranks call it."""
@@ -211,20 +237,34 @@ class Trainer:
 
     def _save_and_interrupt(self) -> None:
         folder = self.save("last")
+        saved = "nothing was saved: no output_dir was given"
         if folder is not None:
             saved = f"saved to {folder}; continue with resume='auto'"
-        else:
-            saved = "nothing was saved: no output_dir was given"
-        raise Interrupted(f"stopped at step {self.clock.step} of {self.clock.total_steps}; {saved}")
+        self._interrupt(f"at step {self.clock.step} of {self.clock.total_steps}", saved)
+
+    def _interrupt(self, where: str, saved: str) -> None:
+        number = self.stop_signal.number
+        folder = self.output_dir / "checkpoints" / "last" if self.output_dir is not None else None
+        message = f"stopped {where}{by_signal(number)}; {saved}"
+        raise Interrupted(message, number, folder, on_all_ranks=True)
+
+    def _describe_last(self) -> str:
+        """Which checkpoint a run that ends now leaves, and how to continue."""
+        if self.output_dir is None:
+            return "nothing was saved: no output_dir was given"
+        last = self.output_dir / "checkpoints" / "last"
+        found = checkpoint.read_metadata(last)
+        if not found:
+            return "nothing was saved yet; start again with resume='auto'"
+        position = checkpoint.describe_position(found)
+        return f"{last} ({position}) is whole; continue with resume='auto'"
 
     def _finish(self) -> None:
         self.emit("on_fit_end")
         self.metrics_log.write_summary()
 
     def close(self) -> None:
-        """Take this run's state out of the accelerator."""
-        with contextlib.suppress(ValueError, AttributeError):
-            self.accelerator._custom_objects.remove(self._state)
+        """Take this run's objects out of the accelerator."""
         self.accelerator.free_memory()
 
     # ------------------------------------------------------------------------------------- batches
@@ -300,7 +340,8 @@ class Trainer:
         """The losses that callbacks add."""
         extra: dict[str, Tensor] = {}
         for callback in self.callbacks:
-            losses = callback.on_losses(self, step, batch) or {}
+            returned = callback.on_losses(self, step, batch)
+            losses = {} if returned is None else loss_checks.check_losses(returned, owner(callback))
             taken = [name for name in losses if name in extra or name in step.losses]
             if taken:
                 raise ValueError(
@@ -308,6 +349,7 @@ class Trainer:
                     "which exists already: give it another name"
                 )
             extra |= losses
+            self.loss_owners |= dict.fromkeys(losses, owner(callback))
         return extra
 
     def _clip_gradients(self) -> None:
@@ -336,7 +378,8 @@ class Trainer:
         folder = self.output_dir / "checkpoints" / name
         self.sync(self.optimizer)
         self.loss_tracker.average_over_ranks()
-        checkpoint.save(self.accelerator, folder, self.checkpoint_metadata | self._position())
+        metadata = self.checkpoint_metadata | self._position()
+        checkpoint_store.save(self.accelerator, folder, metadata, self._state)
         return folder
 
     def sync(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -359,7 +402,7 @@ class Trainer:
             NonFiniteLoss: If a loss, or a weight, is nan or infinite; it names the term and the
                 step.
         """
-        found = checks.find_non_finite_loss(self.loss_tracker)
+        found = checks.find_non_finite_loss(self.loss_tracker, self.loss_owners)
         if found is None and weights:
             found = checks.find_non_finite_weight(self.method, self.clock.step)
         if found is not None:

@@ -1,30 +1,27 @@
-"""Checkpoints: accelerate's state in one folder, with metadata that says of which run it is.
+"""Checkpoints of a run: which one to continue from, and whether it fits and is whole.
 
-`save` is atomic: the previous checkpoint stays whole until the new one is. `check_metadata` refuses
-a checkpoint of another method, network or loss before anything is changed.
+A checkpoint is a folder, see `checkpoint_files`; `checkpoint_store` writes and loads it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import pickle
-import shutil
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
-from accelerate import Accelerator
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from kdtoolkit.utils.checkpoint_files import (
+    DamagedFile,
+    Metadata,
+    OtherVersion,
+    check_files,
+    is_whole,
+    read_checked_metadata,
+)
+from kdtoolkit.utils.io import old_name, recover_folder
 
-from kdtoolkit.utils.io import atomic_folder, recover_folder, swap_folders, write_json
+logger = logging.getLogger(__name__)
 
-Metadata: TypeAlias = dict[str, Any]  # plain numbers, strings, lists and dicts, as in JSON
-
-METADATA_FILE = "checkpoint.json"
-STATE_FILE = "custom_checkpoint_0.pkl"  # accelerate's name for the first registered object
 MUST_MATCH = (
     "method",
     "losses",
@@ -36,113 +33,10 @@ MUST_MATCH = (
     "batch_size",
     "optimizer",
 )
-# What torch and safetensors raise for a full disk or a broken file.
-FILE_ERRORS = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    EOFError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or does not belong to this run."""
-
-
-def save(accelerator: Accelerator, folder: Path, metadata: Mapping[str, Any]) -> None:
-    """Write the state of everything that was prepared by, or registered with, the accelerator.
-
-    All ranks call it; rank 0 renames.
-
-    Args:
-        accelerator: The accelerator of the run.
-        folder: Folder of the checkpoint, which replaces an earlier one.
-        metadata: What `check_metadata` compares, with "epoch" and "step".
-
-    Raises:
-        CheckpointError: If it could not be written; the previous checkpoint is whole.
-    """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    try:
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            write_json(temporary / METADATA_FILE, dict(metadata))
-            swap_folders(temporary, folder)
-        accelerator.wait_for_everyone()
-    except FILE_ERRORS as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise _write_error(folder, error) from error
-
-
-def _write_error(folder: Path, error: BaseException) -> CheckpointError:
-    kept = "there is no earlier one"
-    if folder.exists():
-        kept = f"the previous one is whole ({describe_position(read_metadata(folder))})"
-    return CheckpointError(
-        f"could not write checkpoint {folder}: {error}; {kept}. Free some space and continue with "
-        "resume='auto'"
-    )
-
-
-def copy(source: Path, target: Path) -> None:
-    """Copy a checkpoint, as atomically as `save`.
-
-    Args:
-        source: Folder of the checkpoint.
-        target: Folder of the copy, which replaces an earlier one.
-
-    Raises:
-        CheckpointError: If it could not be written; an earlier one in `target` is whole.
-    """
-    try:
-        with atomic_folder(target) as temporary:
-            shutil.copytree(source, temporary, dirs_exist_ok=True)
-    except (OSError, shutil.Error) as error:
-        raise _write_error(target, error) from error
-
-
-def restore_best(
-    accelerator: Accelerator,
-    resumed: Path,
-    output_dir: Path | None,
-    best_evaluation: Mapping[str, Any],
-) -> None:
-    """Restore checkpoints/best of the output folder, if it is not that of the best step.
-
-    It is missing or another one where the machine stopped between two writes, or where a run is
-    resumed in another folder. All ranks call it.
-
-    Args:
-        accelerator: The accelerator of the run.
-        resumed: Folder of the checkpoint that the run resumes from.
-        output_dir: Output folder of the run; None where nothing is written.
-        best_evaluation: "step" of the best evaluation; empty before the first.
-
-    Raises:
-        CheckpointError: If the best checkpoint is not found.
-    """
-    step = best_evaluation.get("step")
-    if output_dir is None or step is None:
-        return
-    best = output_dir / "checkpoints" / "best"
-    if accelerator.is_main_process and read_metadata(best).get("step") != step:
-        candidates = (resumed, resumed.with_name("best"))
-        source = next((c for c in candidates if read_metadata(c).get("step") == step), None)
-        if source is None:
-            raise CheckpointError(
-                f"the best epoch so far (step {step}) is neither in {best} nor beside {resumed}: "
-                "put it there, or start a new run"
-            )
-        copy(source, best)
-    accelerator.wait_for_everyone()
+    """A checkpoint could not be written or read, or does not belong to this run."""
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -154,10 +48,10 @@ def read_metadata(folder: Path) -> Metadata:
     Returns:
         The metadata; empty where there is no readable checkpoint.
     """
-    with contextlib.suppress(OSError, ValueError):
-        metadata: Metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
-        return metadata
-    return {}
+    try:
+        return read_checked_metadata(folder)
+    except DamagedFile:
+        return {}
 
 
 def describe_position(metadata: Mapping[str, Any]) -> str:
@@ -172,8 +66,66 @@ def describe_position(metadata: Mapping[str, Any]) -> str:
     return f"epoch {metadata.get('epoch', '?')}, step {metadata.get('step', '?')}"
 
 
+def find_checkpoint(checkpoints: Path) -> Path | None:
+    """Find the checkpoint from which a run continues: the last one, or else the best one.
+
+    A checkpoint is recovered that a crash left between two renames; nothing else is changed.
+
+    Args:
+        checkpoints: The folder `checkpoints/` of a run; it may be missing.
+
+    Returns:
+        `last`; `best` where `last` is missing or damaged, with a warning; None where no checkpoint
+        was ever complete.
+
+    Raises:
+        CheckpointError: If there are checkpoints, and none can be read.
+    """
+    last, best = checkpoints / "last", checkpoints / "best"
+    recover_folder(last)
+    recover_folder(best)
+    problem = f"{last} is missing"
+    if last.exists():
+        try:
+            check_files(last)
+        except OtherVersion as error:
+            raise damage_error(last, error) from error
+        except DamagedFile as error:
+            problem = str(error)
+        else:
+            return last
+    if is_whole(best):
+        position = describe_position(read_metadata(best))
+        logger.warning("%s: the run continues from %s (%s)", problem, best, position)
+        return best
+    broken = next((folder for folder in (last, best) if folder.exists()), None)
+    if broken is None:
+        return None
+    raise damage_error(broken, DamagedFile(problem))
+
+
+def damage_error(folder: Path, error: Exception) -> CheckpointError:
+    """The error for a checkpoint that cannot be read; it offers another one that is whole.
+
+    Args:
+        folder: Folder of the checkpoint.
+        error: What is wrong with it.
+    """
+    last = folder.with_name("last")
+    others = (last, old_name(last), folder.with_name("best"))
+    whole = next((other for other in others if other != folder and is_whole(other)), None)
+    advice = (
+        "no other checkpoint beside it is whole: start a new run, with another output_dir or with "
+        "overwrite=True and without resume"
+    )
+    if whole is not None:
+        position = describe_position(read_metadata(whole))
+        advice = f"{whole} is whole ({position}): continue from it with resume={str(whole)!r}"
+    return CheckpointError(f"{folder} cannot be loaded: {error}; {advice}")
+
+
 def check_metadata(folder: Path, expected: Mapping[str, Any]) -> Metadata:
-    """Check that a checkpoint is one of this run.
+    """Check that a checkpoint is one of this run, and whole.
 
     Args:
         folder: Folder of the checkpoint.
@@ -183,15 +135,14 @@ def check_metadata(folder: Path, expected: Mapping[str, Any]) -> Metadata:
         Metadata of the checkpoint.
 
     Raises:
-        CheckpointError: If there is no checkpoint, or it differs; the message says in what.
+        CheckpointError: If there is no checkpoint, it is damaged, or it differs; the message says
+            in what.
     """
     recover_folder(folder)
-    found = read_metadata(folder)
-    if not found:
-        raise CheckpointError(
-            f"{folder} holds no checkpoint ({METADATA_FILE} is missing); start without resume, or "
-            "give its folder"
-        )
+    try:
+        found = check_files(folder)
+    except DamagedFile as error:
+        raise damage_error(folder, error) from error
     keys = [key for key in MUST_MATCH if key in expected]
     wrong = [key for key in keys if found.get(key) != expected[key]]
     if wrong:
@@ -203,62 +154,3 @@ def check_metadata(folder: Path, expected: Mapping[str, Any]) -> Metadata:
             "output_dir, or overwrite=True"
         )
     return found
-
-
-def load(accelerator: Accelerator, folder: Path) -> None:
-    """Load the state of everything that was prepared or registered.
-
-    Args:
-        accelerator: The accelerator of the run.
-        folder: Folder of the checkpoint.
-
-    Raises:
-        CheckpointError: If the checkpoint is damaged or does not fit.
-    """
-    try:
-        accelerator.load_state(str(folder))
-    except FILE_ERRORS as error:
-        raise CheckpointError(
-            f"{folder} cannot be loaded: {error}; give another checkpoint (resume=PATH), or start "
-            "a new run with overwrite=True"
-        ) from error
-
-
-def callback_states(folder: Path) -> dict[str, Any]:
-    """State of every callback of the run, by its name.
-
-    Args:
-        folder: Folder of the checkpoint.
-
-    Returns:
-        What `Callback.state_dict` returned when the checkpoint was written.
-    """
-    state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-    callbacks: dict[str, Any] = state["callbacks"]
-    return callbacks
-
-
-def load_weights(module: nn.Module, folder: Path) -> None:
-    """Load only the weights of the method, for instance of the best epoch.
-
-    Args:
-        module: The method.
-        folder: Folder of the checkpoint.
-    """
-    from safetensors.torch import load_file
-
-    path = folder / "model.safetensors"
-    stored: dict[str, Tensor]
-    if path.exists():
-        stored = load_file(path)
-    else:
-        stored = torch.load(folder / "pytorch_model.bin", map_location="cpu")
-    module.load_state_dict(_with_tied_tensors(module, stored))
-
-
-def _with_tied_tensors(module: nn.Module, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All entries of a state_dict; of tied tensors the file holds one."""
-    own = module.state_dict(keep_vars=True)
-    by_identity = {id(own[key]): tensor for key, tensor in stored.items() if key in own}
-    known = {key: by_identity[id(own[key])] for key in own if id(own[key]) in by_identity}
-    return known | stored

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -25,21 +27,22 @@ def rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether a flag is true on any rank; all ranks call it.
+def all_reduce_max(values: Sequence[float], device: torch.device) -> list[float]:
+    """The largest over all ranks of each number; all ranks call it.
 
     Args:
-        flag: The flag of this rank.
+        values: Numbers of this rank, as many on every rank.
         device: Device for the exchange.
 
     Returns:
         The same on every rank.
     """
     if not is_distributed():
-        return flag
-    seen = torch.tensor(float(flag), device=device)
-    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-    return bool(seen.item())
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.float32, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    found: list[float] = largest.tolist()
+    return found
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
@@ -72,6 +75,36 @@ def all_gather(x: Tensor) -> list[Tensor]:
     ]
     dist.all_gather(gathered, x.contiguous())
     return gathered
+
+
+def gather_objects(value: T) -> list[T]:
+    """Collect an object of every rank; all ranks call it.
+
+    Args:
+        value: The object of this rank, which is pickled on its way to the others.
+
+    Returns:
+        One object for each rank, in their order.
+    """
+    if not is_distributed():
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: T, device: torch.device) -> T:
+    """The object of rank 0; all ranks call it.
+
+    Args:
+        value: The object of this rank, which is pickled on its way to the others.
+        device: Device for the exchange.
+    """
+    if not is_distributed():
+        return value
+    kept = [value]
+    dist.broadcast_object_list(kept, src=0, device=device if device.type != "cpu" else None)
+    return kept[0]
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,50 @@ def to_plain(data: object) -> Any:
     return item()
 
 
+def apply_umask(path: Path) -> None:
+    """Give a file, or all files of a folder, the mode that a new file has there.
+
+    Libraries that write through a temporary file leave mode 0600, whatever the umask.
+
+    Args:
+        path: The file or folder. What is not a plain file stays as it is.
+    """
+    files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
+    probe = (path if path.is_dir() else path.parent) / f".{path.name}.mode"
+    try:
+        with probe.open("xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+    for file_path in files:
+        file_path.chmod(mode)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the files of a folder, and their names, are on the disk.
+
+    Args:
+        folder: The folder; folders in it are not looked into.
+
+    Raises:
+        OSError: If a file could not be written, for instance because the disk is full.
+    """
+    for file in folder.iterdir():
+        if file.is_file():
+            with file.open("rb" if os.name == "posix" else "rb+") as opened:
+                os.fsync(opened.fileno())
+    _sync_names(folder)
+
+
+def _sync_names(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # systems and file systems that cannot do it
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Context in which a folder is written that replaces another one at the end.
@@ -95,6 +140,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        sync_folder(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -108,11 +154,12 @@ def swap_folders(temporary: Path, folder: Path) -> None:
         temporary: The complete new folder.
         folder: Its final name.
     """
-    old = _old_name(folder)
+    old = old_name(folder)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
     os.replace(temporary, folder)
+    _sync_names(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -122,11 +169,16 @@ def recover_folder(folder: Path) -> None:
     Args:
         folder: Final name of the folder.
     """
-    old = _old_name(folder)
+    old = old_name(folder)
     if old.exists() and not folder.exists():
         with contextlib.suppress(FileNotFoundError):  # another rank was faster
             os.replace(old, folder)
 
 
-def _old_name(folder: Path) -> Path:
+def old_name(folder: Path) -> Path:
+    """Name of the old folder while `swap_folders` puts a new one in its place.
+
+    Args:
+        folder: Final name of the folder.
+    """
     return folder.with_name(f".{folder.name}.old")

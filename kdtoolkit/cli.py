@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import os
 import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,11 @@ import tyro
 
 from kdtoolkit.pipeline.config import FIELD_NAMES, DistillConfig
 from kdtoolkit.pipeline.shell_values import ShellValue
+from kdtoolkit.utils.quiet_exit import show
 from kdtoolkit.utils.registry import suggestion
+from kdtoolkit.utils.signals import Interrupted, interrupt_on_stop_signals
 
+EXIT_CODE_OF_CTRL_C = 130
 USAGE = """usage: kdtoolkit COMMAND [options]
 
 Knowledge distillation for any timm model.
@@ -35,7 +39,6 @@ options:
   --traceback    show where an error came from
 
 Shell completion: kdtoolkit train --tyro-print-completion bash | zsh | tcsh"""
-INTERRUPTED = 130  # exit code, as shells give it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Words behind `kdtoolkit`. Default: those of the process.
 
     Returns:
-        Exit code: 0; 1 after an error, which is one line; 130 after Ctrl-C.
+        Exit code: 0; 1 after an error, which is one line; 130 after Ctrl-C, 143 after SIGTERM, 129
+        after SIGHUP.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = words[:1] == ["--traceback"]
@@ -53,22 +57,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0
-    name, *rest = words
-    command = COMMANDS.get(name)
     try:
-        if command is None:
-            hint = suggestion(name, COMMANDS) or "."
-            raise ValueError(f"unknown command {name!r}{hint} Known: {', '.join(COMMANDS)}")
-        command(rest)
+        with interrupt_on_stop_signals():
+            _call(*words)
+    except Interrupted as stopped:
+        show(stopped)
+        return stopped.exit_code
     except KeyboardInterrupt as stopped:
         print(str(stopped) or "interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return EXIT_CODE_OF_CTRL_C
     except (ValueError, OSError, RuntimeError) as error:
         if traceback:
             raise
-        print(f"kdtoolkit: {' '.join(str(error).split())}", file=sys.stderr)
+        if not getattr(error, "is_shown", False):
+            message = " ".join(str(error).split())
+            print(f"kdtoolkit: {_rank()}{message}", file=sys.stderr)
         return 1
     return 0
+
+
+def _call(name: str, *options: str) -> None:
+    command = COMMANDS.get(name)
+    if command is None:
+        hint = suggestion(name, COMMANDS) or "."
+        raise ValueError(f"unknown command {name!r}{hint} Known: {', '.join(COMMANDS)}")
+    command(options)
+
+
+def _rank() -> str:
+    """Where a run has several processes: which one says so."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    return "" if ranks == "1" else f"rank {os.environ.get('RANK', '?')} of {ranks}: "
 
 
 # ------------------------------------------------------------------------------- train and plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -75,6 +75,33 @@ def all_gather(x: Tensor) -> list[Tensor]:
     ]
     dist.all_gather(gathered, x.contiguous())
     return gathered
+
+
+def from_main(action: Callable[[], T]) -> T:
+    """Do something on rank 0 alone; all ranks call it, and get its result or its error.
+
+    Args:
+        action: What rank 0 does.
+
+    Returns:
+        What the action returned on rank 0, pickled on its way to the others.
+
+    Raises:
+        Exception: The error of rank 0, on every rank.
+    """
+    if not is_distributed():
+        return action()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
 
 
 def gather_objects(value: T) -> list[T]:

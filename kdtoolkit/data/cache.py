@@ -42,7 +42,7 @@ class CachedDataset(Dataset[dict[str, Tensor]]):
     """Rows of one split in memory; an item or a batch is a dict of x, y and index, on the CPU.
 
     Args:
-        images: (N, 3, H, W) uint8.
+        images: (N, C, H, W) uint8.
         labels: Class ids, (N,) int64, -1 for a row without one.
         index: Numbers of the rows, (N,) int64.
     """
@@ -109,7 +109,8 @@ def cache_rows(
     Raises:
         SizesDifferError: At the first image that is not of `size`, unless `resize`.
     """
-    images = np.empty((len(rows), 3, *size), np.uint8)
+    channels = table.reader.options.channels if table.reader is not None else 3
+    images = np.empty((len(rows), channels, *size), np.uint8)
     labels = np.empty(len(rows), np.int64)
 
     def decode_from(start: int) -> None:

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdtoolkit.data.batch_order import split_repeats
+from kdtoolkit.data.image_reader import ImageOptions
 from kdtoolkit.data.images import to_tensor
 from kdtoolkit.data.labels import check_labels
+from kdtoolkit.data.row_error import RowError, raised_by_user
 from kdtoolkit.data.seeding import derive_seed, seeded_generators
 from kdtoolkit.data.tables import Table
 from kdtoolkit.data.transforms import ImageTransform
@@ -33,6 +35,7 @@ class RowDataset(Dataset[dict[str, Tensor]]):
         num_classes: Number of classes, to check labels.
         seed: Seed of the run.
         train: Whether this is the training split: its random numbers change with the epoch.
+        image_options: What the user says of the images.
     """
 
     def __init__(
@@ -43,9 +46,11 @@ class RowDataset(Dataset[dict[str, Tensor]]):
         num_classes: int,
         seed: int,
         train: bool,
+        image_options: ImageOptions | None = None,
     ) -> None:
         self.table, self.rows, self.transform = table, rows, transform
         self.num_classes, self.seed, self.train = num_classes, seed, train
+        self.image_options = image_options
         self.epoch = 0
         self.allow_unlabelled = train and table.labels is not None
 
@@ -76,6 +81,14 @@ class RowDataset(Dataset[dict[str, Tensor]]):
         return {name: value[0] for name, value in self.__getitems__([position]).items()}
 
     def __getitems__(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        try:
+            return self._read_batch(positions)
+        except RowError:
+            raise
+        except ValueError as e:  # a worker's error is to be read without its traceback
+            raise RowError(str(e)) from e
+
+    def _read_batch(self, positions: Sequence[int]) -> dict[str, Tensor]:
         at, draw = split_repeats(positions, len(self))
         rows = self.rows[at.numpy()]
         repeats = draw["draw"].tolist() if draw else [0] * len(rows)
@@ -90,8 +103,9 @@ class RowDataset(Dataset[dict[str, Tensor]]):
         parts = (self.seed, self.epoch, row, repeat) if repeat else (self.seed, self.epoch, row)
         with seeded_generators(derive_seed(*parts)):
             found = self.table.read(number)[0]
-            image = self.transform(found.image) if self.transform else found.image
-            x = to_tensor(image, where)
+            with raised_by_user(where, "transforms"):
+                image = self.transform(found.image) if self.transform else found.image
+            x = to_tensor(image, where, self.image_options)
         self._check_labels(np.array([found.label]), number)
         return x, found.label
 

@@ -45,7 +45,7 @@ def normalisation(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...
     cfg = get_pretrained_cfg(model)
     if not cfg.get("mean") or not cfg.get("std"):
         return None
-    channels: int | None = getattr(model, "in_chans", None)
+    channels = own_channels(model)
     return _per_channel(cfg["mean"], channels), _per_channel(cfg["std"], channels)
 
 
@@ -105,7 +105,26 @@ def input_shape(model: nn.Module) -> tuple[int, int, int]:
     """
     channels, *size = get_pretrained_cfg(model).get("input_size") or DEFAULT_INPUT
     height, width = fixed_size(model) or size
-    return int(getattr(model, "in_chans", channels)), int(height), int(width)
+    return own_channels(model) or int(channels), int(height), int(width)
+
+
+def own_channels(model: nn.Module) -> int | None:
+    """The number of channels of a model's images, as far as the model says it.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Its `in_chans`, else that of its `pretrained_cfg`; of a model without either, 1 or 4 where
+        its first convolution takes so many; else None.
+    """
+    found = (
+        getattr(model, "in_chans", None) or get_pretrained_cfg(model).get("input_size", [None])[0]
+    )
+    if found is not None:
+        return int(found)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return first.in_channels if first is not None and first.in_channels in (1, 4) else None
 
 
 def image_size(model: nn.Module, size: ImageSize = None) -> tuple[int, int, int]:

@@ -98,7 +98,8 @@ def normalise(model: nn.Module, x: Tensor, mean_std: MeanStd | None = None) -> T
     Raises:
         ValueError: If there is not one number for each channel.
     """
-    x = Preprocess(size=Preprocess.from_model(model, (x.shape[2], x.shape[3])).size)(x)
+    own = Preprocess.from_model(model, (x.shape[2], x.shape[3]))
+    x = Preprocess(size=own.size, channels=own.channels)(x)
     mean_std = normalisation(model) if mean_std is None else mean_std
     if mean_std is None:
         return x

@@ -1,4 +1,4 @@
-"""Which column is the image and which the label: found by feature type, never by name."""
+"""Which column is the image and which the label: by the name of the label, else by type."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 ColumnNames = tuple[str | None, str | None]
-"""(image, label) columns; None for one that is to be found by its type."""
+"""(image, label) columns; None for one that is to be found."""
 
-ENCODE_HINT = "For a column of strings call dataset.class_encode_column(name)."
+# Names of label columns, in any case, the first that there is being taken.
+LABEL_NAMES = (
+    "label", "labels", "class", "classes", "target", "targets", "category", "categories",
+    "fine_label", "class_label", "class_name", "label_name", "class_id", "label_id", "category_id",
+    "classname", "species",
+)  # fmt: skip
+WEAK_LABEL_NAMES = ("y",)  # taken where no column is of type ClassLabel
+NOT_LABELS = ("id", "index", "idx", "row", "width", "height", "__index_level_0__")
+CHOOSE_HINT = "Say which with columns=(None, label)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +29,38 @@ class Columns:
         label: Name of the label column.
         class_names: Names of the classes, where the features have them.
         reason: Why these two, in words.
+        is_sure: Whether the label column was given, has the name of one or is of type ClassLabel.
     """
 
     image: str
     label: str
     class_names: tuple[str, ...] | None
     reason: str
+    is_sure: bool = True
+
+
+def check_columns(columns: object) -> ColumnNames | None:
+    """Check the option `columns`.
+
+    Args:
+        columns: What the user gave.
+
+    Returns:
+        (image, label), or None.
+
+    Raises:
+        ValueError: If it is not a pair of names or None.
+    """
+    if columns is None:
+        return None
+    is_pair = isinstance(columns, (tuple, list)) and len(columns) == 2
+    if is_pair and all(name is None or (isinstance(name, str) and name) for name in columns):  # type: ignore[attr-defined]
+        image, label = columns  # type: ignore[misc]
+        return (image, label)
+    raise ValueError(
+        f"columns={columns!r}: allowed is a pair of names (image, label), with None for one that "
+        "is to be found, such as (None, 'species')"
+    )
 
 
 def find_columns(
@@ -60,18 +94,18 @@ def find_columns(
                 f"{_list_columns(features)}.{_suggest(name, features)}"
             )
     image, image_reason = (given_image, "given") if given_image else _find_image_column(features)
-    label, label_reason = (given_label, "given") if given_label else _find_label_column(features)
+    if given_label:
+        label, label_reason, is_sure = given_label, "given", True
+    else:
+        label, label_reason, is_sure = _find_label_column(features)
     feature = features[label]
     names: tuple[str, ...] | None = None
     if isinstance(feature, datasets.ClassLabel):
         names = tuple(feature.names) if feature.names else None
-    elif not _is_integer(feature):
-        raise ValueError(
-            f"label column {label!r} has type {feature}: expected ClassLabel or integers. "
-            f"{ENCODE_HINT}"
-        )
+    elif not _can_be_label(feature):
+        raise _not_a_label(label, feature)
     reason = f"image {image!r} ({image_reason}), label {label!r} ({label_reason})"
-    return Columns(image, label, names, reason)
+    return Columns(image, label, names, reason, is_sure)
 
 
 def _is_image(feature: object) -> bool:
@@ -100,38 +134,81 @@ def _find_image_column(features: Mapping[str, object]) -> tuple[str, str]:
     )
 
 
-def _find_label_column(features: Mapping[str, object]) -> tuple[str, str]:
+def _find_label_column(features: Mapping[str, object]) -> tuple[str, str, bool]:
+    """The label column, why it is this one, and whether that is sure."""
     import datasets
 
-    num_classes = {
+    named = _named(features, LABEL_NAMES)
+    usable = [name for name in named if _can_be_label(features[name])]
+    whole = [name for name in usable if not _is_of(features[name], ("float",))]
+    if whole:  # floats may be the targets of a regression: where nothing else is named so
+        return whole[0], "by its name", True
+    classes = {
         name: feature.num_classes or 0
         for name, feature in features.items()
         if isinstance(feature, datasets.ClassLabel)
     }
-    if len(num_classes) == 1:
-        return next(iter(num_classes)), "the only ClassLabel column"
-    if num_classes:
-        most = max(num_classes, key=lambda name: num_classes[name])
-        others = ", ".join(name for name in num_classes if name != most)
-        return most, f"the most classes, {num_classes[most]}; not {others}"
-    integers = [name for name, feature in features.items() if _is_integer(feature)]
+    if len(classes) == 1:
+        return next(iter(classes)), "the only ClassLabel column", True
+    if classes:
+        most = max(classes, key=lambda name: classes[name])
+        others = ", ".join(name for name in classes if name != most)
+        return most, f"the most classes, {classes[most]}; not {others}", True
+    weak = [n for n in _named(features, WEAK_LABEL_NAMES) if _can_be_label(features[n])]
+    for name in usable + weak:
+        return name, "by its name", True
+    if named:
+        raise _not_a_label(named[0], features[named[0]])
+    integers = [name for name, f in features.items() if _is_integer(f) and not _is_id(name)]
     if len(integers) == 1:
-        return integers[0], "the only integer column"
+        return integers[0], "the only integer column that is no id", False
     if integers:
         raise ValueError(
             f"no ClassLabel column and {len(integers)} integer columns: {', '.join(integers)}. "
-            "Say which with columns=(None, label)."
+            f"{CHOOSE_HINT}."
         )
     raise ValueError(
-        f"no label column: neither ClassLabel nor integers among {_list_columns(features)}. "
-        f"{ENCODE_HINT}"
+        "no label column: none has the name of one (label, class, target, category, ...), and "
+        f"neither ClassLabel nor integers are among {_list_columns(features)}. {CHOOSE_HINT}; text "
+        "becomes classes"
     )
 
 
-def _is_integer(feature: object) -> bool:
+def _named(features: Mapping[str, object], names: Iterable[str]) -> list[str]:
+    """Columns of such a name, in any case, in the order of the names."""
+    lower = {column.strip().lower(): column for column in features}
+    found = [lower[name] for name in names if name in lower]
+    return [column for column in found if not _is_image(features[column])]
+
+
+def _is_id(name: str) -> bool:
+    lower = name.lower()
+    return lower in NOT_LABELS or lower.endswith(("_id", "_index", "_idx"))
+
+
+def _not_a_label(name: str, feature: object) -> ValueError:
+    return ValueError(
+        f"label column {name!r} has type {feature}: expected ClassLabel, integers or text, one "
+        "class a row. Multi-label, one-hot and soft labels are not supported; another column is "
+        "chosen with columns=(None, label)"
+    )
+
+
+def _can_be_label(feature: object) -> bool:
     import datasets
 
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
+    kinds = ("int", "uint", "bool", "string", "large_string", "float", "null")
+    return isinstance(feature, datasets.ClassLabel) or _is_of(feature, kinds)
+
+
+def _is_of(feature: object, kinds: tuple[str, ...]) -> bool:
+    import datasets
+
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(kinds)
+
+
+def _is_integer(feature: object) -> bool:
+    return _is_of(feature, ("int", "uint"))
 
 
 def _list_columns(features: Mapping[str, object]) -> str:

@@ -2,57 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-IMAGE_SUFFIXES = {
-    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
-}  # fmt: skip
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "val": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval"),
-}  # our name -> the names that a source may use
-ALL_SPLIT_NAMES = {name for names in SPLIT_NAMES.values() for name in names}
+from kdtoolkit.data.image_folder import Folder, open_image_folder, scan_folder, unwrap
+from kdtoolkit.data.split_names import split_of
+
+SAVED_FILES = ("dataset_dict.json", "state.json")  # of a data set that save_to_disk wrote
+METADATA_SUFFIXES = (".csv", ".jsonl")  # metadata.csv: labels of images, as HF reads them
 
 
-def name_splits(splits: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Rename the splits of a source to "train", "val" and "test"; a single split becomes "train".
+@dataclasses.dataclass
+class OpenedPath:
+    """The data of a path.
 
-    Args:
-        splits: Data by the source's name of the split.
-        source: Name of the source, for the message.
-
-    Returns:
-        Data by our name of the split.
-
-    Raises:
-        ValueError: If there are several splits and none to train on.
+    Attributes:
+        splits: HF data sets by the source's name of the split.
+        notes: Sentences about what was left out or decided.
     """
-    found = {}
-    for split, names in SPLIT_NAMES.items():
-        name = next((name for name in names if name in splits), None)
-        if name is not None:
-            found[split] = splits[name]
-    if "train" in found:
-        return found
-    if len(splits) == 1:
-        return {"train": next(iter(splits.values()))}
-    raise ValueError(
-        f"{source} has the splits {', '.join(map(str, splits)) or '(none)'}, no 'train': pass one "
-        "of them"
-    )
+
+    splits: dict[str, Any]
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
-def open_path(path: Path) -> dict[str, Any]:
+def open_path(path: Path) -> OpenedPath:
     """Open a parquet file, or a folder of parquet files, of a saved data set or of images.
+
+    A folder that holds nothing but one folder is a wrapper, which is gone through.
 
     Args:
         path: The file or folder.
 
     Returns:
-        HF data sets by the source's name of the split.
+        The data by split.
 
     Raises:
         FileNotFoundError: If the path does not exist.
@@ -60,21 +43,41 @@ def open_path(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
-    if path.is_dir() and any(
-        (path / name).is_file() for name in ("dataset_dict.json", "state.json")
-    ):
-        return _open_saved(path)
-    is_parquet = path.is_file() and path.suffix == ".parquet"
-    files = [path] if is_parquet else sorted(path.rglob("*.parquet"))
+    if path.is_file():
+        if path.suffix.lower() != ".parquet":
+            raise _unknown_data(path)
+        return OpenedPath(_open_parquet(path, [path]))
+    tree = scan_folder(path)
+    saved = _find_saved(tree)
+    if saved is not None:
+        return OpenedPath(_open_saved(saved))
+    files = _parquet_files(tree)
     if files:
-        return _open_parquet(path, files)
-    if path.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
-        return _open_images(path)
-    raise ValueError(
+        return OpenedPath(_open_parquet(path, files))
+    if not tree.num_images:
+        raise _unknown_data(path)
+    if any(_is_metadata(name) for name in tree.all_others()):
+        return OpenedPath(_open_with_metadata(unwrap(tree).path))
+    found = open_image_folder(tree)
+    return OpenedPath(found.splits, found.notes)
+
+
+def _unknown_data(path: Path) -> ValueError:
+    return ValueError(
         f"{path} holds no data that is known: expected *.parquet, a data set written by "
         "save_to_disk, "
         "or images as train/CLASS/x.png or CLASS/x.png"
     )
+
+
+def _find_saved(tree: Folder) -> Path | None:
+    """The folder that `save_to_disk` wrote: this one, or the only one in it, and so on."""
+    while True:
+        if any(name in tree.others for name in SAVED_FILES):
+            return tree.path
+        if len(tree.folders) != 1:
+            return None
+        tree = next(iter(tree.folders.values()))
 
 
 def _open_saved(path: Path) -> dict[str, Any]:
@@ -84,17 +87,26 @@ def _open_saved(path: Path) -> dict[str, Any]:
     return dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
 
 
-def _open_images(path: Path) -> dict[str, Any]:
-    """Open train/CLASS/x.png, or CLASS/x.png as one split.
+def _parquet_files(tree: Folder) -> list[Path]:
+    own = [tree.path / name for name in tree.others if name.lower().endswith(".parquet")]
+    return own + [file for folder in tree.folders.values() for file in _parquet_files(folder)]
 
-    Splits are folders, never guessed from the names of files.
-    """
+
+def _is_metadata(name: str) -> bool:
+    stem, dot, suffix = name.lower().rpartition(".")
+    return stem == "metadata" and dot + suffix in METADATA_SUFFIXES
+
+
+def _open_with_metadata(path: Path) -> dict[str, Any]:
+    """Images whose labels stand in metadata.csv or metadata.jsonl, as HF reads them."""
     import datasets
 
-    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
-    splits = {f.name.lower(): f for f in folders if f.name.lower() in ALL_SPLIT_NAMES}
-    patterns = {name: str(folder / "**") for name, folder in (splits or {"train": path}).items()}
-    return dict(datasets.load_dataset("imagefolder", data_files=patterns, drop_labels=False))
+    try:
+        return dict(datasets.load_dataset("imagefolder", data_dir=str(path)))
+    except datasets.exceptions.DatasetGenerationError as e:
+        raise ValueError(
+            f"{path}: the images and their metadata file could not be read: {e.__cause__ or e}"
+        ) from e
 
 
 def _open_parquet(path: Path, files: list[Path]) -> dict[str, Any]:
@@ -134,9 +146,9 @@ def _check_parquet(file: Path) -> None:
 def _split_name(file: Path, root: Path) -> str:
     """The split that a file's name starts with, else that of its folder under `root`, else ""."""
     first_word = file.stem.lower().replace("_", "-").split("-")[0]
-    if first_word in ALL_SPLIT_NAMES:
+    if split_of(first_word) is not None:
         return first_word
     for folder in file.parents:
-        if folder.is_relative_to(root) and folder != root and folder.name in ALL_SPLIT_NAMES:
+        if folder.is_relative_to(root) and folder != root and split_of(folder.name) is not None:
             return folder.name.lower()
     return ""

@@ -9,11 +9,10 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from kdtoolkit.data.columns import find_columns
+from kdtoolkit.data.label_values import NO_LABEL, as_label_array, read_label_values
 
 if TYPE_CHECKING:
     import datasets
-
-NO_LABEL = -1  # the label of a row without one
 
 
 def base_datasets(dataset: object) -> list[object]:
@@ -32,48 +31,57 @@ def base_datasets(dataset: object) -> list[object]:
     return [dataset]
 
 
-def find_labels(dataset: Dataset[Any] | datasets.Dataset) -> np.ndarray | None:
+def find_labels(dataset: Dataset[Any] | datasets.Dataset, split: str) -> np.ndarray | None:
     """Find the labels that a data set states: tensors, `targets`, `labels` or a label column.
 
     Args:
         dataset: A torch or HF data set.
+        split: Name of the split, for messages.
 
     Returns:
-        (N,) int64, -1 for a row whose label is None; None where only reading the items tells.
+        (N,) int64, -1 for a row whose label is None; or (N,) text as objects; None where only
+        reading the items tells.
+
+    Raises:
+        ValueError: If a stated label is a float that is no whole number; names the row.
     """
     import datasets
 
     if isinstance(dataset, Subset):
-        whole = find_labels(dataset.dataset)
-        return None if whole is None else whole[np.asarray(dataset.indices)]
+        whole = find_labels(dataset.dataset, split)
+        return None if whole is None else whole[np.asarray(dataset.indices, np.int64)]
     if isinstance(dataset, ConcatDataset):
-        found = [find_labels(part) for part in dataset.datasets]
+        found = [find_labels(part, split) for part in dataset.datasets]
         known = [labels for labels in found if labels is not None]
-        return np.concatenate(known) if len(known) == len(found) else None
+        if len(known) != len(found) or len({labels.dtype for labels in known}) > 1:
+            return None
+        return np.concatenate(known)
     if isinstance(dataset, datasets.Dataset):
         try:
             column = find_columns(dataset.features).label
         except ValueError:  # the transform makes the columns up
             return None
-        return read_label_column(dataset, column)
-    return _labels_as_array(_stated_labels(dataset), len(dataset))  # type: ignore[arg-type]
+        labels = read_label_column(dataset, column, split)
+        return None if labels.dtype == object else labels  # it may turn text into class ids
+    return as_label_array(_stated_labels(dataset), len(dataset), split)  # type: ignore[arg-type]
 
 
-def read_label_column(dataset: datasets.Dataset, column: str) -> np.ndarray:
+def read_label_column(dataset: datasets.Dataset, column: str, split: str) -> np.ndarray:
     """Read the labels of an HF data set.
 
     Args:
         dataset: The data set.
         column: Name of the label column.
+        split: Name of the split, for messages.
 
     Returns:
-        (N,) int64, -1 where the label is null.
-    """
-    import pyarrow as pa
+        (N,) int64, -1 where the label is null; or (N,) text as objects.
 
+    Raises:
+        ValueError: If a label is neither a whole number nor text; names the row.
+    """
     values = dataset.select_columns([column]).with_format("arrow")[:][column]
-    labels: np.ndarray = values.cast(pa.int64()).fill_null(NO_LABEL).to_numpy()
-    return labels
+    return read_label_values(values, split)
 
 
 def _stated_labels(dataset: object) -> object:
@@ -84,20 +92,6 @@ def _stated_labels(dataset: object) -> object:
         return None
     targets = getattr(dataset, "targets", None)
     return getattr(dataset, "labels", None) if targets is None else targets
-
-
-def _labels_as_array(labels: object, num_rows: int) -> np.ndarray | None:
-    """Labels as (N,) int64, or None where they are no such thing."""
-    if labels is None or callable(labels):
-        return None
-    if isinstance(labels, (list, tuple)):
-        labels = [NO_LABEL if label is None else label for label in labels]
-    try:
-        array = np.asarray(labels)
-    except (TypeError, ValueError):
-        return None
-    is_class_ids = array.shape == (num_rows,) and np.issubdtype(array.dtype, np.integer)
-    return array.astype(np.int64) if is_class_ids else None
 
 
 def find_class_names(dataset: object) -> tuple[str, ...] | None:
@@ -127,7 +121,7 @@ def find_class_names(dataset: object) -> tuple[str, ...] | None:
 
 def check_labels(
     labels: np.ndarray,
-    num_classes: int,
+    num_classes: int | None,
     split: str,
     rows: np.ndarray | Sequence[int] | None = None,
     *,
@@ -137,7 +131,7 @@ def check_labels(
 
     Args:
         labels: (N,) integers.
-        num_classes: Number of classes C; a label must be in 0 .. C - 1.
+        num_classes: Number of classes C; a label must be in 0 .. C - 1. None: it is not known.
         split: Name of the split, for the message.
         rows: Numbers of the rows, (N,), for the message; None: 0 .. N - 1.
         allow_unlabelled: Allow -1, a row without a label.
@@ -146,7 +140,10 @@ def check_labels(
         ValueError: If a label is outside; names the first such row.
     """
     lowest = NO_LABEL if allow_unlabelled else 0
-    outside = np.flatnonzero((labels < lowest) | (labels >= num_classes))
+    is_outside = labels < lowest
+    if num_classes is not None:
+        is_outside |= labels >= num_classes
+    outside = np.flatnonzero(is_outside)
     if not len(outside):
         return
     first = int(outside[0])
@@ -161,7 +158,7 @@ def check_labels(
         )
     else:
         advice = "Correct the labels, or pass the right num_classes=."
-    raise ValueError(
-        f"split {split!r}, row {row}: label {label} is outside 0 .. {num_classes - 1}{more}. "
-        f"{advice}"
-    )
+    allowed = "no class id, which is 0 or more"
+    if num_classes is not None:
+        allowed = f"outside 0 .. {num_classes - 1}"
+    raise ValueError(f"split {split!r}, row {row}: label {label} is {allowed}{more}. {advice}")

@@ -1,9 +1,8 @@
-"""The splits of a source, opened: tables, streams or the user's DataLoaders; and their classes."""
+"""The splits of a source, opened: tables, streams or the user's DataLoaders."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from kdtoolkit.data.columns import ColumnNames
 from kdtoolkit.data.dataset import Data, Split
-from kdtoolkit.data.labels import NO_LABEL, check_labels, find_class_names, find_labels
+from kdtoolkit.data.image_reader import ImageReader
+from kdtoolkit.data.label_values import NO_LABEL
+from kdtoolkit.data.labels import check_labels
 from kdtoolkit.data.sources import OpenedSource, open_source
+from kdtoolkit.data.split_names import FULL_NAMES, describe_rows
 from kdtoolkit.data.stream import StreamDataset
 from kdtoolkit.data.tables import HFTable, Table, TorchTable
 from kdtoolkit.data.user_loader import check_loader
-from kdtoolkit.utils.validation import check_whole_number
 
 SplitSource = Table | StreamDataset | DataLoader[Any]
 """What the rows of a split are read from."""
@@ -33,6 +34,9 @@ class OpenSplits:
         rows: Numbers of the rows of each split that is read from a table, (N,) integers.
         no_validation: Why there is no validation split, in words.
         hidden_labels: Which labels are hidden, in words; "" for none.
+        notes: Sentences about what was left out or decided, for the plan.
+        reader: Reads the images of all splits.
+        probed_sizes: The different (H, W) in pixels of the images looked at, by split.
     """
 
     sources: dict[str, SplitSource]
@@ -40,6 +44,9 @@ class OpenSplits:
     rows: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     no_validation: str = "not asked for"
     hidden_labels: str = ""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    reader: ImageReader = dataclasses.field(default_factory=ImageReader)
+    probed_sizes: dict[str, list[tuple[int, int]]] = dataclasses.field(default_factory=dict)
 
     @property
     def train(self) -> SplitSource:
@@ -67,12 +74,12 @@ class OpenSplits:
 def open_splits(opened: OpenedSource, eval_data: object, columns: ColumnNames | None) -> OpenSplits:
     """Open the splits of a source, and the test split of `eval_data`.
 
-    A test split without labels is left out, and a validation split takes its place.
+    A validation or test split without labels is left out, with a note.
 
     Args:
         opened: The source of the training data.
         eval_data: The source of the test data, or None.
-        columns: (image, label) columns of HF data sets; None: find them by type.
+        columns: (image, label) columns of HF data sets; None: find them.
 
     Returns:
         The splits.
@@ -80,117 +87,108 @@ def open_splits(opened: OpenedSource, eval_data: object, columns: ColumnNames | 
     Raises:
         ValueError: If a split is of no known kind, or `eval_data` has no labels.
     """
-    sources = {name: _open_split(raw, name, columns) for name, raw in opened.splits.items()}
-    origins = {name: f"the source's {name} split" for name in sources}
-    splits = OpenSplits(sources, origins)
+    splits = OpenSplits({}, {}, notes=list(opened.notes))
+    train = splits.sources["train"] = _open_split(opened.splits["train"], "train", columns)
+    for name, raw in opened.splits.items():
+        if name != "train" and not (name == "test" and eval_data is not None):
+            source = _open_labelled(raw, name, columns, train)
+            if source is None:
+                splits.notes.append(_describe_unlabelled(name, opened.names[name], raw))
+            else:
+                splits.sources[name] = source
+    splits.origins |= {name: f"the source's {opened.names[name]} split" for name in splits.sources}
     if eval_data is not None:
-        sources["test"] = _open_split(_test_split(eval_data), "test", columns)
-        origins["test"] = "eval_data"
-    _remove_unlabelled_test(splits)
-    if "test" not in sources and "val" in sources:
-        test = sources["test"] = sources.pop("val")
-        origins["test"] = "the source's validation split (it has no labelled test split)"
-        if not isinstance(test, DataLoader):
-            test.split = "test"
+        if "test" in opened.splits:
+            rows = describe_rows(opened.splits["test"])
+            splits.notes.append(
+                f"split {opened.names['test']!r}{rows} is left out: eval_data is the test split"
+            )
+        _open_eval_data(splits, eval_data, columns)
     return splits
 
 
-def _test_split(eval_data: object) -> Any:
+def _open_eval_data(splits: OpenSplits, eval_data: object, columns: ColumnNames | None) -> None:
     given = eval_data.test if isinstance(eval_data, Data) else eval_data
     if isinstance(given, Split):
         raise ValueError("eval_data is a Data: pass what it was loaded from")
-    splits = open_source(given).splits
-    return next(splits[name] for name in ("test", "val", "train") if name in splits)
+    found = open_source(given)
+    splits.notes += [f"eval_data: {note}" for note in found.notes]
+    name = next(name for name in ("test", "val", "train") if name in found.splits)
+    for other, part in found.splits.items():
+        if other != name:
+            splits.notes.append(
+                f"eval_data: split {found.names[other]!r}{describe_rows(part)} is left out: "
+                f"{found.names[name]!r} is the test split"
+            )
+    raw = found.splits[name]
+    if _has_label_column(raw, splits.train):
+        columns = _columns_of(splits.train, raw) or columns
+    source = _open_split(raw, "test", columns)
+    if _is_unlabelled(source):
+        raise ValueError("eval_data: every label is -1, so it is not labelled; pass labelled data")
+    splits.sources["test"], splits.origins["test"] = source, "eval_data"
+
+
+def _open_labelled(
+    raw: Any, split: str, columns: ColumnNames | None, train: SplitSource
+) -> SplitSource | None:
+    """Open a split for evaluation; None if it has no labels.
+
+    Its columns are those of the training data: another column is no label.
+    """
+    if not _has_label_column(raw, train):
+        return None
+    columns = _columns_of(train, raw) or columns
+    source = _open_split(raw, split, columns)
+    return None if _is_unlabelled(source) else source
+
+
+def _columns_of(train: SplitSource, raw: Any) -> ColumnNames | None:
+    """The columns of the training data, as far as another split has them."""
+    found = getattr(train, "columns", None)
+    features = getattr(raw, "features", None)
+    if found is None or not features:
+        return None
+    return (found.image if found.image in features else None), found.label
+
+
+def _has_label_column(raw: Any, train: SplitSource) -> bool:
+    """Whether an HF data set has the label column of the training data; True where unknown."""
+    found = getattr(train, "columns", None)
+    features = getattr(raw, "features", None)
+    return found is None or not features or found.label in features
+
+
+def _is_unlabelled(source: SplitSource) -> bool:
+    labels = source.labels if isinstance(source, HFTable | TorchTable) else None
+    return labels is not None and bool((labels == NO_LABEL).all())
+
+
+def _describe_unlabelled(split: str, name: str, raw: object) -> str:
+    return (
+        f"split {name!r}{describe_rows(raw)} is left out: its rows have no labels, so that there "
+        f"is no {FULL_NAMES[split]} split"
+    )
 
 
 def _open_split(raw: Any, split: str, columns: ColumnNames | None) -> SplitSource:
     import datasets
 
+    if isinstance(raw, datasets.Dataset) and raw.format["type"] != "custom":
+        return HFTable(raw, split, columns)
+    if isinstance(raw, datasets.IterableDataset):
+        return StreamDataset(raw, split, columns)
     if isinstance(raw, DataLoader):
         check_loader(raw, split)
         return raw
-    if isinstance(raw, datasets.Dataset) and raw.format["type"] != "custom":
-        return HFTable(raw, split, columns)
-    if isinstance(raw, (datasets.IterableDataset, IterableDataset)):
-        return StreamDataset(raw, split, columns)
+    if isinstance(raw, IterableDataset):
+        return StreamDataset(raw, split)
     if hasattr(raw, "__getitem__") and hasattr(raw, "__len__"):
         return TorchTable(raw, split)
     raise ValueError(
         f"split {split!r} is a {type(raw).__name__}: expected an HF or torch data set, or a "
         "DataLoader"
     )
-
-
-def _remove_unlabelled_test(splits: OpenSplits) -> None:
-    test = splits.sources.get("test")
-    if not isinstance(test, HFTable) or not bool((test.read_labels() == NO_LABEL).all()):
-        return
-    if splits.origins["test"] == "eval_data":
-        raise ValueError("eval_data: every label is -1, so it is not labelled; pass labelled data")
-    splits.remove("test")
-    del splits.origins["test"]
-
-
-def find_classes(
-    sources: Mapping[str, SplitSource], num_classes: int | None
-) -> tuple[tuple[str, ...] | None, int]:
-    """Find the classes of all splits.
-
-    Args:
-        sources: The splits.
-        num_classes: What the user gave, or None.
-
-    Returns:
-        Names of the classes, None where there are none, and their number.
-
-    Raises:
-        ValueError: If splits disagree on the names, or the number is another or cannot be found.
-    """
-    if num_classes is not None:
-        check_whole_number("num_classes", num_classes)
-    names = _common_names({split: _class_names(source) for split, source in sources.items()})
-    if names:
-        if num_classes not in (None, len(names)):
-            raise ValueError(
-                f"num_classes={num_classes}, but the data has {len(names)} classes: leave "
-                "num_classes out"
-            )
-        return names, len(names)
-    if num_classes is not None:
-        return None, num_classes
-    labels = _training_labels(sources["train"])
-    if labels is None:
-        raise ValueError(
-            "the number of classes cannot be seen from the training data: pass num_classes="
-        )
-    return None, int(labels.max()) + 1
-
-
-def _common_names(found: Mapping[str, tuple[str, ...] | None]) -> tuple[str, ...] | None:
-    names = found["train"]
-    for split, other in found.items():
-        if names and other and names != other:
-            shorter = min(len(names), len(other))
-            differs = next((k for k in range(shorter) if names[k] != other[k]), shorter)
-            ours, theirs = (list(n[differs : differs + 1]) or "nothing" for n in (names, other))
-            raise ValueError(
-                f"train has {len(names)} classes, {split} {len(other)}; class {differs} is {ours} "
-                "in train and "
-                f"{theirs} in {split}: the same label must mean the same class"
-            )
-    return names
-
-
-def _class_names(source: SplitSource) -> tuple[str, ...] | None:
-    if isinstance(source, DataLoader):
-        return find_class_names(source.dataset)
-    return source.class_names
-
-
-def _training_labels(train: SplitSource) -> np.ndarray | None:
-    if isinstance(train, DataLoader):
-        return find_labels(train.dataset)
-    return None if isinstance(train, StreamDataset) else train.read_labels()
 
 
 def check_table_labels(splits: OpenSplits, num_classes: int) -> None:

@@ -21,18 +21,21 @@ class Preset:
         augment: Augmentation of training batches.
         num_classes: Number of classes.
         size: (H, W) in pixels.
+        eval_on_validation: Whether papers report accuracy on its validation split, as its test
+            split has no labels.
     """
 
     hub_id: str | None
     augment: BatchAugment
     num_classes: int
     size: tuple[int, int]
+    eval_on_validation: bool = False
 
 
 PRESETS = {
     "cifar10": Preset("uoft-cs/cifar10", BatchAugment(padding=4), 10, (32, 32)),
     "cifar100": Preset("uoft-cs/cifar100", BatchAugment(padding=4), 100, (32, 32)),
-    "tiny-imagenet": Preset("zh-plus/tiny-imagenet", BatchAugment(padding=8), 200, (64, 64)),
+    "tiny-imagenet": Preset("zh-plus/tiny-imagenet", BatchAugment(padding=8), 200, (64, 64), True),
     "fashion-mnist": Preset(
         "zalando-datasets/fashion_mnist", BatchAugment(padding=4), 10, (28, 28)
     ),

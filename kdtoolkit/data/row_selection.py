@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from torch.utils.data import DataLoader
 
 from kdtoolkit.data.open_splits import OpenSplits
 from kdtoolkit.data.seeding import derive_seed
@@ -72,7 +73,11 @@ class TrainRows:
 
 
 def select_rows(
-    splits: OpenSplits, validation: Validation, seed: int, train_limit: int | None
+    splits: OpenSplits,
+    validation: Validation,
+    seed: int,
+    train_limit: int | None,
+    test_on_validation: bool = False,
 ) -> None:
     """Choose the rows of every split that is read from a table.
 
@@ -84,6 +89,7 @@ def select_rows(
         seed: Seed of the draws for validation and for the limit; the test rows are the same for any
             seed.
         train_limit: Train on this many rows only; None: on all that are left.
+        test_on_validation: The source's validation split is what papers report on.
 
     Raises:
         ValueError: If there are too few rows, or rows of a stream or a DataLoader would have to be
@@ -91,8 +97,7 @@ def select_rows(
     """
     if train_limit is not None:
         check_whole_number("train_limit", train_limit, meaning="rows to train on")
-    if validation in ("none", "test"):
-        splits.remove("val")
+    _place_validation(splits, validation, test_on_validation)
     splits.rows = {name: np.arange(len(table)) for name, table in splits.tables().items()}
     train = splits.train
     if not isinstance(train, HFTable | TorchTable):
@@ -104,7 +109,7 @@ def select_rows(
             f"none of {len(train)} training rows has a label: there is nothing to learn from; pass "
             "labelled rows"
         )
-    if "test" not in splits.sources:
+    if "test" not in splits.sources and "val" not in splits.sources:
         _hold_out_test(splits, left)
     wants_validation = validation not in ("none", "test")
     if wants_validation and ("val" not in splits.sources or validation != "auto"):
@@ -119,6 +124,36 @@ def select_rows(
     splits.rows["train"] = left.rows
 
 
+def _place_validation(splits: OpenSplits, validation: Validation, is_test: bool) -> None:
+    """Say what the source's validation split is used for: it chooses the epoch, tests, or neither.
+
+    Args:
+        splits: The splits; the validation split may become the test split or go.
+        validation: From `check_validation`.
+        is_test: The source's validation split is what papers report on.
+    """
+    if "val" not in splits.sources:
+        return
+    own, has_test = splits.origins["val"], "test" in splits.sources
+    chooses = validation == "auto" and not (is_test and not has_test)
+    if chooses:
+        if not has_test:
+            splits.notes.append(
+                f"there is no test split: {own} chooses the epoch, and the final figures are those "
+                "of the same rows; pass eval_data, or validation=0.1 to choose on training rows"
+            )
+        return
+    if has_test:
+        splits.notes.append(f"{own} is left out: validation={validation!r}")
+        splits.remove("val")
+        return
+    source = splits.sources["test"] = splits.sources.pop("val")
+    splits.origins["test"] = f"{own}, as there is no test split"
+    splits.notes.append(f"there is no test split: {own} is the test set")
+    if not isinstance(source, DataLoader):
+        source.split = "test"
+
+
 def _hold_out_test(splits: OpenSplits, left: TrainRows) -> None:
     size = round(TEST_SHARE * len(left.labelled()))
     if size < 1:
@@ -130,6 +165,9 @@ def _hold_out_test(splits: OpenSplits, left: TrainRows) -> None:
     splits.origins["test"] = (
         f"held out of train, as no labelled test split: {size} rows, drawn {left.how}, the same "
         "for all seeds"
+    )
+    splits.notes.append(
+        f"there is no test split: {size:,} training rows, drawn {left.how}, are the test set"
     )
 
 

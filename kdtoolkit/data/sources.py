@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from kdtoolkit.data.files import name_splits, open_path
+from kdtoolkit.data.files import open_path
 from kdtoolkit.data.presets import PRESETS, Preset, load_digits
+from kdtoolkit.data.split_names import NamedSplits, name_splits
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Similarity to a preset from which a name counts as a misspelt one; "imagenet-1k" and "mnist" of
 # the Hub are below.
@@ -33,11 +38,29 @@ class OpenedSource:
         splits: HF or torch data set, or DataLoader, of `"train"`, `"val"` and `"test"`, those that
             there are.
         preset: What is known of a named data set.
+        names: Our name of a split -> the source's.
+        notes: Sentences about what was left out or decided.
     """
 
     name: str
     splits: dict[str, Any]
     preset: Preset | None = None
+    names: dict[str, str] = dataclasses.field(default_factory=lambda: {"train": "train"})
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of_named(
+        cls, name: str, found: NamedSplits, preset: Preset | None = None, notes: Sequence[str] = ()
+    ) -> Self:
+        """Make it of splits that have been named.
+
+        Args:
+            name: Name of the data set.
+            found: The splits.
+            preset: What is known of a named data set.
+            notes: Sentences that stand before those of the splits.
+        """
+        return cls(name, found.splits, preset, found.names, [*notes, *found.notes])
 
 
 def open_source(source: object, data_path: str | os.PathLike[str] | None = None) -> OpenedSource:
@@ -67,7 +90,7 @@ def open_source(source: object, data_path: str | os.PathLike[str] | None = None)
     name = type(source).__name__
     if isinstance(source, dict):  # DatasetDict and IterableDatasetDict are dicts
         first_hf = next((part for part in source.values() if hasattr(part, "info")), None)
-        return OpenedSource(_hf_name(first_hf) or name, name_splits(dict(source), name))
+        return OpenedSource.of_named(_hf_name(first_hf) or name, name_splits(source, name))
     if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
         return OpenedSource(_hf_name(source) or name, {"train": source})
     if isinstance(source, DataLoader):
@@ -86,18 +109,34 @@ def _hf_name(dataset: object) -> str | None:
 
 def _open_name(name: str, data_path: str | os.PathLike[str] | None) -> OpenedSource:
     preset = PRESETS.get(name)
+    _check_not_empty(name, "the name or path of the data")
     if data_path is not None:
-        splits = open_path(Path(data_path).expanduser())
-        return OpenedSource(name, name_splits(splits, str(data_path)), preset)
+        _check_not_empty(os.fspath(data_path), "data_path")
+        return _open_folder(name, Path(data_path), preset)
     if name == "digits":
-        return OpenedSource(name, name_splits(dict(load_digits()), name), preset)
+        return OpenedSource.of_named(name, name_splits(load_digits(), name), preset)
     if preset is None:
         path = Path(name).expanduser()
         if path.exists():
-            return OpenedSource(path.stem, name_splits(open_path(path), name))
+            return _open_folder(path.stem or path.resolve().stem, path)
         _check_hub_name(name)
     hub_id = preset.hub_id if preset and preset.hub_id else name
-    return OpenedSource(name, name_splits(_fetch(hub_id, preset is not None), name), preset)
+    return OpenedSource.of_named(
+        name, name_splits(_fetch(hub_id, preset is not None), name), preset
+    )
+
+
+def _open_folder(name: str, path: Path, preset: Preset | None = None) -> OpenedSource:
+    found = open_path(path.expanduser())
+    return OpenedSource.of_named(name, name_splits(found.splits, str(path)), preset, found.notes)
+
+
+def _check_not_empty(text: str, what: str) -> None:
+    if not text.strip():
+        raise ValueError(
+            f"{what} is {text!r}: an empty path would be the current folder; pass '.' if that is "
+            "meant"
+        )
 
 
 def _check_hub_name(name: str) -> None:

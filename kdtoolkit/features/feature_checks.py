@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtoolkit.features.hooks import FeatureStore
+from kdtoolkit.features.model_output import take_logits
 from kdtoolkit.features.model_trace import ModelTrace
 from kdtoolkit.features.stage_boundary import StageBoundary
 from kdtoolkit.types import TapKey
@@ -19,22 +20,24 @@ OVERWRITTEN = (
 
 
 def check_logits(model: nn.Module, logits: object) -> Tensor:
-    """Check that a model returned one tensor.
+    """Check that a model returned one tensor of logits, alone or under the name `logits`.
 
     Args:
         model: The model.
         logits: What it returned.
 
     Returns:
-        The same, as a tensor.
+        The logits.
 
     Raises:
-        ValueError: If it is anything else.
+        ValueError: If there is no such tensor.
     """
+    logits = take_logits(logits)
     if not isinstance(logits, Tensor):
         raise ValueError(
             f"{type(model).__name__} returns {type(logits).__name__}, logits must be one tensor "
-            "(B, C); wrap the model or set the option that makes it return logits alone"
+            "(B, C), alone or under the name 'logits' (attribute or key); wrap the model or set "
+            "the option that makes it return logits alone"
         )
     return logits
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from kdtoolkit.features.autograd_graph import source_leaves
 from kdtoolkit.features.hooks import FeatureStore, register_hooks
+from kdtoolkit.features.model_output import take_logits
 from kdtoolkit.features.model_trace import ModelTrace
 from kdtoolkit.features.stage_boundary import StageBoundary
 from kdtoolkit.features.tracing import eval_without_gradients
@@ -79,7 +80,7 @@ def _run_on_leaves(
                 copies = [leaf.clone() for leaf in leaves[key]]
                 replace[key] = dict(zip(boundary.read_indices, copies, strict=True))
             store.begin(replace)
-            return tree_leaves(trace.model(image.clone()))
+            return tree_leaves(take_logits(trace.model(image.clone())))
     finally:
         for handle in handles:
             handle.remove()

@@ -23,6 +23,7 @@ from torch.utils._pytree import (
 )
 
 from kdtoolkit.features.autograd_graph import GraphValue, graph_value, graph_values
+from kdtoolkit.features.model_output import take_logits
 from kdtoolkit.features.model_trace import ModelTrace, ModuleCall, TracedOutput
 
 
@@ -172,7 +173,7 @@ def _record_forward(model: nn.Module, x: Tensor) -> ModelTrace:
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(_drop, _drop),
         ):
-            logits = model(leaf.clone())
+            logits = take_logits(model(leaf.clone()))
     finally:
         for handle in handles:
             handle.remove()

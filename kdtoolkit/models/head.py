@@ -34,7 +34,8 @@ def num_outputs(taps: Taps) -> int:
         kind = "" if taps.trace.returns_tensor else "a tuple, list or dict of "
         raise ValueError(
             f"{type(taps.model).__name__} returns {kind}{[tuple(t.shape) for t in logits]}: "
-            "logits must be one tensor (B, classes), wrap the model"
+            "logits must be one tensor (B, classes), alone or under the name 'logits' (attribute "
+            "or key): wrap the model"
         )
     return int(logits[0].shape[1])
 

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
+import torch
 from torch import nn
 
 from kdtoolkit.features.model_inputs import get_pretrained_cfg
 from kdtoolkit.models.describe import set_config
+from kdtoolkit.models.module_checks import check_module, exported_program_error
 from kdtoolkit.models.safetensors_file import config_from_metadata, read_safetensors
-from kdtoolkit.models.state_dicts import load_exactly
+from kdtoolkit.models.source_paths import is_unfinished_run, student_of_run
+from kdtoolkit.models.state_dicts import load_exactly, strip_wrappers, unwrap_state_dict
 from kdtoolkit.models.timm_models import (
     LoadRequest,
     check_name,
@@ -29,9 +31,8 @@ from kdtoolkit.models.timm_models import (
     load_by_name,
     shorten_message,
 )
-from kdtoolkit.models.weights import HUB_PREFIXES
-
-READ_ERRORS = (RuntimeError, OSError, EOFError, SafetensorError, pickle.UnpicklingError)
+from kdtoolkit.models.weights import HUB_PREFIXES, check_complete
+from kdtoolkit.models.weights_file import UnreadableWeights, is_weights_file, read_weights
 
 # Arguments of timm.create_model that do not describe the architecture
 NOT_RECORDED = (
@@ -60,7 +61,8 @@ def load_model(
 
     Args:
         spec: A timm name, "local-dir:PATH" or PATH of a folder, "hf-hub:ID", PATH.safetensors with
-            the architecture in its metadata, or an nn.Module, which is returned as it is.
+            the architecture in its metadata, or an nn.Module, which is returned as it is. The
+            folder of a run stands for its exported student.
         num_classes: Number of classes; None takes that of the source. A timm name with published
             weights gets a new head for another number, as in timm; a file, a folder and the Hub
             raise.
@@ -85,17 +87,25 @@ def load_model(
     """
     if isinstance(spec, nn.Module):
         return spec
+    if isinstance(spec, torch.export.ExportedProgram):
+        raise exported_program_error(role)
     if not isinstance(spec, (str, os.PathLike)):
+        is_class = isinstance(spec, type) and issubclass(spec, nn.Module)
+        hint = f", {spec.__name__}(...) in place of the class" if is_class else ""
         raise ValueError(
-            f"{role}={spec!r}: pass an nn.Module, a timm name, a folder, hf-hub:ID or "
+            f"{role}={spec!r}: pass an nn.Module{hint}, a timm name, a folder, hf-hub:ID or "
             "PATH.safetensors"
         )
     text = os.fspath(spec)
+    if not text.strip():
+        raise ValueError(f"{role}={spec!r} is empty: pass a timm name, or the path of a folder")
     request = LoadRequest(num_classes, pretrained, role, kwargs)
     if text.endswith(".safetensors"):
         model = _load_file(Path(text).expanduser(), request)
     elif text.startswith(HUB_PREFIXES):
         model = _load_from_hub(text, request)
+    elif is_weights_file(text) and not Path(text).expanduser().is_dir():
+        raise _weights_alone(text, role)
     elif text.startswith("local-dir:") or (not timm.is_model(text) and _is_path(text)):
         model = _load_folder(Path(text.removeprefix("local-dir:")).expanduser(), request)
     else:
@@ -113,7 +123,7 @@ def is_timm_name(spec: object) -> bool:
     Returns:
         False for a module, a file, a folder and a name on the Hub.
     """
-    if not isinstance(spec, str) or spec.endswith(".safetensors"):
+    if not isinstance(spec, str) or is_weights_file(spec) or not spec.strip():
         return False
     if spec.startswith((*HUB_PREFIXES, "local-dir:")):
         return False
@@ -121,7 +131,25 @@ def is_timm_name(spec: object) -> bool:
 
 
 def _is_path(text: str) -> bool:
-    return "/" in text or os.sep in text or Path(text).expanduser().is_dir()
+    return "/" in text or os.sep in text or text == "~" or Path(text).expanduser().is_dir()
+
+
+def _weights_alone(text: str, role: str) -> ValueError:
+    """The error for a file that has weights and not the architecture that they are of."""
+    path = Path(text).expanduser()
+    if not path.exists():
+        return ValueError(f"{role}: there is no file {path}")
+    try:
+        content = read_weights(path)[0]
+    except UnreadableWeights as error:
+        return ValueError(f"{role}: {error}")
+    told = content.get("arch") if isinstance(content, Mapping) else None
+    name = told if isinstance(told, str) and timm.is_model(told) else "ARCHITECTURE"
+    says = "" if told is None else f", and says arch={told!r}"
+    return ValueError(
+        f"{role}: {path} holds weights without the architecture that timm would build{says}: pass "
+        f"{role}={name!r} and {role}_weights={text!r} (--{role} {name} --{role}-weights {text})"
+    )
 
 
 def _record_args(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
@@ -143,6 +171,7 @@ def _load_from_hub(name: str, request: LoadRequest) -> nn.Module:
 
 def _load_folder(folder: Path, request: LoadRequest) -> nn.Module:
     role = request.role
+    folder = student_of_run(folder)
     config = _read_config(folder, role)
     if not config.get("architecture"):
         raise ValueError(
@@ -151,15 +180,35 @@ def _load_folder(folder: Path, request: LoadRequest) -> nn.Module:
             "and pass the nn.Module"
         )
     check_name(config["architecture"], role)
-    try:
-        model = create_timm_model(
-            f"local-dir:{folder}", request, request.num_classes, request.loads_weights
-        )
-    except READ_ERRORS as error:
-        raise ValueError(
-            f"{role}: the weights of {folder} cannot be loaded: {shorten_message(error)}"
-        ) from error
+    if request.loads_weights:
+        model = _with_folder_weights(folder, request)
+    else:
+        model = create_timm_model(f"local-dir:{folder}", request, request.num_classes, False)
     _check_classes(model, str(folder), request)
+    return model
+
+
+def _with_folder_weights(folder: Path, request: LoadRequest) -> nn.Module:
+    """The model of a folder, with weights that were read here, not by timm."""
+    name, problem = (
+        f"local-dir:{folder}",
+        f"{request.role}: the weights of {folder} cannot be loaded",
+    )
+    try:
+        state = strip_wrappers(unwrap_state_dict(read_weights(folder)[0], problem)[0])
+    except UnreadableWeights as error:
+        raise ValueError(f"{problem}: {error}") from error
+    given = {"source": "", "file": "", "state_dict": state}
+    options = {**request.options, "pretrained_cfg_overlay": given}
+    with_state = replace(request, options=options)
+    try:
+        model = create_timm_model(name, with_state, request.num_classes, pretrained=True)
+    except (RuntimeError, KeyError) as error:  # of timm's filter, or of load_state_dict
+        unloaded = create_timm_model(name, request, request.num_classes, pretrained=False)
+        check_complete(unloaded, state, problem, request.role)
+        raise ValueError(f"{problem}: {shorten_message(error)}") from error
+    config = {key: v for key, v in get_pretrained_cfg(model).items() if key != "state_dict"}
+    set_config(model, {**config, "source": "local-dir", "file": str(folder)})
     return model
 
 
@@ -169,10 +218,16 @@ def _read_config(folder: Path, role: str) -> dict[str, Any]:
         raise ValueError(
             f"{role}: there is no folder {folder}; for a model of the Hub write 'hf-hub:{folder}'"
         )
+    if not path.is_file() and is_unfinished_run(folder):
+        raise ValueError(
+            f"{role}: {folder} is the folder of a run that has not exported its student: finish "
+            "it with resume='auto'; its student/ is loaded then"
+        )
     if not path.is_file():
         raise ValueError(
             f"{role}: {folder} has no config.json; expected a folder written by "
-            "kdtoolkit.models.save_model"
+            f"kdtoolkit.models.save_model. For weights alone pass {role}='NAME OF THE "
+            f"ARCHITECTURE' and {role}_weights={str(folder)!r}"
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -219,5 +274,7 @@ def _load_file(path: Path, request: LoadRequest) -> nn.Module:
     model = create_timm_model(name, with_recorded, num_classes, pretrained=False)
     set_config(model, {**get_pretrained_cfg(model), **config})
     if request.loads_weights:
-        load_exactly(model, state, f"{role}: {path} does not fit {name}")
+        problem = f"{role}: {path} does not fit {name}"
+        check_complete(model, state, problem, role)
+        load_exactly(model, state, problem)
     return model

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
+
+from kdtoolkit.models.copying import copy_network
 
 
 def reinitialised_copy(net: nn.Module, seed: int) -> nn.Module:
@@ -29,7 +29,7 @@ def reinitialised_copy(net: nn.Module, seed: int) -> nn.Module:
         peers = [net, reinitialised_copy(net, seed=1), reinitialised_copy(net, seed=2)]
         ```
     """
-    new = copy.deepcopy(net)
+    new = copy_network(net)
     before = {name: p.detach().clone() for name, p in new.named_parameters()}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

@@ -13,20 +13,41 @@ from torch import Tensor, nn
 
 from kdtoolkit.features.model_inputs import get_pretrained_cfg
 
-# Keys under which a checkpoint holds its state dict, the preferred one first
+# Keys under which a checkpoint holds its state dict, the preferred one first: averaged weights are
+# those that training scripts evaluate
 CONTAINERS = (
     "state_dict_ema",
     "model_ema",
+    "ema_state_dict",
+    "ema",
     "state_dict",
+    "model_state_dict",
+    "model_state",
     "model",
     "student",
     "teacher",
     "network",
     "net",
+    "backbone",
+    "encoder",
     "module",
     "weights",
+    "params",
+)
+# Buffers that a network computes from its structure when it is built, and counters: they may be
+# missing, and timm's own files lack them
+RECOMPUTED_BUFFERS = (
+    "num_batches_tracked",
+    "attn_mask",
+    "relative_position_index",
+    "relative_coords_table",
+    "attention_bias_idxs",
+    "total_ops",  # of profilers
+    "total_params",
+    "n_averaged",
 )
 WRAPPER_PREFIXES = ("_orig_mod.module.", "module.", "_orig_mod.")  # torch.compile, DDP
+WRAPPERS = ("_orig_mod", "module", "model", "student", "teacher", "network", "net", "backbone")
 
 
 @dataclass
@@ -35,7 +56,7 @@ class StateDictMatch:
 
     Attributes:
         state: The tensors that match in name and shape.
-        missing: Names that only the network has, without the counters of BatchNorm.
+        missing: Names that only the network has, without `RECOMPUTED_BUFFERS`.
         unexpected: Names that only the state dict has.
         mismatched: Name -> both shapes, in words, for tensors of another shape.
     """
@@ -73,9 +94,21 @@ def match_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> StateDict
         if key in own and value.shape != own[key].shape
     }
     matching = {k: v for k, v in state.items() if k in own and k not in mismatched}
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in own]
+    missing = [k for k in own if k not in state and not is_recomputed(k)]
+    unexpected = [k for k in state if k not in own and not is_recomputed(k)]
     return StateDictMatch(matching, missing, unexpected, mismatched)
+
+
+def is_recomputed(name: str) -> bool:
+    """Tell whether a tensor is none of training, so that a state dict need not hold it.
+
+    Args:
+        name: Name of the tensor.
+
+    Returns:
+        True for `RECOMPUTED_BUFFERS`.
+    """
+    return name.rpartition(".")[2] in RECOMPUTED_BUFFERS
 
 
 def shorten_list(names: Sequence[str], most: int = 4) -> str:
@@ -131,7 +164,7 @@ def _find_filter(model: nn.Module) -> Callable[..., dict[str, Tensor]] | None:
     return None
 
 
-def unwrap_state_dict(checkpoint: object, name: str) -> dict[str, Tensor]:
+def unwrap_state_dict(checkpoint: object, name: str) -> tuple[dict[str, Tensor], str | None]:
     """Take the tensors of a checkpoint out of their containers.
 
     Args:
@@ -140,18 +173,20 @@ def unwrap_state_dict(checkpoint: object, name: str) -> dict[str, Tensor]:
         name: How messages call it, such as "student_weights".
 
     Returns:
-        The state dict.
+        The state dict, and a sentence on which one was taken where there are several, else None.
 
     Raises:
         ValueError: If there are no tensors in it.
     """
     content: Any = checkpoint
+    note = None
     while isinstance(content, Mapping):
-        held = (content.get(key) for key in CONTAINERS)
-        inner = next((value for value in held if isinstance(value, Mapping) and value), None)
-        if inner is None:
+        held = [key for key in CONTAINERS if _holds_more(content.get(key))]
+        if not held:
             break
-        content = inner
+        if len(held) > 1:
+            note = f"{held[0]!r} is taken, not {', '.join(map(repr, held[1:]))}"
+        content = content[held[0]]
     entries = content if isinstance(content, Mapping) else {}
     tensors = {str(k): v for k, v in entries.items() if isinstance(v, Tensor)}
     if not tensors:
@@ -159,9 +194,16 @@ def unwrap_state_dict(checkpoint: object, name: str) -> dict[str, Tensor]:
         found = shorten_list([str(k) for k in entries]) if is_mapping else type(content).__name__
         raise ValueError(
             f"{name}: no tensors are in it, but {found}; allowed: a state dict, or one under "
-            "'state_dict'"
+            f"{', '.join(map(repr, CONTAINERS))}"
         )
-    return tensors
+    return tensors, note
+
+
+def _holds_more(value: object) -> bool:
+    """Whether a value is a mapping of tensors, or of such mappings."""
+    return isinstance(value, Mapping) and any(
+        isinstance(entry, (Tensor, Mapping)) for entry in value.values()
+    )
 
 
 def strip_prefix(state: Mapping[str, Tensor], own: set[str]) -> dict[str, Tensor]:
@@ -173,7 +215,8 @@ def strip_prefix(state: Mapping[str, Tensor], own: set[str]) -> dict[str, Tensor
 
     Returns:
         The part of `state` with the prefix that makes most names those of the network, without this
-        prefix. Names of another code base only lose "module." and "_orig_mod.".
+        prefix; the others lose as much of it as they have. Names of another code base only lose
+        "module." and "_orig_mod.".
     """
 
     def num_known(prefix: str) -> int:
@@ -183,7 +226,43 @@ def strip_prefix(state: Mapping[str, Tensor], own: set[str]) -> dict[str, Tensor
     if num_known(best) == 0:  # names of another code base, which timm's filter may know
         common = [p for p in WRAPPER_PREFIXES if all(k.startswith(p) for k in state)]
         best = common[0] if common else ""
-    return {k.removeprefix(best): v for k, v in state.items() if k.startswith(best)}
+    inside = {k.removeprefix(best): v for k, v in state.items() if k.startswith(best)}
+    outside = {_without_start(k, best): v for k, v in state.items() if not k.startswith(best)}
+    return {k: v for k, v in outside.items() if k in own} | inside | _linear_layers(outside)
+
+
+def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove beginnings that all names share and that training scripts add.
+
+    Args:
+        state: The state dict.
+
+    Returns:
+        The state dict without them.
+    """
+    found = dict(state)
+    while found:
+        first = {key.partition(".")[0] for key in found}
+        if len(first) != 1 or not first <= set(WRAPPERS):
+            break
+        found = {key.partition(".")[2]: value for key, value in found.items()}
+    return found
+
+
+def _without_start(name: str, prefix: str) -> str:
+    """A name without the parts that it shares with a prefix: "module.fc" of "module.encoder."."""
+    parts, start = name.split("."), prefix.split(".")
+    shared = 0
+    while shared < len(parts) - 1 and parts[shared] == start[shared]:
+        shared += 1
+    return ".".join(parts[shared:])
+
+
+def _linear_layers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights (rows, columns) and their biases, among which the classifier may be."""
+    stems = [k.removesuffix("weight") for k, v in state.items() if k.endswith("weight")]
+    stems = [stem for stem in stems if state[f"{stem}weight"].dim() == 2]
+    return {k: v for k, v in state.items() if k.rpartition(".")[0] + "." in stems}
 
 
 def _all_prefixes(state: Mapping[str, Tensor]) -> list[str]:
@@ -211,8 +290,8 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor], problem: str) ->
     fitting = {k: v for k, v in state.items() if k not in mismatched}
     result = model.load_state_dict(fitting, strict=False)
     faults = {
-        "missing": [key for key in result.missing_keys if key not in mismatched],
-        "unexpected": result.unexpected_keys,
+        "missing": [k for k in result.missing_keys if k not in mismatched and not is_recomputed(k)],
+        "unexpected": [key for key in result.unexpected_keys if not is_recomputed(key)],
         "of another shape": [
             f"{key} (file {tuple(state[key].shape)}, model {tuple(own[key].shape)})"
             for key in mismatched

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,19 @@ from kdtoolkit.features.model_inputs import get_pretrained_cfg, input_shape
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.models.head import num_outputs, replace_head
 from kdtoolkit.models.loading import is_timm_name, load_model
+from kdtoolkit.models.module_checks import check_module
 from kdtoolkit.models.weights import load_weights
 from kdtoolkit.pipeline.config import NetworksConfig
 from kdtoolkit.pipeline.data_info import DataInfo
+
+GREY_AND_COLOUR = {1, 3}  # either is made of the other
+# options of timm.create_model that a run gives itself: name -> what to do instead
+SET_BY_THE_RUN = {
+    "pretrained": "name the weights' tag ('resnet18.a1_in1k'), or pass {}_weights",
+    "checkpoint_path": "pass the file as {}_weights",
+    "role": "leave it out",
+    "spec": "pass the network as {}",
+}
 
 
 def as_list(source: Any) -> list[Any]:
@@ -65,18 +75,20 @@ def build_student(
     """
     source, options, weights = networks.student, networks.student_args, networks.student_weights
     assert source is not None  # checks.resolve_method
-    check_no_options(source, options, "student")
+    options = check_options(source, options, "student", info.num_classes)
     by_name = is_timm_name(source)
     pretrained = False if dry_run or weights is not None else None
     # other sources keep their own classes first: their weights need them
     num_classes = info.num_classes if by_name else None
+    options = with_channels(options, by_name, info)
     net = load_model(
         source,
         num_classes=num_classes,
         role="student",
         pretrained=pretrained,
-        **dict(options or {}),
+        **options,
     )
+    check_usable(net, source, "student")
     with_tag = by_name and "." in str(source)
     held = (
         get_pretrained_cfg(net).get("num_classes")
@@ -145,7 +157,7 @@ def check_trainable(net: nn.Module, info: DataInfo) -> nn.Module:
             "torch.float32: pass "
             'student.float(), and mixed_precision="bf16" for speed'
         )
-    check_input_channels(net, "student")
+    check_input_channels(net, "student", info.channels)
     held = num_outputs(untapped(net, info.image_size))
     if held != info.num_classes:
         raise ValueError(
@@ -155,38 +167,96 @@ def check_trainable(net: nn.Module, info: DataInfo) -> nn.Module:
     return net
 
 
-def check_input_channels(net: nn.Module, role: str) -> None:
-    """Check that a network takes images of three channels, which all data has.
+def check_input_channels(net: nn.Module, role: str, channels: int = 3) -> None:
+    """Check that a network takes images of the data's channels, or grey for colour or vice versa.
 
     Args:
         net: The network.
         role: "student" or "teacher", for the message.
+        channels: Channels of the data.
 
     Raises:
         ValueError: If it takes another number of channels.
     """
-    channels = input_shape(net)[0]
-    if channels != 3:
-        raise ValueError(
-            f"the {role} takes images of {channels} channels, those of the data have 3 (grey ones "
-            "are repeated): build "
-            f"it with {role}_args={{'in_chans': 3}}"
-        )
+    found = input_shape(net)[0]
+    if found == channels or {found, channels} <= GREY_AND_COLOUR:
+        return
+    of_data = f", or pass channels={found} for data of {found} channels" if found == 4 else ""
+    raise ValueError(
+        f"the {role} takes images of {found} channels, those of the data have {channels}: build "
+        f"it with {role}_args={{'in_chans': {channels}}}{of_data}"
+    )
 
 
-def check_no_options(source: Any, options: Any, role: str) -> None:
-    """Check that constructor options are given for a network that is built by name only.
+def check_usable(net: nn.Module, source: Any, role: str) -> None:
+    """Check a module of the caller as far as that needs no forward.
+
+    Args:
+        net: The network.
+        source: What the caller gave for it; a network that was built by name is not checked.
+        role: "student" or "teacher", for the message.
+
+    Raises:
+        ValueError: As `check_module`.
+    """
+    if source is net:
+        check_module(net, role)
+
+
+def with_channels(options: dict[str, Any], by_name: bool, info: DataInfo) -> dict[str, Any]:
+    """The options of a network, with the channels of the data where these are not three.
+
+    Args:
+        options: Options of its constructor.
+        by_name: Whether timm builds the network; others have the channels that they have.
+        info: The data.
+
+    Returns:
+        The options, with `in_chans` unless that is given.
+    """
+    return options if not by_name or info.channels == 3 else {"in_chans": info.channels} | options
+
+
+def check_options(
+    source: Any, options: Any, role: str, num_classes: int | None = None
+) -> dict[str, Any]:
+    """Check the constructor options of a network that is built by name.
 
     Args:
         source: Where the network comes from.
         options: Options of its constructor.
         role: "student" or "teacher", for the message.
+        num_classes: Number of classes that the network gets, so that options must not say another;
+            None where they may.
+
+    Returns:
+        The options to pass on.
 
     Raises:
-        ValueError: If the network is built already.
+        ValueError: If the network is built already, or an option is one that the run sets itself.
     """
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+        raise ValueError(
+            f"{role}_args={options!r}: pass options of the constructor by name, such as "
+            "{'img_size': 32}"
+        )
     if options and isinstance(source, nn.Module):
         raise ValueError(
             f"{role}_args={dict(options)} has no effect on a network that is already built: pass "
             "its name"
         )
+    found = dict(options)
+    for name, instead in SET_BY_THE_RUN.items():
+        if name in found:
+            raise ValueError(f"{role}_args: {name!r} is set by the run; {instead.format(role)}")
+    if num_classes is None or "num_classes" not in found:
+        return found
+    given = found.pop("num_classes")
+    if given != num_classes:
+        raise ValueError(
+            f"{role}_args={{'num_classes': {given!r}}}: the {role} gets as many classes as the "
+            f"data, {num_classes}: leave it out"
+        )
+    return found

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import copy
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.preprocess import Preprocess
+from kdtoolkit.models.copying import copy_network
 from kdtoolkit.models.head import num_outputs, replace_head
 from kdtoolkit.models.loading import is_timm_name, load_model
+from kdtoolkit.models.source_paths import student_of_run
 from kdtoolkit.models.weights import load_weights
+from kdtoolkit.pipeline.class_order import match_class_order
 from kdtoolkit.pipeline.config import TEACHER_HEADS, NetworksConfig
 from kdtoolkit.pipeline.data_info import DataInfo
 from kdtoolkit.pipeline.networks import (
     as_list,
     check_input_channels,
-    check_no_options,
+    check_options,
+    check_usable,
     untapped,
+    with_channels,
 )
 
 # with these a teacher of other classes gets a new head
@@ -93,12 +99,19 @@ def build_teachers(
     for number, source in enumerate(sources):
         label = "the teacher" if len(sources) == 1 else f"teacher {number}"
         head = heads[number]
-        net = _load_teacher(source, options[number], weights[number], info, notes, dry_run=dry_run)
+        net = _load_teacher(
+            source, options[number], weights[number], head, info, notes, dry_run=dry_run
+        )
         check_no_shared_parameters(net, student)
-        check_input_channels(net, "teacher")
+        check_input_channels(net, "teacher", info.channels)
+        if not finetuned:
+            taps, is_callers = untapped(net, info.image_size), net is source
+            net = match_class_order(
+                taps, info.class_names, label=label, head=head, is_callers=is_callers, notes=notes
+            )
         held = num_outputs(untapped(net, info.image_size))
         if head in TRAINED_HEADS and not finetuned:
-            net = copy.deepcopy(net) if net is source else net
+            net = copy_network(net) if net is source else net
             if held != info.num_classes:
                 replace_head(untapped(net, info.image_size), info.num_classes, seed)
             to_finetune.append(number)
@@ -133,27 +146,43 @@ def _load_teacher(
     source: Any,
     options: Mapping[str, Any] | None,
     weights: Any,
+    head: str | None,
     info: DataInfo,
     notes: list[str],
     *,
     dry_run: bool,
 ) -> nn.Module:
-    check_no_options(source, options, "teacher")
+    options = check_options(source, options, "teacher")
     by_name = is_timm_name(source)
     # what a download brings for a name without a tag is not known in a dry run: take the data's
     unknown_classes = dry_run and by_name and "." not in source
-    classes = {"num_classes": info.num_classes} if unknown_classes else {}
+    if unknown_classes:
+        options = {"num_classes": info.num_classes} | options
+    options = with_channels(options, by_name, info)
     if dry_run or weights is not None:
         pretrained: bool | None = False
     else:
         pretrained = True if by_name else None
-    net = load_model(
-        source, role="teacher", pretrained=pretrained, **classes, **dict(options or {})
-    )
+    net = load_model(source, role="teacher", pretrained=pretrained, **options)
+    check_usable(net, source, "teacher")
+    notes += _source_notes(source)
     if weights is not None:
-        net = copy.deepcopy(net) if net is source else net
-        notes.append(load_weights(net, weights, role="teacher", keep_head=True))
+        net = copy_network(net) if net is source else net
+        is_trained = head is not None and head != "as-is"
+        line = load_weights(
+            net, weights, role="teacher", keep_head=True, head_is_trained=is_trained
+        )
+        notes.append(line)
     return net
+
+
+def _source_notes(source: Any) -> list[str]:
+    """What a path was taken for, where it is not the network's own folder."""
+    if not isinstance(source, (str, os.PathLike)):
+        return []
+    path = Path(str(os.fspath(source)).removeprefix("local-dir:")).expanduser()
+    student = student_of_run(path)
+    return [f"teacher: {path} is a run's folder, its student is loaded"] if student != path else []
 
 
 def _head_note(label: str, held: int | None, num_classes: int, head: str | None) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from kdtoolkit.data.seeding import seeded_generators
 SAMPLE = (
     256  # rows of a split that are looked at, evenly spread; of data in memory all labels as well
 )
+FEW = 32  # the same, to compare the data of a resumed run
 LENGTH = 16  # hexadecimal digits
 
 
@@ -98,6 +101,72 @@ def of_data(data: Data) -> str:
             [_of_split(s) for s in (data.train, data.val) if s is not None],
         ]
     )
+
+
+def of_rows(data: Data) -> dict[str, str]:
+    """Digests of the splits, to tell whether a run that is resumed has the data that it began with.
+
+    A few rows are read twice. Of a stream, and of rows that are not the same when they are read
+    again, nothing can be compared but their kind and number.
+
+    Args:
+        data: The data; its epoch is set to 0.
+
+    Returns:
+        Split -> 16 hexadecimal digits.
+    """
+    data.set_epoch(0)
+    splits = [split for split in (data.train, data.val, data.test) if split is not None]
+    return {split.name: _of_few_rows(split) for split in splits}
+
+
+def _of_few_rows(split: Split) -> str:
+    dataset = split.dataset
+    kind = [type(getattr(dataset, "dataset", dataset)).__qualname__, split.num_rows]
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitems__"):
+        return of_plain(kind)
+    first, second = (_try_rows(split, FEW) for _ in range(2))
+    labels = hashlib.blake2b()
+    _add(labels, getattr(dataset, "labels", None))
+    return of_plain([*kind, first if first == second else None, labels.hexdigest()])
+
+
+def _try_rows(split: Split, count: int) -> str | None:
+    """Digest of a few rows; None where one cannot be read, which training will tell."""
+    try:
+        found = hashlib.blake2b()
+        with seeded_generators(0):
+            at = np.linspace(0, len(split) - 1, min(count, len(split))).astype(int).tolist()
+            rows = split.dataset.__getitems__(at)  # type: ignore[attr-defined]
+        for leaf in tree_leaves(rows):
+            _add(found, leaf)
+        return found.hexdigest()
+    except Exception:
+        return None
+
+
+def of_weights_source(value: Any) -> Any:
+    """What weights are loaded from, as plain values: the content where it can be read here.
+
+    Args:
+        value: A state dict, a path, or the name of weights elsewhere.
+
+    Returns:
+        A digest of a state dict or a file; other sources as text.
+    """
+    found = hashlib.blake2b()
+    if isinstance(value, Mapping):
+        for name, tensor in value.items():
+            found.update(str(name).encode())
+            _add(found, tensor)
+        return found.hexdigest()[:LENGTH]
+    path = os.path.expanduser(os.fspath(value))
+    if not os.path.isfile(path):
+        return os.fspath(value)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()[:LENGTH]
 
 
 def _of_split(split: Split) -> str:

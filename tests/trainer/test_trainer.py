@@ -33,6 +33,7 @@ from kdtoolkit.schedules import Linear
 from kdtoolkit.trainer.evaluator import Evaluator
 from kdtoolkit.trainer.optim import make_optimizer
 from kdtoolkit.utils.checkpoint import CheckpointError
+from kdtoolkit.utils.checkpoint_files import read_states
 from kdtoolkit.utils.signals import Interrupted
 
 EVENTS = [
@@ -62,6 +63,8 @@ def digits() -> Data:
 
 
 SMALL = {"batch_size": 64, "log_every": 1, "progress": "off", "lr": 0.05, "num_workers": 0}
+SMALL["allow_weak_teacher"] = True  # their weights are random
+SMALL["figures"] = False  # half the time of such a run
 
 
 def plain(student="cifar_resnet8", train_data="digits", **options) -> DistillResult:
@@ -103,7 +106,7 @@ def own(seed: int = 0, dropout: float = 0.0) -> Plain:
 @pytest.fixture(scope="session")
 def whole(teacher, tmp_path_factory) -> DistillResult:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    options = {**SMALL, "log_every": 50}  # more than the batches of an epoch
+    options = {**SMALL, "figures": True, "log_every": 50}  # more than the batches of an epoch
     return distill(
         teacher,
         "cifar_resnet8",
@@ -125,7 +128,11 @@ def test_output_folder_is_that_of_the_contract(whole):
         "figures/accuracy.png", "figures/loss.png",
     ):  # fmt: skip
         assert (folder / name).stat().st_size > 0, name
-    assert not [p for p in folder.rglob("*") if p.name.startswith(".") or p.suffix == ".tmp"]
+    written = [p for p in folder.rglob("*") if ".kdtoolkit" not in p.parts]
+    assert not [p for p in written if p.name.startswith(".") or p.suffix == ".tmp"]
+    manifest = json.loads((folder / ".kdtoolkit/manifest.json").read_text())
+    files = sorted(p.relative_to(folder).as_posix() for p in written if p.is_file())
+    assert manifest["files"] == files and manifest["finished"]
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["optim"]["epochs"] == 2 and config["optim"]["weight_decay"] == 5e-4
     assert config["loss"]["losses"] == {"ce": 1.0, "kd": 1.0, "srkd": 0.1}
@@ -185,9 +192,7 @@ def test_best_epoch_is_the_one_that_is_returned(whole):
         key=lambda r: r["top1"],
     )
     assert whole.metrics["epoch"] == best["epoch"]
-    state = torch.load(
-        whole.output_dir / "checkpoints/best/custom_checkpoint_0.pkl", weights_only=True
-    )
+    state = read_states(whole.output_dir / "checkpoints/best", ["loop"])["loop"]["loop"]
     assert state["epoch"] == best["epoch"]
 
 
@@ -674,15 +679,12 @@ def test_a_teacher_of_a_fixed_size_keeps_cost_and_report(digits, tmp_path, caplo
     vit = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=4, depth=2, num_classes=10
     )
-    result = distill(
-        vit, "cifar_resnet8", digits, max_steps=1, output_dir=tmp_path / "run", **SMALL
-    )
+    options = {**SMALL, "max_steps": 1, "figures": True}
+    result = distill(vit, "cifar_resnet8", digits, output_dir=tmp_path / "run", **options)
     assert {"params", "macs", "latency_ms", "teacher_macs"} <= result.metrics.keys()
     text = (tmp_path / "run/report.md").read_text()
     assert "figures/gradcam.png" in text and "could not" not in text + caplog.text
-    back = distill(
-        None, vit, digits, method="none", max_steps=1, output_dir=tmp_path / "vit", **SMALL
-    )
+    back = distill(None, vit, digits, method="none", output_dir=tmp_path / "vit", **options)
     assert back.metrics["macs"] == result.metrics["teacher_macs"]
     assert "figures/gradcam.png" in (tmp_path / "vit/report.md").read_text()
 

@@ -20,12 +20,18 @@ from dataclasses import dataclass, replace
 from kdtoolkit.types import Clock, LossWeight
 from kdtoolkit.utils.validation import (
     check_choice,
+    check_fraction,
     check_non_negative,
+    check_number,
     check_positive,
     check_whole_number,
+    describe_value,
+    plain_scalar,
 )
 
 PAPER_RAMPUP_EPOCHS, PAPER_EPOCHS = 80, 300  # of ONE, OKDDip, PCL and DKEL
+MAX_WEIGHT = 1e12  # of a loss; the largest of the papers is 30,000
+NUM_SAMPLES = 64  # positions of a run at which a schedule is looked at before the run starts
 
 
 # ------------------------------------------------------------------------- shares of the run
@@ -38,12 +44,18 @@ class Linear:
         end: Weight from the share `until` on.
         begin: Share of the run, 0 to 1, at which the change begins.
         until: Share of the run, 0 to 1, at which it ends.
+
+    Raises:
+        ValueError: For a weight that is no number, or shares that are none or not in order.
     """
 
     start: float
     end: float
     begin: float = 0.0
     until: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_change(self.start, self.end, self.begin, self.until)
 
     def __call__(self, clock: Clock) -> float:
         """The weight at a position in the run."""
@@ -61,12 +73,18 @@ class Cosine:
         end: Weight from the share `until` on.
         begin: Share of the run, 0 to 1, at which the change begins.
         until: Share of the run, 0 to 1, at which it ends.
+
+    Raises:
+        ValueError: For a weight that is no number, or shares that are none or not in order.
     """
 
     start: float
     end: float
     begin: float = 0.0
     until: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_change(self.start, self.end, self.begin, self.until)
 
     def __call__(self, clock: Clock) -> float:
         """The weight at a position in the run."""
@@ -83,13 +101,25 @@ class Steps:
         values: Weights, one more than shares.
 
     Raises:
-        ValueError: If the numbers of shares and weights do not fit.
+        ValueError: If the numbers of shares and weights do not fit, a share is not from 0 to 1 and
+            above the one before, or a weight is no number from 0.
     """
 
     at: tuple[float, ...]
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        for name, numbers in (("at", self.at), ("values", self.values)):
+            if not isinstance(numbers, (list, tuple)):
+                raise ValueError(
+                    f"{name} of Steps is {describe_value(numbers)}; allowed: a tuple of numbers"
+                )
+        for share in self.at:
+            check_fraction("at of Steps", share, "share of the run")
+        for value in self.values:
+            check_non_negative("a value of Steps", value)
+        if list(self.at) != sorted(self.at):
+            raise ValueError(f"at of Steps is {self.at}; allowed: ascending shares of the run")
         if len(self.values) != len(self.at) + 1:
             raise ValueError(
                 f"Steps needs one value more than positions, got {len(self.values)} and "
@@ -101,23 +131,47 @@ class Steps:
         return self.values[sum(clock.progress >= a for a in self.at)]
 
 
+def _check_change(start: float, end: float, begin: float, until: float) -> None:
+    """Check the fields of `Linear` and `Cosine`."""
+    check_non_negative("start", start, "weight at the beginning")
+    check_non_negative("end", end, "weight at the end")
+    check_fraction("begin", begin, "share of the run")
+    check_fraction("until", until, "share of the run")
+    if begin > until:
+        raise ValueError(
+            f"begin is {begin} and until {until}; allowed: shares of the run, begin <= until"
+        )
+
+
 def _share(clock: Clock, begin: float, until: float) -> float:
     """Share of the way from `begin` to `until` that is over, 0 to 1."""
     return min(max((clock.progress - begin) / max(until - begin, 1e-12), 0.0), 1.0)
 
 
 # ------------------------------------------------------------------------------ loss weights
-def check_loss_weight(weight: LossWeight) -> None:
+def check_loss_weight(weight: object, name: str = "weight") -> None:
     """Check that a weight is a finite number from 0, or a schedule.
 
     Args:
         weight: What was given.
+        name: What it is the weight of, for the message.
 
     Raises:
         ValueError: If it is neither.
     """
-    if not callable(weight):
-        check_non_negative("weight", weight, "or a schedule, see kdtoolkit.schedules")
+    if isinstance(weight, type) and callable(weight):
+        raise ValueError(
+            f"{name} is the class {weight.__name__}; allowed: a finite number from 0, or a "
+            f"schedule, made by calling the class: {weight.__name__}(...)"
+        )
+    if callable(weight):
+        return
+    check_non_negative(name, weight, "or a schedule, see kdtoolkit.schedules")
+    if weight > MAX_WEIGHT:  # type: ignore[operator]
+        raise ValueError(
+            f"{name} is {describe_value(weight)}; allowed: up to {MAX_WEIGHT:g} (more overflows "
+            "in float32)"
+        )
 
 
 def describe_weight(weight: LossWeight) -> float | str:
@@ -129,20 +183,72 @@ def describe_weight(weight: LossWeight) -> float | str:
     Returns:
         The number, or the schedule as it prints.
     """
-    return weight if isinstance(weight, (int, float)) else repr(weight)
+    number = plain_scalar(weight)
+    return number if isinstance(number, (int, float)) else repr(weight)
 
 
-def weight_at(weight: LossWeight, clock: Clock) -> float:
+def weight_at(weight: LossWeight, clock: Clock, name: str = "") -> float:
     """The value of a weight at a position in the run.
 
     Args:
         weight: A number or a schedule.
         clock: The position.
+        name: What it is the weight of, for the message.
 
     Returns:
         The number.
+
+    Raises:
+        ValueError: If a schedule fails, or returns what is no finite number from 0.
     """
-    return float(weight(clock)) if callable(weight) else float(weight)
+    if not callable(weight):
+        return float(weight)
+    try:
+        value = weight(clock)
+    except Exception as error:
+        raise ValueError(
+            f"{_describe_schedule(weight, name)} raised {type(error).__name__}: {error} "
+            f"{_position(clock)}; a schedule is a function of a Clock (step, epoch, "
+            "steps_per_epoch, total_steps, progress) that returns a number"
+        ) from error
+    # the usual case in one comparison: this runs at every step
+    number = value if type(value) is float else plain_scalar(value)
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if not is_number or not 0 <= number <= MAX_WEIGHT:  # type: ignore[operator]
+        raise ValueError(
+            f"{_describe_schedule(weight, name)} returned {describe_value(value)} "
+            f"{_position(clock)}; allowed: a finite number from 0 up to {MAX_WEIGHT:g}"
+        )
+    return float(number)  # type: ignore[arg-type]
+
+
+def _describe_schedule(schedule: object, name: str) -> str:
+    what = f"the weight of loss {name!r}" if name else "the weight of a loss"
+    return f"{what}, the schedule {describe_value(schedule)},"
+
+
+def _position(clock: Clock) -> str:
+    return f"at step {clock.step} of {clock.total_steps} (epoch {clock.epoch})"
+
+
+def check_over_run(weight: LossWeight, clock: Clock, name: str = "") -> None:
+    """Check a schedule at both ends of a run and at positions between, before anything is trained.
+
+    Args:
+        weight: A number or a schedule; it is called some dozen times, out of order with the run.
+        clock: The length of the run.
+        name: What it is the weight of, for the message.
+
+    Raises:
+        ValueError: If it fails at one of the positions, or returns no finite number from 0.
+    """
+    if not callable(weight):
+        return
+    last = max(clock.total_steps - 1, 0)
+    steps = {round(last * k / NUM_SAMPLES) for k in range(NUM_SAMPLES + 1)}
+    for step in sorted(steps):
+        epoch = step // max(clock.steps_per_epoch, 1)
+        weight_at(weight, replace(clock, step=step, epoch=epoch), name)
 
 
 def with_rampup(
@@ -164,6 +270,7 @@ def with_rampup(
     result = dict(weights)
     if epochs is None:
         return result
+    check_non_negative("rampup_epochs", epochs, "epochs; None is the papers' share of the run")
     for term in terms:
         weight = weights[term]
         if isinstance(weight, SigmoidRampUp):
@@ -207,10 +314,14 @@ def lr_factor(
         Function of the number of an optimizer step, from 0, that returns the factor, 0 to 1.
 
     Raises:
-        ValueError: If the name is unknown, or the warm-up longer than the run.
+        ValueError: If the name is unknown, a milestone is no share, or the warm-up is longer than
+            the run.
     """
     check_choice("scheduler", name, SCHEDULERS)
     check_whole_number("total", total, meaning="optimizer steps of the run")
+    check_non_negative("gamma", gamma)
+    for milestone in milestones:
+        check_fraction("a milestone", milestone, "share of the run")
     if not 0 <= warmup <= total:
         raise ValueError(
             f"a run of {total} steps cannot warm up for {warmup}: use fewer warm-up epochs"
@@ -349,13 +460,14 @@ class SigmoidRampUp:
             and the same share (80 / 300) of shorter ones.
 
     Raises:
-        ValueError: If the length is below 0.
+        ValueError: If the weight or the length is no number from 0.
     """
 
     weight: float = 1.0
     length: float | None = None
 
     def __post_init__(self) -> None:
+        check_non_negative("weight", self.weight, "at the end of the ramp")
         if self.length is not None:
             check_non_negative("length", self.length, "epochs of a ramp")
 
@@ -376,11 +488,19 @@ class LinearRampUp:
         weight: Final weight.
         length: Epochs of the ramp, from 0.
         first: Number of the first epoch: 0, or 1 to start above 0.
+
+    Raises:
+        ValueError: If the weight or the length is no number from 0, or `first` no whole number.
     """
 
     weight: float = 1.0
     length: float = 20.0
     first: int = 0
+
+    def __post_init__(self) -> None:
+        check_non_negative("weight", self.weight, "at the end of the ramp")
+        check_non_negative("length", self.length, "epochs of a ramp")
+        check_whole_number("first", self.first, minimum=0, meaning="number of the first epoch")
 
     def __call__(self, clock: Clock) -> float:
         """The weight at a position in the run."""
@@ -395,11 +515,19 @@ class ExponentialDecay:
         weight: Weight of the first epoch.
         rate: Per epoch, from 0.
         cut: Largest share that becomes 0.
+
+    Raises:
+        ValueError: If the weight or the rate is no number from 0, or `cut` not from 0 to below 1.
     """
 
     weight: float = 1.0
     rate: float = 0.5
     cut: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_non_negative("weight", self.weight, "of the first epoch")
+        check_non_negative("rate", self.rate, "decay per epoch")
+        check_number("cut", self.cut, minimum=0, below=1, meaning="a share")
 
     def __call__(self, clock: Clock) -> float:
         """The weight at a position in the run."""
@@ -413,10 +541,17 @@ class RampUpAsCoded:
     Attributes:
         weight: Final weight, above 0.
         until: Last epoch of the ramp.
+
+    Raises:
+        ValueError: If the weight is not above 0, or `until` no number from 0.
     """
 
     weight: float = 0.1
     until: float = 80.0
+
+    def __post_init__(self) -> None:
+        check_positive("weight", self.weight, "this ramp divides by it")
+        check_non_negative("until", self.until, "epochs")
 
     def __call__(self, clock: Clock) -> float:
         """The weight at a position in the run."""

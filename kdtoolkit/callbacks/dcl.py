@@ -11,6 +11,7 @@ numbers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,7 +21,7 @@ from kdtoolkit import functional
 from kdtoolkit.callbacks.bn_recalibration import recalibrate_batch_norms, running_statistics
 from kdtoolkit.core.callback import Callback, check_several_networks
 from kdtoolkit.core.run_context import RunContext, RunPreview, last_step_of_epoch
-from kdtoolkit.types import Step
+from kdtoolkit.types import Clock, Step
 from kdtoolkit.utils.validation import (
     check_choice,
     check_fraction,
@@ -28,7 +29,9 @@ from kdtoolkit.utils.validation import (
     check_whole_number,
 )
 
+logger = logging.getLogger(__name__)
 UNITS = ("steps", "epochs")
+DEFAULT_INTERVAL = 10  # steps, as in the authors' code
 STATISTICS = ("own", "merged", "recalibrated")
 MOMENTUM = ("own", "merged", "reset")
 
@@ -66,7 +69,7 @@ class DCLMerger(Callback):
 
     def __init__(
         self,
-        every: int = 10,
+        every: int = DEFAULT_INTERVAL,
         *,
         unit: str = "steps",
         beta: float = 0.1,
@@ -84,7 +87,9 @@ class DCLMerger(Callback):
         check_choice("momentum", momentum, MOMENTUM)
         check_non_negative("eps", eps)
         check_fraction("beta", beta, "the share of the common weights")
-        if not 0 <= start <= until <= 1:
+        check_fraction("start", start, "share of the run")
+        check_fraction("until", until, "share of the run")
+        if start > until:
             raise ValueError(
                 f"start is {start!r} and until {until!r}; allowed: shares of the run, "
                 "0 <= start <= until <= 1"
@@ -101,9 +106,10 @@ class DCLMerger(Callback):
         return [f"{when}: weights are merged, rule {self.rule}, beta {self.beta:g}, {statistics}"]
 
     def check(self, run: RunPreview) -> None:
-        """Refuse different architectures, different frozen parts, and data that cannot be read."""
+        """Refuse different architectures or frozen parts, unreadable data, and no merge at all."""
         check_several_networks(self, run.method)
         _check_same_architecture(run.method.networks())
+        self._check_interval(run)
         if self.statistics != "recalibrated" or run.data is None:
             return
         if run.data.train.num_rows is None or run.data.train.user_loader is not None:
@@ -112,6 +118,34 @@ class DCLMerger(Callback):
                 "of the run, and cannot from a stream or a DataLoader: pass a data set, or "
                 "statistics='merged'"
             )
+
+    def _check_interval(self, run: RunPreview) -> None:
+        """Refuse an interval that the user chose and that is longer than the run."""
+        clock = run.clock
+        if clock is None or self.every == DEFAULT_INTERVAL:
+            return
+        if self._is_longer_than(clock, run.config.grad_accum):
+            raise ValueError(self._describe_interval(clock, run.config.grad_accum))
+
+    def _is_longer_than(self, clock: Clock, grad_accum: int) -> bool:
+        return self.beta > 0 and self.every > self._num_units(clock, grad_accum)
+
+    def _num_units(self, clock: Clock, grad_accum: int) -> int:
+        """Length of a run in the unit of `every`, the last epoch whole or not."""
+        per_unit = grad_accum if self.unit == "steps" else clock.steps_per_epoch
+        return -(-clock.total_steps // per_unit)
+
+    def _describe_interval(self, clock: Clock, grad_accum: int) -> str:
+        return (
+            f"DCLMerger merges every {self.every} {self.unit}, and the run has "
+            f"{self._num_units(clock, grad_accum)}: no weights are merged; use a smaller every, or "
+            "a longer run"
+        )
+
+    def on_fit_start(self, run: RunContext) -> None:
+        """Say so where a short run ends before the first merge of the default interval."""
+        if self._is_longer_than(run.clock, run.config.grad_accum):
+            logger.warning("%s", self._describe_interval(run.clock, run.config.grad_accum))
 
     def on_step_end(self, run: RunContext, step: Step) -> None:
         """Merge where it is time, also at the end of an epoch: its evaluation comes later."""

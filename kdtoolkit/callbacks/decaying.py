@@ -11,7 +11,7 @@ Differs: without an EMA teacher in the run, m_j are the other networks' own logi
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -33,7 +33,9 @@ from kdtoolkit.utils.validation import (
     check_choice,
     check_non_negative,
     check_number,
+    check_positive,
     check_temperature,
+    describe_value,
 )
 
 DECAYS = ("exponential", "cosine", "linear")
@@ -77,11 +79,8 @@ class DecayingEnsemble(Callback):
         check_loss_weight(weight)
         check_non_negative("rate", rate, "per epoch")
         check_number("cut", cut, minimum=0, below=1, meaning="a share")
-        if length is not None and (decay == "exponential" or not 0 < length < math.inf):
-            raise ValueError(
-                f"length is {length!r}; allowed: a number above 0 (epochs), with decay='cosine' or "
-                "'linear'"
-            )
+        if length is not None:
+            _check_length(length, decay)
         check_temperature(temperature)
         self.weight, self.rate, self.decay, self.cut = weight, rate, decay, cut
         self.length, self.temperature = length, temperature
@@ -111,6 +110,10 @@ class DecayingEnsemble(Callback):
             return cosine_rampdown(clock.epoch, length)
         return 1.0 - linear_rampup(clock.epoch, length)
 
+    def loss_weights(self) -> Mapping[str, LossWeight]:
+        """The weight of its loss."""
+        return {"decaying": self.weight}
+
     def plan_rows(self) -> list[PlanRow]:
         """The loss "decaying"."""
         teacher = "mean of the others, then each of them"
@@ -119,7 +122,7 @@ class DecayingEnsemble(Callback):
 
     def on_losses(self, run: RunContext, step: Step, batch: Batch) -> dict[str, Tensor] | None:
         """The loss "decaying"; see the module."""
-        weight = weight_at(self.weight, run.clock)
+        weight = weight_at(self.weight, run.clock, "decaying")
         if weight == 0:
             return None
         names = list(run.method.networks())
@@ -134,3 +137,17 @@ class DecayingEnsemble(Callback):
             each = functional.kd_other_teachers(students, teachers, temperature=t)
             terms.append((1 - g) * each.sum())
         return {"decaying": weight * sum(terms[1:], terms[0])}
+
+
+def _check_length(length: object, decay: str) -> None:
+    """Check the epochs in which a share falls to 0; an exponential decay has none."""
+    try:
+        check_positive("length", length)
+        is_allowed = decay != "exponential"
+    except ValueError:
+        is_allowed = False
+    if not is_allowed:
+        raise ValueError(
+            f"length is {describe_value(length)}; allowed: a number above 0 (epochs), with "
+            "decay='cosine' or 'linear'"
+        )

@@ -6,7 +6,7 @@ from typing import Any
 
 from kdtoolkit.core.callback import Callback
 from kdtoolkit.core.run_context import RunContext, RunPreview
-from kdtoolkit.utils.validation import check_whole_number
+from kdtoolkit.utils.validation import check_number, check_whole_number
 
 
 class EarlyStop(Callback):
@@ -14,13 +14,17 @@ class EarlyStop(Callback):
 
     Args:
         patience: Evaluations without a rise after which the run ends, from 1.
-        min_delta: Percent points of top-1 that count as a rise.
+        min_delta: Percent points of top-1 that count as a rise, from 0.
+
+    Raises:
+        ValueError: For a number that is not allowed.
     """
 
     name = "early_stop"
 
     def __init__(self, patience: int = 10, *, min_delta: float = 0.0) -> None:
         check_whole_number("patience", patience, meaning="evaluations without a rise")
+        check_number("min_delta", min_delta, minimum=0, maximum=100, meaning="percent points")
         self.patience, self.min_delta = patience, min_delta
         self.best, self.waited = -1.0, 0
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -34,9 +34,12 @@ from kdtoolkit.schedules import check_loss_weight, describe_weight, weight_at
 from kdtoolkit.types import Batch, LossWeight, Step
 from kdtoolkit.utils.validation import (
     check_choice,
+    check_flag,
     check_fraction,
+    check_positive,
     check_temperature,
     check_whole_number,
+    describe_value,
 )
 
 FIRST_COUNT = {"constant": None, "from 0": 0, "from 1": 1}  # number of the first update
@@ -120,6 +123,12 @@ class EMATeacher(Callback):
             check_fraction("decay", decay, "the share of the teacher in an update")
         check_temperature(temperature)
         check_whole_number("init_steps", init_steps, minimum=0, meaning="optimizer steps")
+        if init_lr is not None:
+            check_positive("init_lr", init_lr, "learning rate; None is a hundredth of the run's")
+        if view is not None:
+            check_whole_number("view", view, minimum=0, meaning="number of a view, or None")
+        if not isinstance(term, str) or not term:
+            raise ValueError(f"term is {describe_value(term)}; allowed: the name of the loss")
         if product is not None:
             warnings.warn(
                 "EMATeacher(product=...) is named export=... now; the old name goes with the next "
@@ -128,6 +137,8 @@ class EMATeacher(Callback):
                 stacklevel=2,
             )
             export = product
+        if not isinstance(export, str) or not export:
+            check_flag("export", export)
         self.weight, self.decay, self.first_count = weight, decay, FIRST_COUNT[count]
         kd = partial(functional.kd, temperature=temperature)
         self.loss = PROBABILITY_LOSSES.get(loss, kd)
@@ -228,6 +239,10 @@ class EMATeacher(Callback):
             return None
         return self._cached[1]
 
+    def loss_weights(self) -> Mapping[str, LossWeight]:
+        """The weight of its loss."""
+        return {self.term: self.weight}
+
     def plan_rows(self) -> list[PlanRow]:
         """The loss, unless its weight is 0."""
         if self.weight == 0:
@@ -243,7 +258,7 @@ class EMATeacher(Callback):
 
     def on_losses(self, run: RunContext, step: Step, batch: Batch) -> dict[str, Tensor] | None:
         """The loss between every network and the averages; see the module."""
-        weight = weight_at(self.weight, run.clock)
+        weight = weight_at(self.weight, run.clock, self.term)
         if weight == 0:
             return None
         teachers = self.logits(run, batch)

@@ -11,6 +11,7 @@ logits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -104,6 +105,10 @@ class KDCL(Callback):
         z, y = _gather_rows(torch.cat(logits)), _gather_rows(torch.cat(labels))
         return functional.kdcl_general_weights(z.transpose(0, 1), y)
 
+    def loss_weights(self) -> Mapping[str, LossWeight]:
+        """The weight of its loss."""
+        return {"kdcl": self.weight}
+
     def plan_rows(self) -> list[PlanRow]:
         """The loss "kdcl"."""
         teacher, weight = f"common target, {self.rule}", describe_weight(self.weight)
@@ -111,7 +116,7 @@ class KDCL(Callback):
 
     def on_losses(self, run: RunContext, step: Step, batch: Batch) -> dict[str, Tensor] | None:
         """The loss "kdcl"; see the module."""
-        weight = weight_at(self.weight, run.clock)
+        weight = weight_at(self.weight, run.clock, "kdcl")
         if weight == 0:
             return None
         z = [step.logits[name] for name in run.method.networks()]

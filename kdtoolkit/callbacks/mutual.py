@@ -11,6 +11,8 @@ updates.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from kdtoolkit import functional
@@ -19,7 +21,7 @@ from kdtoolkit.core.plan import PlanRow
 from kdtoolkit.core.run_context import RunContext, RunPreview
 from kdtoolkit.schedules import check_loss_weight, describe_weight, weight_at
 from kdtoolkit.types import Batch, LossWeight, Step
-from kdtoolkit.utils.validation import check_choice, check_temperature
+from kdtoolkit.utils.validation import check_choice, check_flag, check_temperature
 
 
 class MutualKL(Callback):
@@ -52,13 +54,13 @@ class MutualKL(Callback):
         form: str = "kl",
     ) -> None:
         check_choice("target", target, functional.MUTUAL_TARGETS)
+        check_temperature(temperature)
         check_choice("form", form, functional.MUTUAL_FORMS)
         if form == "tf" and (temperature, target, detach) != (1.0, "pairwise", True):
             raise ValueError(
                 "form='tf' has temperature=1.0, target='pairwise' and detach=True: leave them out"
             )
-        check_choice("detach", detach, (True, False))
-        check_temperature(temperature)
+        check_flag("detach", detach)
         check_loss_weight(weight)
         self.weight, self.temperature = weight, temperature
         self.target, self.detach, self.form = target, detach, form
@@ -72,6 +74,10 @@ class MutualKL(Callback):
                 "processes train: pass spread=False"
             )
 
+    def loss_weights(self) -> Mapping[str, LossWeight]:
+        """The weight of its loss."""
+        return {"mutual": self.weight}
+
     def plan_rows(self) -> list[PlanRow]:
         """The loss "mutual"."""
         pairwise = self.target == "pairwise"
@@ -81,7 +87,7 @@ class MutualKL(Callback):
 
     def on_losses(self, run: RunContext, step: Step, batch: Batch) -> dict[str, Tensor] | None:
         """The loss "mutual"; see the module."""
-        weight = weight_at(self.weight, run.clock)
+        weight = weight_at(self.weight, run.clock, "mutual")
         if weight == 0:
             return None
         each = functional.mutual_loss(

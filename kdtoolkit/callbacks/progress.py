@@ -19,7 +19,7 @@ from rich.progress import (
 from kdtoolkit.core.callback import Callback
 from kdtoolkit.core.run_context import MetricsRow, RunContext
 from kdtoolkit.types import Step
-from kdtoolkit.utils.validation import check_choice
+from kdtoolkit.utils.validation import check_choice, check_non_negative, describe_value
 
 MODES = ("auto", "bar", "lines", "off")
 MAX_NETWORKS = 4  # of more networks, only those that may be exported are shown
@@ -37,6 +37,9 @@ class ProgressLog(Callback):
 
     def __init__(self, mode: str = "auto", *, interval: float = 30.0, label: str = "") -> None:
         check_choice("progress", mode, MODES)
+        check_non_negative("interval", interval, "seconds between two lines")
+        if not isinstance(label, str):
+            raise ValueError(f"label is {describe_value(label)}; allowed: text")
         self.mode, self.interval, self.label = mode, interval, label
         self.console = Console(soft_wrap=True, highlight=False)
         self.bar: Progress | None = None

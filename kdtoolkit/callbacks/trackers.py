@@ -14,6 +14,7 @@ from accelerate.utils import LoggerType
 from kdtoolkit.core.callback import Callback
 from kdtoolkit.core.run_context import MetricsRow, RunContext
 from kdtoolkit.types import Step
+from kdtoolkit.utils.validation import describe_value
 
 WRITES_FILES = ("tensorboard", "dvclive")
 
@@ -65,9 +66,16 @@ class Trackers(Callback):
 
     Args:
         config: Configuration of the run; its plain values are sent as hyper-parameters.
+
+    Raises:
+        ValueError: If it is no mapping.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        if not isinstance(config, Mapping):
+            raise ValueError(
+                f"config is {describe_value(config)}; allowed: a dictionary of hyper-parameters"
+            )
         self.config = {k: v for k, v in config.items() if isinstance(v, (int, float, str, bool))}
         self._num_sent = 0
 

@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from kdtoolkit.schedules import SCHEDULERS
 from kdtoolkit.utils.validation import (
     check_choice,
-    check_non_negative,
+    check_flag,
+    check_fraction,
     check_number,
     check_positive,
     check_whole_number,
+    describe_value,
 )
 
 # momentum SGD with weight decay on every parameter, as in the papers
 PAPER_OPTIMIZERS = {"sgd": "momentum", "momentum": "momentum", "nesterov": "nesterov"}
 
 EVAL_TEST = ("auto", "every", "end")
+MAX_RATE = 1e6  # of learning rate and weight decay; more only overflows
+MAX_SEED = 2**32 - 1024  # NumPy's limit, less the ranks that are added to it
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,12 @@ class TrainerConfig:
                 f"optimizer is {self.optimizer!r}: give its name, 'sgd', 'nesterov' or one of "
                 "timm.optim.list_optimizers()"
             )
-        check_non_negative("lr", self.lr)
-        check_non_negative("weight_decay", self.weight_decay)
-        check_non_negative("warmup_epochs", self.warmup_epochs, "epochs")
-        check_non_negative("gamma", self.gamma)
+        check_number("lr", self.lr, minimum=0, maximum=MAX_RATE)
+        if self.lr == 0:
+            raise ValueError("lr is 0: nothing would be trained; give a number above 0")
+        check_number("weight_decay", self.weight_decay, minimum=0, maximum=MAX_RATE)
+        check_number("warmup_epochs", self.warmup_epochs, minimum=0, maximum=1e6, meaning="epochs")
+        check_number("gamma", self.gamma, minimum=0, maximum=MAX_RATE)
         check_number("momentum", self.momentum, minimum=0, below=1)
         if self.layer_decay is not None:
             check_number(
@@ -106,3 +112,14 @@ class TrainerConfig:
             check_positive("grad_clip", self.grad_clip, "largest norm of the gradient")
         check_choice("scheduler", self.scheduler, SCHEDULERS)
         check_choice("eval_test", self.eval_test, EVAL_TEST)
+        if not isinstance(self.milestones, (list, tuple)):
+            raise ValueError(
+                f"milestones is {describe_value(self.milestones)}; allowed: a list of shares of "
+                "the run, such as [0.5, 0.75]"
+            )
+        check_choice("monitor", self.monitor, (None, "val", "test"))
+        for milestone in self.milestones:
+            check_fraction("a milestone", milestone, "share of the run, as in [0.5, 0.75]")
+        check_whole_number("seed", self.seed, minimum=0, maximum=MAX_SEED)
+        check_flag("compile", self.compile)
+        check_flag("channels_last", self.channels_last)

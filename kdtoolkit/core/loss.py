@@ -12,6 +12,7 @@ from kdtoolkit.core.plan import ComparedTaps
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.types import Batch, Out, Shape, TapKey
+from kdtoolkit.utils.validation import describe_value
 
 
 class DistillationLoss(nn.Module):
@@ -33,7 +34,7 @@ class DistillationLoss(nn.Module):
         registered: Name under which `register_loss` registered the class.
 
     Raises:
-        ValueError: If it needs taps and gets no pairs.
+        ValueError: If it needs pairs of taps and gets none, or gets networks without taps.
 
     Example:
         In a training loop of your own:
@@ -73,11 +74,10 @@ class DistillationLoss(nn.Module):
         self, student: Taps, teacher: Frozen | None, pairs: Sequence[tuple[TapKey, TapKey]] = ()
     ) -> None:
         super().__init__()
-        if self.needs_taps and not pairs:
-            raise ValueError(
-                f"{type(self).__name__} compares features: give pairs of taps, "
-                "[(student tap, teacher tap)]"
-            )
+        name = type(self).__name__
+        _check_networks(name, student, teacher, teacher_needed=self.needs_teacher)
+        if self.needs_taps:
+            check_pairs(name, pairs)
         self.pairs = [
             (student.resolve_key(s), t if teacher is None else teacher.resolve_key(t))
             for s, t in pairs
@@ -116,6 +116,55 @@ class DistillationLoss(nn.Module):
             ComparedTaps(student=s, teacher=t, adapter=adapter)
             for (s, t), adapter in zip_longest(self.pairs, adapters[: len(self.pairs)])
         ]
+
+
+def _check_networks(loss: str, student: object, teacher: object, *, teacher_needed: bool) -> None:
+    """Check that a loss got tapped networks, a teacher among them where it reads one."""
+    if not isinstance(student, Taps):
+        raise ValueError(
+            f"{loss} got {describe_value(student)} as student; allowed: Taps(network, taps, image "
+            "size)"
+        )
+    is_missing = teacher is None and not teacher_needed
+    if not is_missing and not isinstance(teacher, Taps):
+        raise ValueError(
+            f"{loss} got {describe_value(teacher)} as teacher; allowed: Frozen(network, taps, "
+            "image size)"
+        )
+
+
+def check_pairs(loss: str, pairs: object) -> None:
+    """Check that a loss that compares features got pairs of taps.
+
+    Args:
+        loss: Name of the loss, for the message.
+        pairs: What was given.
+
+    Raises:
+        ValueError: If it is no list of pairs, or an empty one.
+    """
+    is_list = isinstance(pairs, (list, tuple)) and bool(pairs)
+    if not is_list or not all(map(is_pair_of_taps, pairs)):  # type: ignore[call-overload]
+        raise ValueError(
+            f"{loss} compares features: give pairs of taps, [(student tap, teacher tap)], stage "
+            f"numbers or names of modules, got {describe_value(pairs)}"
+        )
+
+
+def is_pair_of_taps(taps: object) -> bool:
+    """Whether a value is a pair of stage numbers or names of modules.
+
+    Args:
+        taps: What was given.
+
+    Returns:
+        True for a list or tuple of two whole numbers or texts; True and False are no numbers.
+    """
+    return (
+        isinstance(taps, (tuple, list))
+        and len(taps) == 2
+        and all(isinstance(tap, (str, int)) and not isinstance(tap, bool) for tap in taps)
+    )
 
 
 def shapes_of(taps: Taps, keys: Sequence[TapKey]) -> list[Shape]:

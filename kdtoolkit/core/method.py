@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from kdtoolkit.core.plan import MethodPlan
 from kdtoolkit.core.run_context import ExportCandidates
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.hooks import remove_tap_hooks
-from kdtoolkit.types import Batch, Clock, Step
+from kdtoolkit.types import Batch, Clock, LossWeight, Step
 
 if TYPE_CHECKING:
     from typing import Self
@@ -98,6 +98,14 @@ class Method(nn.Module):
             and figures to log.
         """
         raise NotImplementedError
+
+    def loss_weights(self) -> Mapping[str, LossWeight]:
+        """Weights of its losses by name; schedules are tried over the whole run before it starts.
+
+        Returns:
+            Numbers and schedules; empty where it has none.
+        """
+        return {}
 
     def networks(self) -> dict[str, nn.Module]:
         """Every network that is trained, complete, by name; the first is the student."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from kdtoolkit.types import Batch, Clock
 if TYPE_CHECKING:
     from kdtoolkit.core.callback import Callback
     from kdtoolkit.core.method import Method
+    from kdtoolkit.metrics.chance import ChanceLevel
 
 MetricsRow = dict[str, Any]  # one line of metrics.jsonl: "event", "epoch", "step" and plain values
 RawBatch = Mapping[str, Tensor]  # what a data loader gives, before augmentation
@@ -62,6 +63,29 @@ class RunPreview:
     config: TrainerConfig
     callbacks: list[Callback]
 
+    @property
+    def clock(self) -> Clock | None:
+        """The clock at the start of the run; None where its length is not known yet.
+
+        That is so in a dry run of a named data set, for a stream, for a loader of unknown length,
+        and for a method that draws rows in its own way.
+        """
+        if self.data is None or self.method.batch_sampler is not None:
+            return None
+        config, train = self.config, self.data.train
+        batches = None if train.num_rows is None else train.num_rows // config.batch_size
+        if batches is not None:
+            batches *= config.grad_accum
+        if train.user_loader is not None:
+            batches = len(train.user_loader) if isinstance(train.user_loader, Sized) else None
+            batches = None if batches is None else batches - batches % config.grad_accum
+        if config.max_steps is not None:
+            total = config.max_steps * config.grad_accum
+            return Clock(steps_per_epoch=batches or total, total_steps=total)
+        if not batches or config.epochs is None:
+            return None
+        return Clock(steps_per_epoch=batches, total_steps=batches * config.epochs)
+
 
 class RunContext(Protocol):
     """What a callback may use of a run.
@@ -102,6 +126,11 @@ class RunContext(Protocol):
     @property
     def teacher_metrics(self) -> dict[str, dict[str, float]]:
         """`{"teacher/<split>": {"top1": ...}}`, accuracies in percent."""
+        ...
+
+    @property
+    def teacher_chance(self) -> dict[str, ChanceLevel]:
+        """`{"teacher/<split>": ...}`: what answers reach that do not depend on the image."""
         ...
 
     def export_candidates(self) -> ExportCandidates:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from kdtoolkit.features.layout_conversion import as_map, as_shape, as_tokens, from_map
 from kdtoolkit.utils.validation import check_choice
 
+RESIZES = ("pool", "interpolate")
+
 
 class Adapter(nn.Module):
     """Map one network's feature to the shape of another's, by a 1x1 convolution and resizing.
@@ -43,7 +45,7 @@ class Adapter(nn.Module):
         self, src_shape: Sequence[int], dst_shape: Sequence[int], *, resize: str = "pool"
     ) -> None:
         super().__init__()
-        check_choice("resize", resize, ("pool", "interpolate"))
+        check_choice("resize", resize, RESIZES)
         self.src, self.dst, self.resize = as_shape(src_shape), as_shape(dst_shape), resize
         self.proj: nn.Module = nn.Identity()
         self.token_proj: nn.Module | None = None

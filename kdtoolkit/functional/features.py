@@ -9,6 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdtoolkit.functional.logits import at_least_float32
+from kdtoolkit.utils.validation import check_number, describe_value
+
+MAXIMUM = "max"  # option `p` of attention
+MAX_POWER = 64  # beyond, powers overflow in float32
 
 
 def fitnet(student_features: Tensor, teacher_features: Tensor) -> Tensor:
@@ -44,7 +48,15 @@ def smaller_grid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Both maps, with one height and one width.
+
+    Raises:
+        ValueError: If one has no height and width.
     """
+    for feature in (a, b):
+        if feature.dim() != 4:
+            raise ValueError(
+                f"feature maps (B, C, H, W) are pooled to one grid, got {tuple(feature.shape)}"
+            )
     grid = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
     return _pooled(a, grid), _pooled(b, grid)
 
@@ -55,28 +67,57 @@ def _pooled(feature: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(feature, grid)
 
 
-def attention(feature: Tensor, *, p: float = 2.0) -> Tensor:
+def attention(feature: Tensor, *, p: float | str = 2.0) -> Tensor:
     """Spatial attention of a feature map: the channel mean of f^p, flattened, with unit length.
 
     A whole `p` is the power itself, with its sign where p is odd, as in published code; any other
-    `p` is a power of |f|.
+    `p` is a power of |f|. `p="max"` is the paper's maximum, max_c |f_c| (its F_max^1): at each
+    position only the strongest channel counts.
 
     Source: Zagoruyko & Komodakis 2017, "Paying more attention to attention".
 
     Args:
         feature: Feature map f, (B, C, H, W).
-        p: The power, above 0.
+        p: The power, above 0, or "max".
 
     Returns:
         Attention maps (B, H * W).
+
+    Raises:
+        ValueError: For another `p`, or a feature without height and width.
     """
+    check_attention_power(p)
     x = at_least_float32(feature)
-    powers = (x if float(p).is_integer() else x.abs()).pow(p)
-    return F.normalize(powers.mean(1).flatten(1), dim=1)
+    if x.dim() != 4:
+        raise ValueError(f"attention is read from a feature map (B, C, H, W), got {tuple(x.shape)}")
+    if isinstance(p, str):
+        collapsed = x.abs().amax(1)
+    else:
+        collapsed = (x if float(p).is_integer() else x.abs()).pow(p).mean(1)
+    return F.normalize(collapsed.flatten(1), dim=1)
+
+
+def check_attention_power(p: object, minimum: float = 0.0) -> None:
+    """Check the option `p` of attention.
+
+    Args:
+        p: What was given.
+        minimum: Smallest power; 0 itself is never allowed.
+
+    Raises:
+        ValueError: If it is neither a power nor "max".
+    """
+    if isinstance(p, str) and p == MAXIMUM:
+        return
+    meaning = f"the power of attention; or {MAXIMUM!r}, the maximum over channels"
+    check_number("p", p, minimum=minimum, maximum=MAX_POWER, above=0, meaning=meaning)
 
 
 def at(
-    student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], *, p: float = 2.0
+    student_features: Sequence[Tensor],
+    teacher_features: Sequence[Tensor],
+    *,
+    p: float | str = 2.0,
 ) -> Tensor:
     """Sum over taps of the mean squared difference of `attention` maps.
 
@@ -87,13 +128,13 @@ def at(
     Args:
         student_features: One feature map (B, C, H, W) for each tap.
         teacher_features: As many feature maps; channels and grids may differ.
-        p: The power of the attention maps, above 0.
+        p: The power of the attention maps, above 0, or "max".
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: If the numbers of features differ or are 0.
+        ValueError: If the numbers of features differ or are 0, or one is no list of feature maps.
     """
     _check_same_number(student_features, teacher_features)
     loss = at_least_float32(student_features[0]).new_zeros(())
@@ -165,6 +206,22 @@ def srkd(student_features: Sequence[Tensor], reset_features: Sequence[Tensor]) -
 
 
 def _check_same_number(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> None:
+    for side, features in (("student", students), ("teacher", teachers)):
+        if isinstance(features, Tensor):
+            raise ValueError(
+                f"{side}_features is one tensor {tuple(features.shape)}; allowed: a list of "
+                "features, one for each tap: put it in a list, [feature]"
+            )
+        if not isinstance(features, (list, tuple)):
+            raise ValueError(
+                f"{side}_features is {describe_value(features)}; allowed: a list of features, one "
+                "for each tap"
+            )
+        for feature in features:
+            if not isinstance(feature, Tensor):
+                raise ValueError(
+                    f"{side}_features holds {describe_value(feature)}; allowed: tensors"
+                )
     if len(students) != len(teachers) or not students:
         raise ValueError(
             "as many student features as teacher features are compared, got "

@@ -1,7 +1,8 @@
 """Attention transfer, AT (Zagoruyko & Komodakis 2017, arXiv 1612.03928).
 
 Loss: sum over taps of mean((a(f_s) - a(f_t))^2), where a(f) is the channel mean of f^2, flattened
-and scaled to unit length; default weight 1000.
+and scaled to unit length; default weight 1000. p="max": the maximum over channels of |f| in place
+of the mean (F_max^1 of the paper).
 
 Differs: grids of different size are average-pooled to the smaller one (the authors use equal
 sizes). The norm is squared, and the mean is taken over positions, as in the authors' code; the
@@ -22,8 +23,8 @@ from kdtoolkit.core.registries import register_loss
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.layout_conversion import as_map
+from kdtoolkit.functional.features import check_attention_power
 from kdtoolkit.types import Batch, Out, TapKey
-from kdtoolkit.utils.validation import check_number
 
 
 @register_loss(
@@ -36,8 +37,8 @@ class AT(DistillationLoss):
         student: The tapped student.
         teacher: The frozen teacher.
         pairs: (student tap, teacher tap) of every pair of features.
-        p: Power of the attention, at least 1: below, the gradient at the zeros of a ReLU is
-            infinite. No unit.
+        p: Power of the attention, at least 1 (below, the gradient at the zeros of a ReLU is
+            infinite), no unit; or "max", the paper's maximum over channels of |f|.
 
     Raises:
         ValueError: For another p, or if every map has a single position.
@@ -49,10 +50,10 @@ class AT(DistillationLoss):
         teacher: Frozen,
         pairs: Sequence[tuple[TapKey, TapKey]] = (),
         *,
-        p: float = 2.0,
+        p: float | str = 2.0,
     ) -> None:
         super().__init__(student, teacher, pairs)
-        check_number("p", p, minimum=1, meaning="the power of attention")
+        check_attention_power(p, minimum=1)
         self.p = p
         self.student_shapes = shapes_of(student, [s for s, _ in self.pairs])
         self.teacher_shapes = shapes_of(teacher, [t for _, t in self.pairs])

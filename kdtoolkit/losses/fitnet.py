@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from kdtoolkit import functional
-from kdtoolkit.core.loss import DistillationLoss, shapes_of
+from kdtoolkit.core.loss import DistillationLoss, check_pairs, shapes_of
 from kdtoolkit.core.registries import register_loss
-from kdtoolkit.features.adapters import Adapter
+from kdtoolkit.features.adapters import RESIZES, Adapter
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.types import Batch, Out, Shape, TapKey
+from kdtoolkit.utils.validation import check_choice, describe_value, plain_scalar
 
 MAX_KERNEL_SIZE = 16  # of a Regressor without stride; beyond, an Adapter has fewer weights
 
@@ -108,6 +109,8 @@ class FitNet(DistillationLoss):
         hint: int | str = "middle",
         resize: str = "pool",
     ) -> None:
+        check_pairs("FitNet", pairs)
+        check_choice("resize", resize, RESIZES)
         super().__init__(student, teacher, choose_hint(pairs, hint))
         student_shapes = shapes_of(student, [s for s, _ in self.pairs])
         teacher_shapes = shapes_of(teacher, [t for _, t in self.pairs])
@@ -135,13 +138,14 @@ def choose_hint(
     Raises:
         ValueError: If there is no such pair.
     """
-    if which == "all":
+    if isinstance(which, str) and which == "all":
         return list(pairs)
-    if which == "middle":
+    if isinstance(which, str) and which == "middle":
         return [pairs[len(pairs) // 2]] if pairs else []
-    if isinstance(which, int) and 1 <= abs(which) <= len(pairs):
-        return [pairs[which - 1 if which > 0 else which]]
+    number = plain_scalar(which)
+    if type(number) is int and 1 <= abs(number) <= len(pairs):
+        return [pairs[number - 1 if number > 0 else number]]
     raise ValueError(
-        f"hint is {which!r}; allowed: a pair of stages from 1 to {len(pairs)} (-1 is the last), "
-        "'middle' or 'all'"
+        f"hint is {describe_value(which)}; allowed: a pair of stages from 1 to {len(pairs)} (-1 is "
+        "the last), 'middle' or 'all'"
     )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kdtoolkit import functional
-from kdtoolkit.core.loss import DistillationLoss
+from kdtoolkit.core.loss import DistillationLoss, check_pairs
 from kdtoolkit.core.registries import register_loss
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
@@ -46,6 +46,7 @@ class SP(DistillationLoss):
         sp_stages: str = "last",
     ) -> None:
         check_choice("sp_stages", sp_stages, ("last", "all"))
+        check_pairs("SP", pairs)
         super().__init__(student, teacher, pairs if sp_stages == "all" else list(pairs)[-1:])
 
     def forward(self, student: Out, teacher: Out, batch: Batch) -> Tensor:

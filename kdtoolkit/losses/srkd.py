@@ -26,6 +26,7 @@ from kdtoolkit.features.adapters import Adapter
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.types import Batch, Out, TapKey
+from kdtoolkit.utils.validation import check_flag, describe_value, plain_scalar
 
 
 @register_loss(
@@ -69,6 +70,7 @@ class SRKD(DistillationLoss):
         resize: str = "pool",
     ) -> None:
         super().__init__(student, teacher, pairs)
+        check_flag("detach", detach)
         if len(self.pairs) < 2:
             raise ValueError(
                 f"stage reset needs at least two pairs of stages, got {self.pairs}: "
@@ -161,11 +163,13 @@ def _zero_of_parameters(inputs: nn.Module, like: Tensor) -> Tensor:
 
 def _reset_numbers(reset: str | Sequence[int], count: int) -> list[int]:
     """Numbers of the pairs that are reset; the first never is, both sides start from the image."""
-    if reset == "all":
+    if isinstance(reset, str) and reset == "all":
         return list(range(2, count + 1))
-    is_list = isinstance(reset, (list, tuple))
-    if not is_list or not all(isinstance(i, int) and 1 <= i <= count for i in reset):
+    numbers = [plain_scalar(i) for i in reset] if isinstance(reset, (list, tuple)) else [None]
+    found = [i for i in numbers if type(i) is int and 1 <= i <= count]
+    if len(found) < len(numbers):
         raise ValueError(
-            f"reset is {reset!r}; allowed: 'all' or a list of stage pairs from 1 to {count}"
+            f"reset is {describe_value(reset)}; allowed: 'all' or a list of stage pairs from 1 to "
+            f"{count}"
         )
-    return sorted({int(i) for i in reset if int(i) > 1})
+    return sorted({i for i in found if i > 1})

@@ -23,10 +23,11 @@ from kdtoolkit.core.strategy import StrategyInputs
 from kdtoolkit.data.sampling import SameClass
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.preprocess import Preprocess
+from kdtoolkit.methods.network_checks import check_inputs, check_tapped
 from kdtoolkit.methods.terms import describe_weights, merge_weights, weights_at
 from kdtoolkit.models.embedding import EmbeddingHook
 from kdtoolkit.types import Batch, Clock, LossWeight, Step
-from kdtoolkit.utils.validation import check_number, check_temperature
+from kdtoolkit.utils.validation import check_number, check_temperature, check_whole_number
 
 TERMS: dict[str, LossWeight] = {"ce": 1.0, "bake": 1.0}
 TARGETS = {"ce": "labels", "bake": "logits of the batch, mixed by similarity"}
@@ -66,9 +67,14 @@ class BAKE(Method):
         image: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        check_tapped("BAKE", "student", student)
+        check_inputs("BAKE", preprocess, image)
         check_temperature(temperature)
         check_number(
             "omega", omega, minimum=0, below=1, meaning="share of the neighbours in a target"
+        )
+        check_whole_number(
+            "partners", partners, minimum=0, meaning="further images of the class of each image"
         )
         self.weights = merge_weights("BAKE", TERMS, weights)
         self.batch_sampler = SameClass(partners) if partners != 0 else None
@@ -94,6 +100,10 @@ class BAKE(Method):
             logits, vectors, temperature=self.temperature, omega=self.omega
         )
         return functional.bake_kd(logits, targets, temperature=self.temperature)
+
+    def loss_weights(self) -> Mapping[str, LossWeight]:
+        """The weights of its losses."""
+        return self.weights
 
     def networks(self) -> dict[str, nn.Module]:
         """The network, "student"."""

@@ -16,7 +16,12 @@ from kdtoolkit.core.run_context import ExportCandidates
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.branch_join import BranchJoin, BranchOutputs
-from kdtoolkit.methods.network_checks import check_different_tails, check_same_architecture
+from kdtoolkit.methods.network_checks import (
+    check_different_tails,
+    check_inputs,
+    check_same_architecture,
+    list_networks,
+)
 from kdtoolkit.methods.terms import describe_feature, describe_weights, merge_weights, weights_at
 from kdtoolkit.models.embedding import EmbeddingHook
 from kdtoolkit.models.network_cut import (
@@ -29,7 +34,12 @@ from kdtoolkit.models.network_cut import (
 from kdtoolkit.models.reinit import reinitialised_copy
 from kdtoolkit.models.tail import Tail
 from kdtoolkit.types import Batch, Clock, LossWeight, Out, Step, TapKey
-from kdtoolkit.utils.validation import check_number, check_whole_number
+from kdtoolkit.utils.validation import (
+    check_flag,
+    check_number,
+    check_whole_number,
+    describe_value,
+)
 
 FIRST = "student"
 
@@ -93,6 +103,13 @@ class Branches(Method):
         best: bool = True,
     ) -> None:
         super().__init__()
+        for name, flag in (("views", views), ("share_gradient", share_gradient), ("best", best)):
+            check_flag(name, flag)
+        if join is not None and not isinstance(join, nn.Module):
+            raise ValueError(
+                f"join is {describe_value(join)}; allowed: a BranchJoin, made by calling its class"
+            )
+        check_inputs("Branches", preprocess, image)
         networks = _list_networks(networks, branches)
         check_same_architecture(networks)
         check_number("label_smoothing", label_smoothing, minimum=0, below=1)
@@ -214,6 +231,10 @@ class Branches(Method):
         return [self.taps, *(tail.taps for tail in self._tails())]
 
     # ------------------------------------------------------------------------------ evaluation
+    def loss_weights(self) -> Mapping[str, LossWeight]:
+        """The weights of its losses."""
+        return self.weights
+
     def networks(self) -> dict[str, nn.Module]:
         """Every branch as a complete network."""
         return {name_of(k): taps.model for k, taps in enumerate(self._all_taps())}
@@ -309,8 +330,8 @@ def loss_of(name: str) -> str:
 
 
 def _list_networks(networks: nn.Module | Sequence[nn.Module], branches: int) -> list[nn.Module]:
-    if not isinstance(networks, nn.Module):
-        return list(networks)
+    if not isinstance(networks, nn.Module) or isinstance(networks, nn.ModuleList):
+        return list_networks("Branches", networks)
     check_num_branches(branches)
     return [networks, *(reinitialised_copy(networks, k) for k in range(1, branches))]
 
@@ -324,7 +345,9 @@ def check_num_branches(branches: object) -> None:
     Raises:
         ValueError: If it is not such a number.
     """
-    check_whole_number("branches", branches, minimum=2, meaning="the student among them")
+    check_whole_number(
+        "branches", branches, minimum=2, maximum=1000, meaning="the student among them"
+    )
 
 
 def _check_views(views: bool, join: nn.Module | None) -> None:

@@ -10,6 +10,7 @@ from kdtoolkit.core.registries import LOSSES
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.methods.resolve import ResolvedLosses
+from kdtoolkit.schedules import weight_at
 from kdtoolkit.types import LossWeight, TapKey
 
 
@@ -80,4 +81,4 @@ def _share(weight: LossWeight, teachers: int) -> LossWeight:
     if not callable(weight):
         return weight / teachers
     schedule = weight
-    return lambda clock: schedule(clock) / teachers
+    return lambda clock: weight_at(schedule, clock) / teachers

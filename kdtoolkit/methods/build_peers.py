@@ -8,7 +8,9 @@ from torch import nn
 
 from kdtoolkit.core.strategy import StrategyInputs
 from kdtoolkit.methods.peers import Peers
+from kdtoolkit.utils.validation import describe_value, plain_scalar
 
+MAX_PEERS = 1000  # far more than any machine holds
 PeerSelection = int | Sequence[str | nn.Module]
 
 
@@ -47,11 +49,12 @@ def build_peers(
 
 
 def _further_networks(inputs: StrategyInputs, peers: PeerSelection) -> list[nn.Module]:
+    peers = plain_scalar(peers)  # type: ignore[assignment]
     if isinstance(peers, (list, tuple)) and peers:
         return [inputs.make_network(k, spec) for k, spec in enumerate(peers, 1)]
-    if isinstance(peers, bool) or not isinstance(peers, int) or peers < 2:
+    if isinstance(peers, bool) or not isinstance(peers, int) or not 2 <= peers <= MAX_PEERS:
         raise ValueError(
-            f"peers is {peers!r}; allowed: a whole number of networks from 2, the student among "
-            "them, or a list of further networks (names or modules)"
+            f"peers is {describe_value(peers)}; allowed: a whole number of networks from 2, "
+            "the student among them, or a list of further networks (names or modules)"
         )
     return [inputs.make_network(k) for k in range(1, peers)]

@@ -28,10 +28,11 @@ from kdtoolkit.features.adapters import Adapter
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.layout_conversion import as_map
 from kdtoolkit.features.preprocess import Preprocess
+from kdtoolkit.methods.network_checks import check_inputs, check_tapped
 from kdtoolkit.methods.terms import describe_weights, merge_weights, weights_at
 from kdtoolkit.models.head import num_outputs
 from kdtoolkit.types import Batch, Clock, LossWeight, Out, Shape, Step
-from kdtoolkit.utils.validation import check_temperature
+from kdtoolkit.utils.validation import check_temperature, describe_value, plain_scalar
 
 TERMS: dict[str, LossWeight] = {"ce": 1.0, "ce/exits": 0.7, "soft": 0.3, "feature": 0.03}
 
@@ -100,6 +101,8 @@ class BYOT(Method):
         image: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        check_tapped("BYOT", "student", student)
+        check_inputs("BYOT", preprocess, image)
         check_temperature(temperature)
         self.weights = merge_weights("BYOT", TERMS, weights)
         self.temperature, self.exempt = temperature, exempt
@@ -156,6 +159,10 @@ class BYOT(Method):
         """Vectors (B, D) and logits (B, C) of the exits, deepest first."""
         pairs = [self.exits[f"exit{s}"](out.feats[s]) for s in reversed(self.exit_stages)]
         return [vector for vector, _ in pairs], [logits for _, logits in pairs]
+
+    def loss_weights(self) -> Mapping[str, LossWeight]:
+        """The weights of its losses."""
+        return self.weights
 
     def networks(self) -> dict[str, nn.Module]:
         """The bare network, "student"."""
@@ -221,23 +228,24 @@ def _exit_stages(stages: str | Sequence[int], count: int, model: str) -> list[in
             f"{model} has {count} stages, and an exit stands behind one in front of the last: 2 or "
             "more are needed"
         )
-    if stages == "all":
+    if isinstance(stages, str) and stages == "all":
         return list(range(1, count))
-    is_list = isinstance(stages, (list, tuple))
-    numbers = [s for s in stages if isinstance(s, int) and 1 <= s < count] if is_list else []
-    if not numbers or len(numbers) < len(stages) or len(set(numbers)) < len(numbers):
+    given = [plain_scalar(s) for s in stages] if isinstance(stages, (list, tuple)) else []
+    numbers = [s for s in given if type(s) is int and 1 <= s < count]
+    if not numbers or len(numbers) < len(given) or len(set(numbers)) < len(numbers):
         raise ValueError(
-            f"stages={stages!r}: 'all', or different numbers from 1 to {count - 1}; behind the "
-            f"last of {count} stages {model} has its own classifier"
+            f"stages={describe_value(stages)}: 'all', or different numbers from 1 to "
+            f"{count - 1}; behind the last of {count} stages {model} has its own classifier"
         )
     return sorted(numbers)
 
 
-def _check_exempt(exempt: int | None, num_exits: int) -> None:
-    if exempt is not None and exempt not in range(1, num_exits + 1):
+def _check_exempt(exempt: object, num_exits: int) -> None:
+    number = plain_scalar(exempt)
+    if number is not None and not (type(number) is int and 1 <= number <= num_exits):
         raise ValueError(
-            f"exempt={exempt!r}: number of an exit, 1 is the deepest of {num_exits}, or None to "
-            "compare all"
+            f"exempt={describe_value(exempt)}: number of an exit, 1 is the deepest of "
+            f"{num_exits}, or None to compare all"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from kdtoolkit.core.loss import is_pair_of_taps
 from kdtoolkit.core.method import Method
 from kdtoolkit.core.registries import METHODS
 from kdtoolkit.core.strategy import NetworkMaker, StrategyInputs, StrategySpec
@@ -23,6 +24,7 @@ from kdtoolkit.methods.resolve import (
 )
 from kdtoolkit.models.reinit import reinitialised_copy
 from kdtoolkit.types import LossWeight, TapKey
+from kdtoolkit.utils.validation import describe_value
 
 LayerPairs = str | Sequence[tuple[TapKey, TapKey]]
 
@@ -201,8 +203,8 @@ def resolve_layer_pairs(
         return list(found)
     if isinstance(layers, str) or not _is_list_of_pairs(layers):
         raise ValueError(
-            f"layers={layers!r}: 'auto' or a list of (student tap, teacher tap): stage numbers "
-            "or names"
+            f"layers={describe_value(layers)}: 'auto' or a list of (student tap, teacher "
+            "tap): stage numbers or names"
         )
     for student_tap, teacher_tap in layers:
         student.boundary_of(student_tap)
@@ -211,12 +213,4 @@ def resolve_layer_pairs(
 
 
 def _is_list_of_pairs(layers: object) -> bool:
-    return isinstance(layers, (tuple, list)) and all(map(_is_pair, layers))
-
-
-def _is_pair(taps: object) -> bool:
-    return (
-        isinstance(taps, (tuple, list))
-        and len(taps) == 2
-        and all(isinstance(tap, (str, int)) for tap in taps)
-    )
+    return isinstance(layers, (tuple, list)) and all(map(is_pair_of_taps, layers))

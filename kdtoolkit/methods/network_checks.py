@@ -7,9 +7,84 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from kdtoolkit.features.extractor import Taps
+from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.models.network_cut import Cut, tail_parameters
+from kdtoolkit.utils.validation import describe_value
 
 Parameters = Mapping[str, nn.Parameter]
+
+
+def list_networks(owner: str, networks: object) -> list[nn.Module]:
+    """Networks that were given, as a list of modules.
+
+    Args:
+        owner: Name of the method, for the message.
+        networks: A list or tuple of modules.
+
+    Returns:
+        A new list.
+
+    Raises:
+        ValueError: If it is no list, or holds what is no module.
+    """
+    if isinstance(networks, nn.ModuleList):
+        return list(networks)
+    if not isinstance(networks, (list, tuple)):
+        raise ValueError(
+            f"{owner} got {type(networks).__name__}; allowed: a list of networks, {owner}([a, b])"
+        )
+    for network in networks:
+        if not isinstance(network, nn.Module):
+            raise ValueError(
+                f"{owner} got {describe_value(network)} as a network; allowed: modules "
+                "(nn.Module); only distill() builds by name"
+            )
+    return list(networks)
+
+
+def check_inputs(owner: str, preprocess: object, image: object) -> None:
+    """Check the options of a method that say what its networks see.
+
+    Args:
+        owner: Name of the method, for the message.
+        preprocess: Input normalisation, or None.
+        image: Height and width of the data in pixels, or None.
+
+    Raises:
+        ValueError: If one has another type.
+    """
+    if not isinstance(preprocess, (Preprocess, type(None))):
+        raise ValueError(
+            f"preprocess of {owner} is {describe_value(preprocess)}; allowed: a "
+            "kdtoolkit.Preprocess, or None"
+        )
+    sides = (image, image) if type(image) is int else image
+    is_pair = isinstance(sides, (list, tuple)) and len(sides) == 2
+    if image is not None and not (is_pair and all(type(s) is int and s > 0 for s in sides)):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"image of {owner} is {describe_value(image)}; allowed: (height, width) of the data "
+            "in pixels, or None"
+        )
+
+
+def check_tapped(owner: str, name: str, network: object) -> None:
+    """Check that a network was given with its taps.
+
+    Args:
+        owner: Name of the method, for the message.
+        name: "student" or "teacher".
+        network: What was given.
+
+    Raises:
+        ValueError: If it is no `Taps`.
+    """
+    if not isinstance(network, Taps):
+        kind = "Frozen" if name == "teacher" else "Taps"
+        raise ValueError(
+            f"{owner} got {describe_value(network)} as {name}; allowed: {kind}(network, taps, "
+            "image size)"
+        )
 
 
 def check_separate_parameters(networks: Sequence[nn.Module]) -> None:

@@ -98,6 +98,10 @@ class OfflineDistillation(Method):
             losses[name] = weights[name] * loss(student, teacher, batch)
         return Step(losses, {"student": student.logits})
 
+    def loss_weights(self) -> Mapping[str, LossWeight]:
+        """The weights of its losses."""
+        return self.weights
+
     def networks(self) -> dict[str, nn.Module]:
         """The student."""
         return {"student": self.student}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +15,16 @@ from kdtoolkit.core.run_context import ExportCandidates
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.network_checks import (
     check_different_weights,
+    check_inputs,
     check_separate_parameters,
+    list_networks,
     parameter_shapes,
 )
 from kdtoolkit.methods.network_placement import NetworkPlacement
 from kdtoolkit.schedules import check_loss_weight, describe_weight, weight_at
 from kdtoolkit.types import Batch, Clock, LossWeight, Step
 from kdtoolkit.utils import distributed
-from kdtoolkit.utils.validation import check_choice, check_number
+from kdtoolkit.utils.validation import check_choice, check_flag, check_number
 
 FIRST = "student"
 
@@ -70,11 +72,13 @@ class Peers(Method):
         unlabelled: bool = False,
     ) -> None:
         super().__init__()
-        networks = list(networks)
+        check_inputs("Peers", None, image)
+        networks = list_networks("Peers", networks)
         if not networks:
             raise ValueError("Peers([]): give at least one network")
         check_separate_parameters(networks)
-        check_choice("views", views, (True, False))
+        check_flag("views", views)
+        check_flag("unlabelled", unlabelled)
         check_choice("spread", spread, (True, False, "auto"))
         check_loss_weight(weight)
         if not views:
@@ -93,7 +97,7 @@ class Peers(Method):
     def forward(self, batch: Batch, clock: Clock) -> Step:
         """Cross-entropy of every network."""
         logits = self.train_logits(batch)
-        weight = weight_at(self.weight, clock)
+        weight = weight_at(self.weight, clock, "ce")
         losses = {loss_of(name): weight * self._ce(z, batch["y"]) for name, z in logits.items()}
         return Step(losses, logits)
 
@@ -132,6 +136,10 @@ class Peers(Method):
             net.compile()
 
     # ------------------------------------------------------------------------------ evaluation
+    def loss_weights(self) -> Mapping[str, LossWeight]:
+        """The weights of its losses."""
+        return {"ce": self.weight}
+
     def networks(self) -> dict[str, nn.Module]:
         """The networks by name: "student", "peer1", ..."""
         return dict(self.peers)

@@ -11,8 +11,10 @@ from kdtoolkit import losses as _losses  # noqa: F401  (registers every loss)
 from kdtoolkit.core.loss import DistillationLoss
 from kdtoolkit.core.registries import LOSSES, METHODS
 from kdtoolkit.core.strategy import StrategySpec
+from kdtoolkit.schedules import check_loss_weight
 from kdtoolkit.types import LossWeight
 from kdtoolkit.utils.registry import keyword_options, suggestion
+from kdtoolkit.utils.validation import describe_value, plain_scalar
 
 MethodSelection = str | Sequence[str | DistillationLoss]
 ARGUMENT_SIMILARITY = (
@@ -95,6 +97,11 @@ def resolve_losses(
     """
     strategy = find_strategy(method)
     loss_objects = _loss_objects(method)
+    if losses is not None and not isinstance(losses, Mapping):
+        raise ValueError(
+            f"losses={describe_value(losses)}: a dictionary of losses and weights, such as "
+            "{'ce': 0.1, 'kd': 0.9}"
+        )
     weights = default_losses(method) if losses is None else dict(losses)
     for name in loss_objects:
         weights.setdefault(name, 1.0)
@@ -102,6 +109,7 @@ def resolve_losses(
         if name not in loss_objects:
             _check_loss_name(name, strategy)
         _check_weight(name, weight)
+        weights[name] = plain_scalar(weight)  # type: ignore[assignment]
     if all(not callable(weight) and weight == 0 for weight in weights.values()):
         raise ValueError(f"losses={weights}: every weight is zero, nothing would be trained")
     given = dict(options or {})
@@ -175,7 +183,31 @@ def loss_name(loss: DistillationLoss) -> str:
 
 
 def _parts(method: MethodSelection) -> list[str | DistillationLoss]:
-    return [method] if isinstance(method, str) else list(method)
+    """The names and objects of a selection, checked to be such, each once."""
+    if not isinstance(method, (str, list, tuple)):
+        raise ValueError(
+            f"method={describe_value(method)}: a name of list_methods(), a list of names or "
+            f"DistillationLoss objects, or a Method{_class_hint(method)}"
+        )
+    parts = [method] if isinstance(method, str) else list(method)
+    for number, part in enumerate(parts):
+        if not isinstance(part, (str, DistillationLoss)):
+            raise ValueError(
+                f"method holds {describe_value(part)}: names and DistillationLoss objects are "
+                f"allowed{_class_hint(part)}"
+            )
+        if any(part is other or part == other for other in parts[:number]):
+            raise ValueError(f"method names {describe_value(part)} twice: name it once")
+    return parts
+
+
+def _class_hint(given: object) -> str:
+    """What to write in place of a class of losses."""
+    if not (isinstance(given, type) and issubclass(given, DistillationLoss)):
+        return ""
+    name = getattr(given, "registered", None)
+    by_name = "" if name is None else f"its name {name!r}, or "
+    return f". {given.__name__} is a class: give {by_name}an object, made by calling it"
 
 
 def _loss_objects(method: MethodSelection) -> dict[str, DistillationLoss]:
@@ -183,6 +215,12 @@ def _loss_objects(method: MethodSelection) -> dict[str, DistillationLoss]:
     names = [loss_name(loss) for loss in given]
     if len(set(names)) < len(names):
         raise ValueError(f"several of the given losses are named alike: {', '.join(names)}")
+    repeated = [name for name in names if name in _parts(method)]
+    if repeated:
+        raise ValueError(
+            f"method holds the name {repeated[0]!r} and an object of this loss: leave one of them "
+            "out"
+        )
     return dict(zip(names, given, strict=True))
 
 
@@ -190,20 +228,20 @@ def _check_loss_name(name: str, strategy: StrategySpec | None) -> None:
     if strategy is None:
         LOSSES[name]
     elif name not in strategy.losses:
-        hint = suggestion(name, strategy.losses) or "."
+        hint = suggestion(str(name), strategy.losses) or "."
         raise ValueError(
             f"unknown loss {name!r}{hint} This method has: {', '.join(strategy.losses)}"
         )
 
 
-def _check_weight(name: str, weight: LossWeight) -> None:
-    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if callable(weight) or (is_number and not weight < 0):
-        return
-    raise ValueError(
-        f"the weight of loss {name!r} is {weight!r}: a number >= 0, or a schedule "
-        "(kdtoolkit.schedules)"
-    )
+def _check_weight(name: str, weight: object) -> None:
+    try:
+        check_loss_weight(weight)
+    except ValueError as error:
+        raise ValueError(
+            f"the weight of loss {name!r} is {describe_value(weight)}: a number >= 0, or a "
+            "schedule (kdtoolkit.schedules), which is an object that a Clock can be passed to"
+        ) from error
 
 
 def _check_options(

@@ -30,6 +30,7 @@ from kdtoolkit.features.adapters import Adapter
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.preprocess import Preprocess
+from kdtoolkit.methods.network_checks import check_inputs, check_tapped
 from kdtoolkit.methods.terms import describe_feature, describe_weights, merge_weights, weights_at
 from kdtoolkit.methods.train_mode_teacher import TrainModeTeacher
 from kdtoolkit.models.head import num_outputs
@@ -89,6 +90,9 @@ class SOKD(Method):
         image: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        check_tapped("SOKD", "student", student)
+        check_tapped("SOKD", "teacher", teacher)
+        check_inputs("SOKD", preprocess, image)
         check_temperature(temperature)
         check_choice("start", start, STARTS)
         check_choice("teacher_mode", teacher_mode, MODES)
@@ -151,6 +155,10 @@ class SOKD(Method):
         return [functional.at_least_float32(feature).detach() for feature in features]
 
     # ------------------------------------------------------------------------------ evaluation
+    def loss_weights(self) -> Mapping[str, LossWeight]:
+        """The weights of its losses."""
+        return self.weights
+
     def networks(self) -> dict[str, nn.Module]:
         """The student, and the teacher with the branch in place of its last stage."""
         return {"student": self.student, "branch": self.branch.network}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kdtoolkit.features.stage_boundary import StageBoundary
-from kdtoolkit.schedules import describe_weight, weight_at
+from kdtoolkit.schedules import check_loss_weight, describe_weight, weight_at
 from kdtoolkit.types import Clock, LossWeight
 from kdtoolkit.utils.registry import suggestion
+from kdtoolkit.utils.validation import describe_value
 
 
 def merge_weights(
@@ -24,14 +25,21 @@ def merge_weights(
         The weight of every term, in the order of the defaults.
 
     Raises:
-        ValueError: For a term that the method does not have.
+        ValueError: For a term that the method does not have, or a weight that is no number from 0
+            and no schedule.
     """
-    for name in given or {}:
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(
+            f"weights of {owner} are {describe_value(given)}; allowed: a dictionary of losses and "
+            "weights"
+        )
+    for name, weight in (given or {}).items():
         if name not in defaults:
-            hint = suggestion(name, defaults) or "."
+            hint = suggestion(str(name), defaults) or "."
             raise ValueError(
                 f"weights of {owner}: unknown loss {name!r}{hint} Known: {', '.join(defaults)}"
             )
+        check_loss_weight(weight, f"the weight of {name!r}")
     return {**defaults, **(given or {})}
 
 
@@ -45,7 +53,7 @@ def weights_at(weights: Mapping[str, LossWeight], clock: Clock) -> dict[str, flo
     Returns:
         Number by term, in the same order.
     """
-    return {name: weight_at(weight, clock) for name, weight in weights.items()}
+    return {name: weight_at(weight, clock, name) for name, weight in weights.items()}
 
 
 def describe_weights(weights: Mapping[str, LossWeight]) -> dict[str, float | str]:

@@ -12,6 +12,7 @@ from torch import nn
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.models.layer_groups import modules_up_to, parameters_up_to
 from kdtoolkit.types import TapKey
+from kdtoolkit.utils.validation import describe_value, plain_scalar
 
 
 class Cut(NamedTuple):
@@ -143,7 +144,16 @@ def resolve_cut(taps: Taps, cut: TapKey) -> TapKey:
 
     Returns:
         A stage number from 1, or a tap.
+
+    Raises:
+        ValueError: If it is neither a number nor a name, or there is no such stage.
     """
+    cut = plain_scalar(cut)  # type: ignore[assignment]
+    if isinstance(cut, bool) or not isinstance(cut, (int, str)) or cut == "":
+        raise ValueError(
+            f"cut is {describe_value(cut)}; allowed: the number of a stage, the name of a module, "
+            "or 'auto'"
+        )
     return find_last_cut(taps) if cut == "auto" else taps.resolve_key(cut)
 
 

@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
 
 from kdtoolkit.pipeline.config import DistillConfig
+
+
+def check_precision(precision: str | None, own: Accelerator | None) -> None:
+    """Check that the device of a run computes in a precision.
+
+    Args:
+        precision: "no", "bf16", "fp16" or None.
+        own: The caller's accelerator, whose device counts.
+
+    Raises:
+        ValueError: For "fp16" where there is only a CPU, and for a precision other than that of
+            the caller's accelerator.
+    """
+    if own is not None:
+        if precision not in (None, own.mixed_precision):
+            raise ValueError(
+                f"mixed_precision={precision!r}, but the accelerator has {own.mixed_precision!r}"
+            )
+        return
+    if precision == "fp16" and not _has_gpu():
+        raise ValueError(
+            "mixed_precision='fp16' needs a GPU, and the device of this run is the CPU: use "
+            "'bf16', which a CPU computes, or 'no'"
+        )
+
+
+def _has_gpu() -> bool:
+    """Whether accelerate would choose another device than the CPU."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on"):
+        return False
+    other = getattr(torch, "accelerator", None)  # any device that PyTorch knows
+    return torch.cuda.is_available() or (other is not None and bool(other.is_available()))
 
 
 def make_accelerator(
@@ -27,9 +61,11 @@ def make_accelerator(
         `own`, or a new one with a fresh state: accelerate keeps one state per process.
 
     Raises:
-        ValueError: If `own` has another precision, or no trackers where some are wanted.
+        ValueError: If `own` has another precision, or no trackers where some are wanted, and for
+            settings of the launcher that accelerate refuses.
     """
     precision, accumulation = config.loop.mixed_precision, config.trainer.grad_accum
+    check_precision(precision, own)
     loading = DataLoaderConfiguration(
         split_batches=True,
         use_seedable_sampler=True,
@@ -37,10 +73,6 @@ def make_accelerator(
         non_blocking=True,
     )
     if own is not None:
-        if precision not in (None, own.mixed_precision):
-            raise ValueError(
-                f"mixed_precision={precision!r}, but the accelerator has {own.mixed_precision!r}"
-            )
         if trackers and not own.log_with:
             raise ValueError(
                 f"report_to={trackers} and an accelerator without trackers: give it "
@@ -52,10 +84,16 @@ def make_accelerator(
     AcceleratorState._reset_state()
     GradientState._reset_state()
     log_with: Any = trackers or None
-    return Accelerator(
-        mixed_precision=precision,
-        gradient_accumulation_steps=accumulation,
-        dataloader_config=loading,
-        log_with=log_with,
-        project_dir=str(folder / "trackers") if folder else None,
-    )
+    try:
+        return Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_steps=accumulation,
+            dataloader_config=loading,
+            log_with=log_with,
+            project_dir=str(folder / "trackers") if folder else None,
+        )
+    except (ValueError, ImportError) as error:
+        raise ValueError(
+            f"accelerate refuses its settings: {error} (mixed_precision={precision!r}; what is "
+            "None comes from the launcher or from `accelerate config`)"
+        ) from error

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from kdtoolkit.callbacks.progress import ProgressLog
 from kdtoolkit.core.callback import Callback
-from kdtoolkit.core.loss import DistillationLoss
 from kdtoolkit.core.method import Method
 from kdtoolkit.core.registries import LOSSES
 from kdtoolkit.core.strategy import StrategySpec
+from kdtoolkit.data.image_options import check_image_options
+from kdtoolkit.data.options import (
+    check_image_size,
+    check_labelled,
+    check_num_workers,
+    check_transforms,
+)
+from kdtoolkit.data.splits import check_validation
 from kdtoolkit.methods.resolve import ResolvedLosses, find_strategy, resolve_losses
 from kdtoolkit.pipeline.config import FIELD_NAMES, DistillConfig
 from kdtoolkit.pipeline.networks import as_list
 from kdtoolkit.pipeline.teachers import check_head_names
 from kdtoolkit.utils.registry import keyword_defaults
+from kdtoolkit.utils.validation import check_flag, describe_value
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from kdtoolkit.data.dataset import Data
 
 # fields of NetworksConfig and LossConfig that a Method which is already built brings itself
@@ -51,16 +60,6 @@ def resolve_method(config: DistillConfig) -> ResolvedLosses | None:
         return None
     if networks.student is None:
         raise ValueError("student=None: pass a model or a timm name, it is what is trained")
-    if not isinstance(method, (str, list, tuple)):
-        raise ValueError(
-            f"method={method!r}: a name of list_methods(), a list of names or DistillationLoss "
-            "objects, or a Method"
-        )
-    wrong = [part for part in method if not isinstance(part, (str, DistillationLoss))]
-    if not isinstance(method, str) and wrong:
-        raise ValueError(
-            f"method holds {wrong[0]!r}: names and DistillationLoss objects are allowed"
-        )
     strategy, options = find_strategy(method), dict(config.loss.options or {})
     if strategy is not None:
         _check_strategy(strategy, config)
@@ -81,8 +80,18 @@ def _check_teacher_use(resolved: ResolvedLosses, config: DistillConfig) -> None:
             "teacher=None: pass a model, "
             "or method='none' for plain training"
         )
+    if teacher is None:
+        _check_no_teacher_options(config, method)
     if not wanting and teacher is not None:
         raise ValueError(f"method {method!r} uses no teacher: pass teacher=None, or another method")
+
+
+def _check_no_teacher_options(config: DistillConfig, method: object) -> None:
+    for name in ("teacher_head", "teacher_args", "teacher_weights"):
+        if getattr(config.networks, name):
+            raise ValueError(
+                f"{name} has no effect: method {method!r} has no teacher; leave it out"
+            )
 
 
 def _check_strategy(strategy: StrategySpec, config: DistillConfig) -> None:
@@ -94,11 +103,7 @@ def _check_strategy(strategy: StrategySpec, config: DistillConfig) -> None:
             f"method {method!r} uses no teacher, its networks teach each other: pass teacher=None"
         )
     if networks.teacher is None:
-        for name in ("teacher_head", "teacher_args", "teacher_weights"):
-            if getattr(networks, name) is not None:
-                raise ValueError(
-                    f"{name} has no effect: method {method!r} has no teacher; leave it out"
-                )
+        _check_no_teacher_options(config, method)
     if config.loss.temperature is not None and "temperature" not in strategy.options:
         raise ValueError(f"temperature has no effect: method {method!r} has none")
     for name, value in (
@@ -184,18 +189,75 @@ def _short_name(source: Any) -> str:
     return repr(source) if isinstance(source, (str, os.PathLike)) else type(source).__name__
 
 
-def check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Check that callbacks are objects of `Callback`.
+def list_callbacks(callbacks: object) -> tuple[Callback, ...]:
+    """The callbacks that were given, checked to be objects of `Callback`.
+
+    Args:
+        callbacks: A list, tuple or iterator of callbacks; None is none.
+
+    Returns:
+        The callbacks in their order.
 
     Raises:
-        ValueError: If one is not, such as a class that was not called.
+        ValueError: If it is no list, or holds what is no callback, such as a class that was not
+            called, or one callback twice.
     """
-    for callback in callbacks:
+    no_list = (Callback, str, bytes, Mapping, Tensor)
+    if callbacks is None:
+        return ()
+    if isinstance(callbacks, no_list) or not isinstance(callbacks, Iterable):
+        raise ValueError(
+            f"callbacks is {describe_value(callbacks)}; allowed: a list of kdtoolkit.Callback "
+            "objects, such as callbacks=[EarlyStop()]"
+        )
+    listed = tuple(callbacks)
+    for number, callback in enumerate(listed):
         if not isinstance(callback, Callback):
             raise ValueError(
-                f"callbacks holds {callback!r}: each must be a kdtoolkit.Callback, made by calling "
-                "its class"
+                f"callbacks holds {describe_value(callback)}: each must be a kdtoolkit.Callback, "
+                "made by calling its class"
             )
+        if any(callback is other for other in listed[:number]):
+            raise ValueError(
+                f"callbacks holds one object twice, {describe_value(callback)}: list it once"
+            )
+    return listed
+
+
+def check_call(accelerator: object, dry_run: object) -> None:
+    """Check the arguments of `distill()` that are no part of the configuration.
+
+    Args:
+        accelerator: What was given as the caller's accelerator.
+        dry_run: What was given as `dry_run`.
+
+    Raises:
+        ValueError: If one has another type.
+    """
+    check_flag("dry_run", dry_run)
+    if accelerator is not None and not isinstance(accelerator, Accelerator):
+        raise ValueError(
+            f"accelerator is {describe_value(accelerator)}; allowed: an accelerate.Accelerator, "
+            "made by calling its class, or None"
+        )
+
+
+def check_data_options(config: DistillConfig) -> None:
+    """Check the options of the data that need no data.
+
+    Args:
+        config: The configuration; its `data` is read.
+
+    Raises:
+        ValueError: For the first option that is not allowed, with what is.
+    """
+    data = config.data
+    check_validation(data.validation)
+    check_transforms(data.transforms)
+    check_image_size(data.image_size)
+    check_num_workers(data.num_workers)
+    check_labelled(data.labelled)
+    check_image_options(data.background, data.channels, data.pixel_range)
 
 
 def make_progress_log(config: DistillConfig) -> ProgressLog:
@@ -217,18 +279,42 @@ def make_progress_log(config: DistillConfig) -> ProgressLog:
 
 
 def check_baseline(config: DistillConfig) -> None:
-    """Check that a baseline can be trained first, where that is wanted.
+    """Check that a baseline is there, or can be trained first.
 
     Raises:
-        ValueError: If there is no folder for it, or no way to build the same student again.
+        ValueError: If there is no run in the folder, no folder for the report, or no way to build
+            the same student again.
     """
-    wanted = config.output.baseline is True
-    if wanted and (
-        config.output.output_dir is None or not isinstance(config.networks.student, str)
-    ):
+    baseline = config.output.baseline
+    if baseline is None or baseline is False:
+        return
+    if config.output.output_dir is None and baseline is not True:
+        raise ValueError("baseline has no effect without output_dir, where the report is written")
+    if baseline is not True:
+        _check_baseline_folder(baseline)
+    elif config.output.output_dir is None or not isinstance(config.networks.student, str):
         raise ValueError(
             "baseline=True trains the student alone first: it needs output_dir and a student given "
             "by name"
+        )
+
+
+def _check_baseline_folder(baseline: Any) -> None:
+    is_path = isinstance(baseline, (str, os.PathLike))
+    folder = Path(baseline) if is_path else baseline.output_dir
+    if folder is None:
+        raise ValueError(
+            "baseline is the result of a run without a folder, whose numbers the report cannot "
+            "read: give that run an output_dir"
+        )
+    if not (Path(folder) / "metrics.jsonl").is_file():
+        what = "holds no run (metrics.jsonl is missing)"
+        if not Path(folder).is_dir():
+            what = "is no folder"
+        given = repr(os.fspath(baseline)) if is_path else f"the result of the run in {folder}"
+        raise ValueError(
+            f"baseline is {given}, which {what}; allowed: the folder of a finished run, its "
+            "DistillResult, or True, which trains the student alone first"
         )
 
 

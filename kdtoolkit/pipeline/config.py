@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kdtoolkit.core.config import PAPER_OPTIMIZERS, TrainerConfig
 from kdtoolkit.pipeline import config_types as types
+from kdtoolkit.pipeline.config_checks import check_fields, with_plain_numbers
+from kdtoolkit.pipeline.output_paths import check_output_paths
 from kdtoolkit.utils.registry import suggestion
 from kdtoolkit.utils.validation import check_choice
 
@@ -43,6 +45,8 @@ class NetworksConfig:
             of the same network, data and configuration. Default: `output_dir/finetuned`.
         teacher_training: Keywords of `distill()` for the fine-tuning of the teacher alone, e.g.
             epochs=3; the others are those of this run, except `freeze` and `layer_decay`.
+        allow_weak_teacher: Whether to learn from a teacher that is near chance on the data, which
+            is an error otherwise.
         freeze: What of the student is not trained: a number of stages from the image, names of
             modules, or "backbone" (all but the classifier). Its BatchNorm statistics stay too.
         student_weights: .safetensors, .pth or .pt file, folder, "hf-hub:ID" or state dict for a
@@ -58,6 +62,7 @@ class NetworksConfig:
     teacher_head: types.TeacherHead = None
     teacher_dir: types.OptionalPath = None
     teacher_training: types.Options = None
+    allow_weak_teacher: bool = False
     freeze: types.Freeze = None
     student_weights: types.WeightsSource = None
     teacher_weights: types.TeacherWeightsSource = None
@@ -80,16 +85,26 @@ class DataConfig:
             training rows, at most 5,000), a share, a number of rows, "none" (the last epoch is
             taken), or "test" (the best epoch is chosen on the test set).
         transforms: None (as the data set's papers, or by the images' sizes), "none", "crop-flip", a
-            `BatchAugment`, a callable on a PIL image, or a pair of these for training and
-            evaluation.
+            `BatchAugment`, a callable on a PIL image for training alone (images for evaluation get
+            the default, at the same size), or a pair of callables for training and evaluation.
         image_size: Images are resized to this many pixels a side. Default: the data's own size; 224
             where images differ in size, or are larger than 96 pixels and `transforms` is not given.
             Float images of one size, a callable in `transforms` and a DataLoader keep theirs.
+        background: Colour that transparent images are laid on, as a name ("black", "#ff8800") or
+            (R, G, B). Default: white; arrays and tensors of four channels are refused.
+        channels: Channels of the images that networks get: 3, 1 (grey) or 4 (the fourth is kept);
+            networks given by name are built for them.
+        pixel_range: Values of black and white of images that are not of 8 bits, e.g. (0, 4095).
+            Default: decided for the whole data set, and said in the plan.
         train_limit: Train on this many rows only, drawn by class. Default: all.
         labelled: Number or share of the training rows that keep their labels, drawn by class; the
             others are unlabelled, which only some methods ("mean_teacher") can use. Rows with label
             -1 are unlabelled too. Default: all.
-        num_workers: Processes that read data; "auto" is 0 for data in memory, else up to 8.
+        num_workers: Processes that read data; "auto" is 0 for data in memory, else the processors
+            that this process may use, up to 8.
+        columns: Columns (image, label) of a Hugging Face data set or parquet files, None for one that
+            is to be found. Default: the image by its type, the label by its name (label, class,
+            target, ...), else by its type; text becomes classes.
     """
 
     train_data: types.DataSource = "digits"
@@ -99,9 +114,13 @@ class DataConfig:
     validation: types.Validation = "auto"
     transforms: types.Transforms = None
     image_size: int | None = None
+    background: types.Background = None
+    channels: int = 3
+    pixel_range: types.PixelRange = None
     train_limit: int | None = None
     labelled: types.Labelled = None
     num_workers: types.Workers = "auto"
+    columns: types.Columns = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +210,8 @@ class LoopConfig:
         progress: "auto" (a bar on a terminal, else lines), "bar", "lines" or "off"; True is "auto",
             False is "off".
         label: Word in front of what is printed.
+        rank_timeout: Seconds after which a process of a run over several that gives no sign of life
+            ends the others.
     """
 
     seed: int = 0
@@ -203,6 +224,7 @@ class LoopConfig:
     report_to: types.Trackers = "auto"
     progress: types.Auto = "auto"
     label: str = ""
+    rank_timeout: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -219,6 +241,7 @@ class OutputConfig:
             in `result.networks`.
         baseline: A finished plain run of the same student (a `DistillResult` or a folder) that the
             report shows beside this one, or True to train it first, in output_dir/baseline.
+        figures: Whether the report has figures; they take about a second.
     """
 
     output_dir: types.OptionalPath = None
@@ -226,8 +249,11 @@ class OutputConfig:
     overwrite: bool = False
     keep: Literal["exported", "all"] = "exported"
     baseline: types.Baseline = None
+    figures: bool = True
 
     def __post_init__(self) -> None:
+        for name, value in check_output_paths(self.output_dir, self.resume, self.baseline).items():
+            object.__setattr__(self, name, value)
         if self.keep == "product":  # type: ignore[comparison-overlap]
             warnings.warn("keep='product' is keep='exported' now", DeprecationWarning, stacklevel=5)
             object.__setattr__(self, "keep", "exported")
@@ -265,13 +291,19 @@ class DistillConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
+        for part in fields(self):
+            own, kind = getattr(self, part.name), part.default_factory
+            if not isinstance(own, kind):  # type: ignore[arg-type]
+                raise ValueError(f"{part.name} is {own!r}; allowed: a {kind.__name__}")  # type: ignore[union-attr]
+            object.__setattr__(self, part.name, with_plain_numbers(own))
+        check_fields(self)
         _ = self.trainer  # its numbers are checked as they are resolved
 
     @cached_property
     def trainer(self) -> TrainerConfig:
         """The numbers of the training loop, every default resolved."""
         optim, loop = self.optim, self.loop
-        papers = optim.optimizer in PAPER_OPTIMIZERS
+        papers = isinstance(optim.optimizer, str) and optim.optimizer in PAPER_OPTIMIZERS
         default_lr, default_decay = (0.05, 5e-4) if papers else (1e-3, 0.05)
         unlimited = optim.epochs is None and optim.max_steps is None
         return TrainerConfig(
@@ -330,6 +362,11 @@ class DistillConfig:
         changed = {part: replace(getattr(self, part), **own) for part, own in parts.items()}
         return replace(self, **changed)
 
+    def changed(self) -> list[str]:
+        """Names of the fields that differ from their defaults."""
+        defaults = type(self)().flat()
+        return [name for name, value in self.flat().items() if _differs(value, defaults[name])]
+
     def flat(self) -> dict[str, Any]:
         """Field -> value over all parts, the options of the method under "options"."""
         return {name: value for _, name, value in self._values()}
@@ -339,6 +376,16 @@ class DistillConfig:
             own = getattr(self, part.name)
             for item in fields(own):
                 yield part.name, item.name, getattr(own, item.name)
+
+
+def _differs(value: Any, default: Any) -> bool:
+    """Whether a value is another one; objects such as networks and tensors always are."""
+    if value is default:
+        return False
+    if isinstance(default, (int, float)) and isinstance(value, (int, float)):
+        return value != default
+    plain = (str, tuple, dict)
+    return type(value) is not type(default) or type(value) not in plain or value != default
 
 
 # field -> the part of DistillConfig that it belongs to
@@ -363,5 +410,5 @@ def check_keywords(keywords: Mapping[str, Any], allowed: tuple[str, ...], where:
     """
     for name in keywords:
         if name not in allowed:
-            hint = suggestion(name, allowed) or "."
+            hint = suggestion(str(name), allowed) or "."
             raise ValueError(f"{where}: unknown {name!r}{hint} Allowed: {', '.join(allowed)}")

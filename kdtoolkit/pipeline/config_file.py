@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from kdtoolkit.pipeline.config import FIELD_NAMES, FIELD_PART, DistillConfig, check_keywords
+from kdtoolkit.utils.registry import suggestion
+from kdtoolkit.utils.validation import describe_value, plain_scalar
 
 if TYPE_CHECKING:
     from kdtoolkit.core.callback import Callback
@@ -62,6 +64,7 @@ def to_plain_value(value: Any) -> Any:
     """
     from torch import Tensor, nn
 
+    value = plain_scalar(value)
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -161,8 +164,9 @@ def read_config(
             continue
         if name in parts:
             own = tuple(f for f, part in FIELD_PART.items() if part == name)
-            check_keywords(value or {}, own, f"{where}: {name}")
-            keywords |= value or {}
+            given = _mapping({} if value is None else value, f"{where}: {name}", "fields")
+            check_keywords(given, own, f"{where}: {name}")
+            keywords |= given
         else:
             check_keywords({name: value}, FIELD_NAMES, where)
             keywords[name] = value
@@ -186,7 +190,11 @@ def read_callbacks(source: str | os.PathLike[str] | Mapping[str, Any] | DistillC
     from_file = isinstance(source, (str, os.PathLike))
     found: Mapping[str, Any] = _load(Path(source).expanduser()) if from_file else source  # type: ignore[arg-type, assignment]
     made = []
-    for entry in found.get("callbacks") or []:
+    entries = found.get("callbacks") or []
+    if not isinstance(entries, (list, tuple)):
+        raise ValueError(f"callbacks is {describe_value(entries)}; a list is needed")
+    for entry in entries:
+        _mapping(entry, "callbacks", "a class and its arguments")
         if "callback" not in entry:
             raise ValueError(
                 f"the configuration names a callback of your own, {entry.get(OBJECT)}: pass it, "
@@ -195,8 +203,28 @@ def read_callbacks(source: str | os.PathLike[str] | Mapping[str, Any] | DistillC
             )
         known = {c.__name__: c for c in _callback_classes()}
         arguments = {k: _restored(k, v) for k, v in entry.items() if k != "callback"}
-        made.append(known[entry["callback"]](**arguments))
+        name = entry["callback"]
+        if name not in known:
+            hint = suggestion(str(name), known) or "."
+            raise ValueError(f"callbacks: unknown {name!r}{hint} Known: {', '.join(known)}")
+        made.append(_called(known[name], arguments, "callbacks"))
     return made
+
+
+def _mapping(value: Any, where: str, content: str) -> dict[str, Any]:
+    """A mapping of names as a dict; `ValueError` if it is none."""
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{where} holds {describe_value(value)}; a mapping of {content} is needed")
+    return dict(value)
+
+
+def _called(cls: type, arguments: Mapping[str, Any], where: str) -> Any:
+    """An object of a class that a file names; `ValueError` for arguments that it does not take."""
+    try:
+        inspect.signature(cls).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{where}: {cls.__name__}: {error}") from error
+    return cls(**arguments)
 
 
 def _load(path: Path) -> Any:
@@ -206,7 +234,7 @@ def _load(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"there is no configuration file {path}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # a path with a zero byte: ValueError
         raise ValueError(f"the configuration file {path} cannot be read: {error}") from error
 
 
@@ -214,7 +242,9 @@ def _restored(name: str, value: Any) -> Any:
     """The value that `to_plain_value` wrote; a mark of an object stays."""
     if isinstance(value, list):
         items = [_restored(name, item) for item in value]
-        if name == "milestones" or (name == "transforms" and len(items) == 2):
+        if name in ("milestones", "columns", "background", "pixel_range") or (
+            name == "transforms" and len(items) == 2
+        ):
             return tuple(items)
         pairs = name == "layers" and all(isinstance(item, list) for item in items)
         return [tuple(item) for item in items] if pairs else items
@@ -223,12 +253,12 @@ def _restored(name: str, value: Any) -> Any:
     for kind, classes in _known_classes().items():
         if kind in value:
             known = {c.__name__: c for c in classes}
-            if value[kind] not in known:
+            if not isinstance(value[kind], str) or value[kind] not in known:
                 raise ValueError(
                     f"{name}: unknown {kind} {value[kind]!r}; known: {', '.join(known)}"
                 )
             own = {k: _tuples(_restored(k, v)) for k, v in value.items() if k != kind}
-            return known[value[kind]](**own)
+            return _called(known[value[kind]], own, name)
     return {key: _restored(key, item) for key, item in value.items()}
 
 

@@ -32,11 +32,14 @@ class NonFiniteValue(NamedTuple):
     remedy: str
 
 
-def find_non_finite_loss(losses: LossTracker) -> NonFiniteValue | None:
+def find_non_finite_loss(
+    losses: LossTracker, owners: Mapping[str, str] | None = None
+) -> NonFiniteValue | None:
     """The first loss term that was nan or infinite, or None.
 
     Args:
         losses: The losses of the run so far.
+        owners: What returned a term, such as "the callback Mine", by the term; not of all terms.
 
     Returns:
         The term, its step and what to lower; or None.
@@ -45,8 +48,9 @@ def find_non_finite_loss(losses: LossTracker) -> NonFiniteValue | None:
     if found is None:
         return None
     step, name = found
+    by = f", which {owners[name]} returns" if owners and name in owners else ""
     return NonFiniteValue(
-        f"the loss term {name!r} is not finite at step {step}", "the weight of this term"
+        f"the loss term {name!r} is not finite at step {step}", f"the weight of this term{by}"
     )
 
 
@@ -87,12 +91,15 @@ def non_finite_error(value: NonFiniteValue, epoch: int, output_dir: Path | None)
     )
 
 
-def check_first_gradients(method: Method, losses: Mapping[str, Tensor]) -> None:
+def check_first_gradients(
+    method: Method, losses: Mapping[str, Tensor], owners: Mapping[str, str] | None = None
+) -> None:
     """Check after the first backward pass that losses and trained parameters reach each other.
 
     Args:
         method: The method, whose gradients are there.
         losses: The losses of the batch by name.
+        owners: What returned a loss, such as "the callback Mine", by the loss; not of all losses.
 
     Raises:
         RuntimeError: If a loss depends on no trained parameter, or a trained parameter got no
@@ -102,9 +109,10 @@ def check_first_gradients(method: Method, losses: Mapping[str, Tensor]) -> None:
     # a process that trains some of the networks has losses of the others, which are constant there
     may_be_constant = method.networks_per_process and len(constant) < len(losses)
     if constant and not may_be_constant:
+        by = f" of {owners[constant[0]]}" if owners and constant[0] in owners else ""
         raise RuntimeError(
-            f"the loss {constant[0]!r} reaches no trained parameter: what it reads is frozen. "
-            "Freeze less, or leave it out"
+            f"the loss {constant[0]!r}{by} reaches no trained parameter: what it reads is frozen "
+            "or detached. Freeze less, or leave it out"
         )
     trained = method.trainable_parameters()
     missing = [name for name, p in trained.items() if p.requires_grad and p.grad is None]

@@ -65,6 +65,11 @@ def settle_classes(sources: Mapping[str, SplitSource], num_classes: int | None) 
                 f"num_classes={num_classes}, but the data has {len(names)} classes: leave "
                 "num_classes out"
             )
+        if len(names) == 1 and num_classes is None:
+            raise ValueError(
+                f"the training data has a single class, {names[0]!r}, and nothing to learn: check "
+                "the folder or the label column, or pass num_classes=1 if that is meant"
+            )
         return Classes(names, len(names))
     _refuse_text(sources)
     if num_classes is not None:

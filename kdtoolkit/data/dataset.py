@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 from kdtoolkit.data.augment import BatchAugment
 from kdtoolkit.data.batch_order import RepeatBatchSampler, Sampling
 from kdtoolkit.data.stream import StreamDataset
+from kdtoolkit.data.transforms import EvalTransform
 from kdtoolkit.types import Batch
+from kdtoolkit.utils.signals import WorkerStart
 
 T = TypeVar("T")
 
@@ -92,6 +94,7 @@ class Split:
             drop_last=drop_last,
             num_workers=self.num_workers,
             collate_fn=_already_collated,
+            worker_init_fn=WorkerStart(),
             pin_memory=pin,
         )
 
@@ -112,6 +115,7 @@ class Split:
             batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=_already_collated,
+            worker_init_fn=WorkerStart(),
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -141,6 +145,10 @@ class Data:
             `describe`.
         num_unlabelled: Training rows without a label; theirs is -1. Rows of the other splits all
             have one.
+        notes: Sentences about rows and classes: splits and images that are left out, where test
+            rows come from, classes without rows, labels that were numbered again.
+        channels: Channels of an image.
+        eval_terms: What is done to an image for evaluation, in timm's terms; None: not known.
 
     Example:
         >>> from kdtoolkit import data
@@ -162,6 +170,9 @@ class Data:
     seed: int = 0
     details: dict[str, int | str] = dataclasses.field(default_factory=dict)
     num_unlabelled: int = 0
+    notes: list[str] = dataclasses.field(default_factory=list)
+    channels: int = 3
+    eval_terms: EvalTransform | None = None
 
     def prepare_batch(
         self, batch: Batch | dict[str, Tensor], *, epoch: int, train: bool, views: int = 1
@@ -219,6 +230,7 @@ class Data:
         return {
             "name": self.name,
             "num_classes": self.num_classes,
+            "classes": self.class_names,
             "image_size": list(self.image_size),
             "rows": {split.name: split.num_rows for split in splits},
             "origin": {split.name: split.origin for split in splits},

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 NO_LABEL = -1  # the label of a row without one
+MAX_LABEL = 2**53  # up to which floats are exact
 ONE_CLASS = "a row has one class: multi-label, one-hot and soft labels are not supported"
 
 
@@ -59,7 +60,7 @@ def plain_label(value: object, where: str) -> int | str:
     if isinstance(value, (list, tuple)):
         raise _wrong_shape(value, (len(value),), where)
     if isinstance(value, (bool, int)):
-        return int(value)
+        return _in_range(int(value), where)
     if isinstance(value, float):
         return _whole(value, where)
     if isinstance(value, str):
@@ -88,7 +89,13 @@ def _whole(value: float, where: str) -> int:
             f"{where}: the label is {value}, which is no class id: labels are whole numbers from "
             "0, or text; soft labels and targets of a regression are not supported"
         )
-    return int(value)
+    return _in_range(int(value), where)
+
+
+def _in_range(value: int, where: str) -> int:
+    if abs(value) > MAX_LABEL:
+        raise ValueError(f"{where}: the label {value} is too large for a class id")
+    return value
 
 
 def read_label_values(values: pa.ChunkedArray, split: str) -> np.ndarray:
@@ -139,7 +146,8 @@ def integral(numbers: np.ndarray, split: str) -> np.ndarray:
     Raises:
         ValueError: If one is NaN or no whole number; names the first such row.
     """
-    wrong = np.flatnonzero(~(np.isfinite(numbers) & (numbers == np.floor(numbers))))
+    is_whole = np.isfinite(numbers) & (numbers == np.floor(numbers))
+    wrong = np.flatnonzero(~is_whole | (np.abs(numbers) > MAX_LABEL))
     if len(wrong):
         row = int(wrong[0])
         more = f" ({len(wrong):,} such rows)" if len(wrong) > 1 else ""
@@ -180,9 +188,8 @@ def as_label_array(labels: Any, num_rows: int, split: str) -> np.ndarray | None:
         return integral(array.astype(np.float64), split)
     if array.dtype.kind not in "biu":
         return None
-    largest = np.iinfo(np.int64).max
-    if array.dtype.kind == "u" and num_rows and int(array.max()) > largest:
-        raise ValueError(f"split {split!r}: label {int(array.max())} is too large for a class id")
+    if num_rows:
+        _in_range(int(array.max()), f"split {split!r}, row {int(array.argmax())}")
     return array.astype(np.int64)
 
 

@@ -6,8 +6,9 @@ from kdtoolkit.data.augment import BatchAugment
 from kdtoolkit.data.transforms import ImageTransform
 from kdtoolkit.utils.validation import check_whole_number
 
-TransformOption = str | BatchAugment | tuple[ImageTransform, ImageTransform] | None
-"""None, `"none"`, `"crop-flip"`, a batched augmentation, or callables (for train, for eval)."""
+TransformOption = str | BatchAugment | tuple[ImageTransform, ImageTransform | None] | None
+"""None, `"none"`, `"crop-flip"`, a batched augmentation, or callables (for train, for eval); None
+in place of the second is the default."""
 
 
 def check_transforms(transforms: object) -> TransformOption:
@@ -17,7 +18,7 @@ def check_transforms(transforms: object) -> TransformOption:
         transforms: What the user gave.
 
     Returns:
-        The option; one callable becomes a pair.
+        The option; one callable, which is for training alone, becomes a pair with None.
 
     Raises:
         ValueError: If it is none of the allowed kinds.
@@ -29,11 +30,10 @@ def check_transforms(transforms: object) -> TransformOption:
     if isinstance(transforms, tuple) and len(transforms) == 2 and all(map(callable, transforms)):
         return transforms
     if callable(transforms):
-        return transforms, transforms
+        return transforms, None
     raise ValueError(
         f"transforms={transforms!r}: allowed are None, 'none', 'crop-flip', a BatchAugment, a "
-        "callable on a PIL image, "
-        "or a tuple (for train, for eval) of callables"
+        "callable on a PIL image (for train alone), or a tuple (for train, for eval) of callables"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -17,6 +16,7 @@ from kdtoolkit.data.tables import Table
 from kdtoolkit.data.transform_choice import TransformChoice
 from kdtoolkit.data.transforms import ImageTransform
 from kdtoolkit.data.user_loader import IndexedDataset, rebuild_loader
+from kdtoolkit.utils.processors import usable_processors
 
 MAX_AUTO_WORKERS = 8
 
@@ -29,8 +29,8 @@ class SplitBuilder:
         plan: What is done to an image.
         num_classes: Number of classes.
         seed: Seed of the run.
-        num_workers: Processes that read; None: 0 for data in memory, else the number of cores, at
-            most 8.
+        num_workers: Processes that read; None: 0 for data in memory, else the processors that this
+            process may use, at most 8.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class SplitBuilder:
             raise ValueError(
                 f"num_workers={wanted}, but the DataLoader has {loader.num_workers}: set it there"
             )
-        rebuilt = rebuild_loader(loader, name, self.num_classes)
+        rebuilt = rebuild_loader(loader, name, self.num_classes, self.splits.reader)
         dataset = rebuilt.dataset
         num_rows = len(dataset) if isinstance(dataset, IndexedDataset) else None
         return Split(
@@ -92,7 +92,8 @@ class SplitBuilder:
                 f"num_workers={self.num_workers}: a stream is read in the main process; use 'auto' "
                 "or 0"
             )
-        stream.configure(self._transform(name), self.num_classes, self.seed)
+        options = self.splits.reader.options
+        stream.configure(self._transform(name), self.num_classes, self.seed, options)
         origin = self.splits.origins[name]
         return Split(name, stream, num_rows=None, stable_index=False, origin=origin)
 
@@ -106,10 +107,18 @@ class SplitBuilder:
     def _from_table(self, name: str, table: Table) -> Split:
         rows, origin = self.splits.rows[name], self.splits.origins[name]
         transform, is_train = self._transform(name), name == "train"
-        dataset = RowDataset(table, rows, transform, self.num_classes, self.seed, is_train)
+        dataset = RowDataset(
+            table,
+            rows,
+            transform,
+            self.num_classes,
+            self.seed,
+            is_train,
+            self.splits.reader.options,
+        )
         workers = self.num_workers
         if workers is None:
-            workers = 0 if table.in_memory else min(MAX_AUTO_WORKERS, os.cpu_count() or 1)
+            workers = 0 if table.in_memory else min(MAX_AUTO_WORKERS, usable_processors())
         return Split(name, dataset, len(dataset), num_workers=workers, origin=origin)
 
     def _transform(self, name: str) -> ImageTransform | None:

@@ -18,7 +18,9 @@ from kdtoolkit.methods.factory import create_method
 from kdtoolkit.methods.resolve import ResolvedLosses
 from kdtoolkit.models.freezing import FrozenParts
 from kdtoolkit.models.layer_groups import layer_numbers
+from kdtoolkit.models.module_checks import check_module
 from kdtoolkit.models.reinit import reinitialised_copy
+from kdtoolkit.pipeline.class_order import match_class_order
 from kdtoolkit.pipeline.config import DistillConfig
 from kdtoolkit.pipeline.data_info import DataInfo
 from kdtoolkit.pipeline.networks import (
@@ -114,19 +116,24 @@ def _with_frozen_parts(parts: RunParts, config: DistillConfig, info: DataInfo) -
 
 def _parts_of_method(method: Method, info: DataInfo) -> RunParts:
     """The parts of a Method that the caller has built."""
+    notes: list[str] = []
     nets = method.networks()
     first = next(iter(nets.values()))
     for teacher in method.teachers:
         check_no_shared_parameters(teacher.model, first)
+        match_class_order(
+            teacher, info.class_names, label="the teacher", head=None, is_callers=True,
+            notes=notes, can_change=False,
+        )  # fmt: skip
     for name, net in nets.items():
         _check_named(net, info, name if len(nets) > 1 else None)
-    return RunParts(first, list(method.teachers), method)
+    return RunParts(first, list(method.teachers), method, notes=notes)
 
 
 def _check_named(net: nn.Module, info: DataInfo, name: str | None) -> None:
     """Check a network; the message names it, where it is one of several."""
     try:
-        check_trainable(net, info)
+        check_trainable(check_module(net, "network"), info)
     except ValueError as error:
         if name is None:
             raise
@@ -179,7 +186,7 @@ def _network_maker(
             )
             return reinitialised_copy(student, seed)
         if isinstance(source, nn.Module):
-            return check_trainable(source, info)
+            return check_trainable(check_module(source, f"network {k}"), info)
         networks = config.networks
         if source is not None:
             networks = replace(networks, student=source, student_args=None, student_weights=None)

@@ -37,17 +37,31 @@ if TYPE_CHECKING:
         str | BatchAugment | ImageTransform | tuple[ImageTransform, ImageTransform] | None
     )
     Validation: TypeAlias = int | float | str | None
+    Background: TypeAlias = str | tuple[int, int, int] | None
+    PixelRange: TypeAlias = tuple[float, float] | None
     Workers: TypeAlias = int | str
     Labelled: TypeAlias = int | float | None
+    Columns: TypeAlias = tuple[str | None, str | None] | None
     Auto: TypeAlias = bool | str
     Resume: TypeAlias = bool | str | os.PathLike[str]
     Baseline: TypeAlias = Any  # a DistillResult, a folder, True or None
     Trackers: TypeAlias = str | list[str] | None
 else:
-    from kdtoolkit.pipeline.shell_values import LayerPairs, Scalar, Text, Texts, Values
+    from kdtoolkit.pipeline.shell_values import (
+        Colour,
+        ColumnPair,
+        LayerPairs,
+        NumberPair,
+        Scalar,
+        Text,
+        Texts,
+        Values,
+    )
 
     PathLike = OptionalPath = NetworkSource = WeightsSource = DataSource = Transforms = Text
     TeacherSource = TeacherWeightsSource = MethodSource = TeacherHead = Trackers = Texts
     Layers = LayerPairs
+    Columns = ColumnPair
     Weights = Options = TeacherOptions = Values
     Freeze = Validation = Workers = Labelled = Auto = Resume = Baseline = Scalar
+    Background, PixelRange = Colour, NumberPair

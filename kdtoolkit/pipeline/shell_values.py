@@ -126,6 +126,34 @@ class Values(ShellValue):
         return parse_pairs(words)
 
 
+class Colour(ShellValue):
+    """A name of a colour, or three numbers from 0 to 255."""
+
+    metavar = "NAME|R G B"
+    many = True
+
+    @staticmethod
+    def parse(words: list[str]) -> Any:
+        """The name, None of "none", or the three numbers."""
+        if len(words) == 1:
+            return None if words[0].lower() == "none" else words[0]
+        return tuple(parse_literal(word) for word in words)
+
+
+class NumberPair(ShellValue):
+    """Two numbers, or `none`."""
+
+    metavar = "LOW HIGH"
+    many = True
+
+    @staticmethod
+    def parse(words: list[str]) -> Any:
+        """The pair; None of the single word "none"."""
+        if [word.lower() for word in words] == ["none"]:
+            return None
+        return tuple(parse_literal(word) for word in words)
+
+
 class LayerPairs(ShellValue):
     """`auto`, or STUDENT:TEACHER pairs of taps: stage numbers or module names."""
 
@@ -143,6 +171,19 @@ class LayerPairs(ShellValue):
     def show(value: Any) -> list[str]:
         """The words of a list of pairs."""
         return [value] if isinstance(value, str) else [f"{s}:{t}" for s, t in value]
+
+
+class ColumnPair(ShellValue):
+    """The columns of the image and the label, `none` for one that is to be found."""
+
+    metavar = "IMAGE LABEL"
+    many = True
+
+    @staticmethod
+    def parse(words: list[str]) -> Any:
+        """The pair; None of the single word "none"."""
+        found = [None if word.lower() == "none" else word for word in words]
+        return None if found == [None] else tuple(found)
 
 
 def _tap_pair(word: str) -> tuple[int | str, int | str]:

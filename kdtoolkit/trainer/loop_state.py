@@ -21,6 +21,7 @@ class LoopStateDict(TypedDict):
     stop: str | None
     losses: TrackerState
     callbacks: dict[str, dict[str, Any]]
+    sampler: dict[str, Any]
 
 
 class LoopState:
@@ -37,7 +38,7 @@ class LoopState:
         self.run = run
 
     def state_dict(self) -> LoopStateDict:
-        """Position, best evaluation, reason to stop, losses of open windows, states of callbacks.
+        """Position, best evaluation, reason to stop, open losses, states of callbacks and sampler.
 
         An interruption is not saved as a reason to stop: a resumed run continues.
         """
@@ -50,6 +51,7 @@ class LoopState:
             "stop": None if run.stop == INTERRUPTED else run.stop,
             "losses": run.loss_tracker.state_dict(),
             "callbacks": {c.name: c.state_dict() for c in run.callbacks if c.name},
+            "sampler": run.sampler_state.state_dict(run.clock.step > run.epoch_start),
         }
 
     def load_state_dict(self, state: LoopStateDict) -> None:
@@ -66,3 +68,4 @@ class LoopState:
         for callback in run.callbacks:
             if callback.name in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.name])
+        run.sampler_state.load_state_dict(state["sampler"])

@@ -332,9 +332,8 @@ def test_own_validation_split_and_missing_test(small):
     assert (len(data.train), len(data.val), len(data.test)) == (300, 40, 100)
     assert len(kd.load(three, validation=0.1).val) == 30
     two = kd.load(datasets.DatasetDict(train=small["train"], valid=small["test"]))
-    assert (len(two.val), len(two.test)) == (30, 100) and "validation" in two.describe()["origin"][
-        "test"
-    ]
+    assert len(two.train) == 300 and len(two.val) == 100 and two.test is None
+    assert "there is no test split" in two.notes[0]
     one, other = kd.load(small["train"], seed=0), kd.load(small["train"], seed=1)
     assert len(one.test) == 60 and np.array_equal(rows_of(one.test), rows_of(other.test))
     assert not set(rows_of(one.test)) & {
@@ -346,7 +345,8 @@ def test_own_validation_split_and_missing_test(small):
     unlabelled = kd.load(
         datasets.DatasetDict(train=small["train"], validation=small["test"], test=hidden)
     )
-    assert "no labelled test" in unlabelled.describe()["origin"]["test"]
+    assert unlabelled.test is None and len(unlabelled.val) == 100
+    assert "split 'test' (100 rows) is left out: its rows have no labels" in unlabelled.notes[0]
 
 
 def test_train_limit_is_stratified_and_leaves_validation_alone(small):
@@ -704,7 +704,7 @@ ERRORS = {
     ),
     "string labels": (
         lambda s, p: kd.load(table(c=(datasets.Value("string"), ["a"] * 40))),
-        r"class_encode_column",
+        r"no label column: .* Say which with columns=\(None, label\); text becomes classes",
     ),
     "two integer columns": (
         lambda s, p: kd.load(table(a=(INT, [0] * 40), b=(INT, [0] * 40))),

@@ -6,21 +6,27 @@ In memory, row by row in workers, or batched on the training device.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from kdtoolkit.data.augment import BatchAugment
 from kdtoolkit.data.cache import fits_in_memory
+from kdtoolkit.data.images import image_size as size_of
 from kdtoolkit.data.images import to_tensor
 from kdtoolkit.data.open_splits import OpenSplits, SplitSource
 from kdtoolkit.data.options import TransformOption
-from kdtoolkit.data.probing import find_common_size, first_image, gives_floats, probe_sizes
+from kdtoolkit.data.probing import find_common_size, first_image, gives_floats
+from kdtoolkit.data.row_error import raised_by_user
 from kdtoolkit.data.seeding import seeded_generators
 from kdtoolkit.data.tables import Table, TorchTable
+from kdtoolkit.data.timm_terms import describe_transform, in_timm_terms, own_transform
 from kdtoolkit.data.transforms import (
+    EvalTransform,
     ImageTransform,
-    eval_transform,
+    default_eval,
+    read_image,
     resize_transform,
     train_transform,
 )
@@ -29,7 +35,8 @@ MAX_SMALL_SIDE = (
     96  # pixels; up to here images of equal size are shifted and flipped, larger ones are cropped
 )
 DEFAULT_SIDE = 224  # pixels
-MAX_TEXT = 200  # characters of a transform's description
+PIL_IMAGE = Image.new("RGB", (1, 1))  # what torchvision's data sets give their transforms
+PROBED_RAW = 16  # images whose size is looked at where no reader has read them
 
 
 @dataclasses.dataclass
@@ -42,7 +49,9 @@ class TransformChoice:
         for_train: Transform of each training image; None: as decoded.
         for_eval: Transform of each other image; None: as decoded.
         cache: Whether images are decoded into memory.
-        description: All this in words.
+        description: What is done to training images, in words.
+        evaluation: What is done to the others, in words.
+        eval_terms: The same as timm's data configuration says it.
         resize: Whether the cache resizes images to `size`; otherwise all must have it.
     """
 
@@ -52,6 +61,8 @@ class TransformChoice:
     for_eval: ImageTransform | None
     cache: bool
     description: str
+    evaluation: str
+    eval_terms: EvalTransform
     resize: bool = False
 
 
@@ -81,31 +92,49 @@ def choose_transforms(
     """
     train = splits.train
     if isinstance(option, tuple):
-        return _plan_user_transforms(train, *option)
+        if isinstance(train, DataLoader):
+            raise ValueError(
+                "transforms has no effect on a DataLoader: put the callable into its data set"
+            )
+        if option[1] is None:
+            return _plan_training_transform(splits, option[0], preset, image_size)
+        return _plan_user_transforms(splits, *option)
     if isinstance(train, DataLoader):
-        return _plan_user_loader(train, option, image_size)
+        return _plan_user_loader(option, image_size, splits)
     common_size = None if sizes_differ else find_common_size(splits)
+    return _plan_own(splits, option, preset, image_size, common_size)
+
+
+def _plan_own(
+    splits: OpenSplits,
+    option: str | BatchAugment | None,
+    preset: BatchAugment | None,
+    image_size: tuple[int, int] | None,
+    common_size: tuple[int, int] | None,
+) -> TransformChoice:
+    """The transforms of this package."""
     is_default = option is None and preset is None
-    keeps_floats = is_default and gives_floats(train)  # the data set's own transforms made them
     if common_size is not None:
         size = image_size or common_size
-        if keeps_floats:
-            text = _describe_floats(train)
+        if is_default and gives_floats(splits.train):  # the data set's own transforms made them
+            text = _describe_floats(splits.train)
             return _plan_batched(splits, common_size, image_size, None, text)
         if not is_default or max(size) <= MAX_SMALL_SIDE:
             augment = _choose_augment(option, preset, size)
             return _plan_batched(splits, common_size, image_size, augment, str(augment or "none"))
     size = image_size or (DEFAULT_SIDE, DEFAULT_SIDE)
-    for_eval = eval_transform(size)
+    terms = default_eval(size)
+    for_eval = terms.build()
     if is_default:
         text = (
-            f"RandomResizedCrop to {size[0]}x{size[1]} and flip, per sample; "
-            "evaluation: Resize and CenterCrop"
+            f"RandomResizedCrop to {size[0]}x{size[1]} (scale 0.08 to 1, bilinear) and "
+            "horizontal flip (p = 0.5), per sample"
         )
-        return TransformChoice(size, None, train_transform(size), for_eval, False, text)
+        for_train = train_transform(size)
+        return TransformChoice(size, None, for_train, for_eval, False, text, str(terms), terms)
     augment = preset if option is None else _augment_of(option, size)
-    text = f"Resize and CenterCrop to {size[0]}x{size[1]}, then {augment or 'none'}"
-    return TransformChoice(size, augment, for_eval, for_eval, False, text)
+    text = f"{terms}, then {augment or 'none'}"
+    return TransformChoice(size, augment, for_eval, for_eval, False, text, str(terms), terms)
 
 
 def _plan_batched(
@@ -122,36 +151,111 @@ def _plan_batched(
     num_rows = sum(len(rows) for rows in splits.rows.values())
     cache = bool(tables) and all(map(_is_cacheable, tables)) and fits_in_memory(num_rows, size)
     resize = image_size is not None
-    return TransformChoice(size, augment, transform, transform, cache, description, resize)
+    evaluation, terms = _evaluation_of(splits, size, resize)
+    if transform is not None:
+        description = f"{terms}, then {description}"
+    return TransformChoice(
+        size, augment, transform, transform, cache, description, evaluation, terms, resize
+    )
+
+
+def _evaluation_of(
+    splits: OpenSplits, size: tuple[int, int], resize: bool
+) -> tuple[str, EvalTransform]:
+    """What is done to images of equal size: nothing, or a resize of the whole image."""
+    terms = EvalTransform(size, crop_mode="squash" if resize else "center")
+    source = _evaluated_source(splits)
+    own = own_transform(source.dataset) if isinstance(source, TorchTable) else None
+    if own is None:
+        return (str(terms) if resize else f"none, {size[0]}x{size[1]} as decoded"), terms
+    made_by = f"the data set's own: {describe_transform(own)}"
+    if resize:
+        return f"{made_by}, then {terms}", dataclasses.replace(terms, is_exact=False)
+    return made_by, in_timm_terms(own, size, PIL_IMAGE)
 
 
 def _is_cacheable(table: Table) -> bool:
     return table.is_cacheable and not gives_floats(table)
 
 
-def _plan_user_transforms(
-    train: SplitSource, for_train: ImageTransform, for_eval: ImageTransform
+def _plan_training_transform(
+    splits: OpenSplits,
+    for_train: ImageTransform,
+    preset: BatchAugment | None,
+    image_size: tuple[int, int] | None,
 ) -> TransformChoice:
-    if isinstance(train, DataLoader):
+    """The user's transform in training; evaluation as it is without one, at the same size."""
+    _, size = _try_transform(splits, "train", for_train)
+    if image_size not in (None, size):
         raise ValueError(
-            "transforms has no effect on a DataLoader: put the callable into its data set"
+            f"image_size={image_size}, but transforms gives images of {size}: leave image_size "
+            "out, or end the transforms with a resize to it"
         )
+    own = _plan_own(splits, None, preset, size, _common_raw_size(splits))
+    return dataclasses.replace(
+        own, augment=None, for_train=for_train, cache=False, resize=False,
+        description=_describe_users(for_train),
+    )  # fmt: skip
+
+
+def _plan_user_transforms(
+    splits: OpenSplits, for_train: ImageTransform, for_eval: ImageTransform
+) -> TransformChoice:
+    _, size = _try_transform(splits, "train", for_train)
+    evaluated = next((name for name in ("test", "val") if name in splits.sources), "train")
+    image, eval_size = _try_transform(splits, evaluated, for_eval)
+    return TransformChoice(
+        size, None, for_train, for_eval, cache=False,
+        description=_describe_users(for_train), evaluation=_describe_users(for_eval),
+        eval_terms=in_timm_terms(for_eval, eval_size, image),
+    )  # fmt: skip
+
+
+def _describe_users(transform: ImageTransform) -> str:
+    return f"the user's, per sample: {describe_transform(transform)}"
+
+
+def _try_transform(
+    splits: OpenSplits, split: str, transform: ImageTransform
+) -> tuple[object, tuple[int, int]]:
+    """The first image of a split, and the (H, W) in pixels that a transform gives it."""
     with seeded_generators(0):
-        image = to_tensor(for_train(first_image(train)), "the output of transforms")
-    text = f"the user's, per sample: {_describe_transform(for_train)}"
-    size = (image.shape[1], image.shape[2])
-    return TransformChoice(size, None, for_train, for_eval, cache=False, description=text)
+        first = first_image(splits.sources[split])
+        with raised_by_user(f"split {split!r}, row 0", "transforms"):
+            made = transform(first)
+        image = to_tensor(made, "the output of transforms", splits.reader.options)
+    return first, (image.shape[1], image.shape[2])
+
+
+def _common_raw_size(splits: OpenSplits) -> tuple[int, int] | None:
+    """(H, W) that some images of all splits have before any transform; None where they differ."""
+    found: set[tuple[int, int]] = set()
+    with seeded_generators(0):
+        for table in splits.tables().values():
+            rows = np.linspace(0, len(table) - 1, min(PROBED_RAW, len(table))).astype(int)
+            found |= {size_of(read_image(row.image)) for row in table.read(rows)}
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def _evaluated_source(splits: OpenSplits) -> SplitSource:
+    names = [name for name in ("test", "val", "train") if name in splits.sources]
+    return splits.sources[names[0]]
 
 
 def _plan_user_loader(
-    train: DataLoader[Any], option: str | BatchAugment | None, image_size: tuple[int, int] | None
+    option: str | BatchAugment | None, image_size: tuple[int, int] | None, splits: OpenSplits
 ) -> TransformChoice:
     if image_size is not None:
         raise ValueError("image_size has no effect on a DataLoader: resize in its data set")
-    size = next(iter(probe_sizes(train)))
+    size = splits.probed_sizes["train"][0]
     augment = _augment_of(option, size)
-    text = str(augment) if augment else "the user's DataLoader's own"
-    return TransformChoice(size, augment, None, None, cache=False, description=text)
+    users = "the user's DataLoader's own"
+    text = str(augment) if augment else users
+    source = _evaluated_source(splits)
+    own = own_transform(source.dataset) if isinstance(source, DataLoader) else None
+    terms = in_timm_terms(own, size, PIL_IMAGE)
+    evaluation = users if own is None else f"{users}: {describe_transform(own)}"
+    return TransformChoice(size, augment, None, None, False, text, evaluation, terms)
 
 
 def _choose_augment(
@@ -178,8 +282,3 @@ def _describe_floats(train: SplitSource) -> str:
     if has_no_transforms:
         return "none (float images; transforms='crop-flip' adds one)"
     return "the data set's own"
-
-
-def _describe_transform(transform: ImageTransform) -> str:
-    text = getattr(transform, "__qualname__", None) or " ".join(repr(transform).split())
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 3] + "..."

@@ -19,8 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdtoolkit.features.tracing import eval_without_gradients
 from kdtoolkit.utils.validation import check_whole_number
 
-WARMUP_PASSES = 5  # forward passes of each network that are not timed
-TIMED_PASSES = 21  # forward passes of each network; the median counts
+WARMUP_PASSES = 3  # forward passes of each network that are not timed
+ROUNDS = 7  # the median of so many rounds counts
+MAX_PASSES = 9  # of each network in a round, of which the fastest counts
+# a clock that is too coarse (Windows) would read 0
+IS_FINE = time.get_clock_info("thread_time").resolution < 1e-5
+cpu_seconds = time.thread_time if IS_FINE else time.perf_counter
+MAX_SECONDS = 10.0  # of all rounds; slow networks have fewer passes in a round, at least one
 
 
 class Cost(NamedTuple):
@@ -29,7 +34,8 @@ class Cost(NamedTuple):
     Attributes:
         params: Number of all parameters.
         macs: Multiply-accumulates of one forward pass of one image.
-        latency_ms: Median milliseconds of one forward pass of a batch; None where not measured.
+        latency_ms: Milliseconds of one forward pass of a batch, on the CPU of one thread (see
+            `measure_costs`); None where not measured.
     """
 
     params: int
@@ -76,8 +82,11 @@ def measure_costs(
     attention; no norms, activations or pooling. They are counted on meta tensors, where nothing is
     computed, or on real ones where meta fails.
 
-    The latency is the median of 21 passes after 5 that are not timed, in eval mode without
-    gradients; the networks take turns, so that a change in the machine's load affects all alike.
+    The latency is the median of 7 rounds in eval mode without gradients. In a round the networks
+    take turns, up to 9 passes each, of which the fastest counts, so that a change in the machine's
+    load affects all alike. On the CPU one thread computes, and its processor time is measured:
+    what a pass takes on a core of its own, whatever else runs. On other devices it is the time
+    until the device has finished.
 
     Args:
         models: Networks by name.
@@ -148,7 +157,7 @@ def _measure_latencies(
     device: torch.device,
     batch: int,
 ) -> dict[str, float]:
-    """Median milliseconds of a forward pass, by name."""
+    """Milliseconds of a forward pass, by name."""
     with ExitStack() as copies:
         nets = {
             name: copies.enter_context(_working_copy(model, device))
@@ -163,19 +172,44 @@ def _time_in_turns(
     device: torch.device,
     batch: int,
 ) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {name: [] for name in nets}
     inputs = {name: _zero_images(net, sizes[name], batch) for name, net in nets.items()}
-    with torch.inference_mode():
-        for turn in range(WARMUP_PASSES + TIMED_PASSES):
-            for name, net in nets.items():
-                elapsed = _time_forward(net, inputs[name], device)
-                if turn >= WARMUP_PASSES:
-                    seconds[name].append(elapsed)
-    return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
+
+    def time_all() -> dict[str, float]:
+        return {name: _time_forward(net, inputs[name], device) for name, net in nets.items()}
+
+    with torch.inference_mode(), _one_cpu_thread(device):
+        for _ in range(WARMUP_PASSES):
+            start = time.perf_counter()
+            time_all()
+            seconds = time.perf_counter() - start  # of one pass of each network
+        passes = min(MAX_PASSES, max(1, int(MAX_SECONDS / ROUNDS / max(seconds, 1e-9))))
+        rounds = [[time_all() for _ in range(passes)] for _ in range(ROUNDS)]
+    return {
+        name: 1000 * statistics.median(min(times[name] for times in turn) for turn in rounds)
+        for name in nets
+    }
+
+
+@contextmanager
+def _one_cpu_thread(device: torch.device) -> Iterator[None]:
+    """One thread computes on the CPU; the number of threads is restored."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _time_forward(net: nn.Module, x: Tensor, device: torch.device) -> float:
-    """Seconds of one forward pass."""
+    """Seconds of one forward pass: of the thread on the CPU, else until the device is done."""
+    if device.type == "cpu":
+        start = cpu_seconds()
+        net(x)
+        return cpu_seconds() - start
     synchronize = getattr(getattr(torch, device.type, None), "synchronize", lambda: None)
     synchronize()
     start = time.perf_counter()

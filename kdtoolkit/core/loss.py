@@ -108,6 +108,11 @@ class DistillationLoss(nn.Module):
         """
         return [student.feats[s] for s, _ in self.pairs], [teacher.feats[t] for _, t in self.pairs]
 
+    @property
+    def read_taps(self) -> list[tuple[TapKey, TapKey]]:
+        """(student tap, teacher tap) of all features that are read, compared or not."""
+        return self.pairs
+
     def plan_rows(self) -> list[ComparedTaps]:
         """The pairs of taps and what stands between them (`self.adapters`), for the plan."""
         found = getattr(self, "adapters", None)

@@ -17,11 +17,12 @@ RESIZES = ("pool", "interpolate")
 class Adapter(nn.Module):
     """Map one network's feature to the shape of another's, by a 1x1 convolution and resizing.
 
-    It works between any two layouts. Nothing is learned where nothing differs: equal channels need
-    no convolution, equal grids no resizing, and between equal shapes it is the identity. Class
-    tokens are the source's own where their number is equal; else they come from its first class
-    token (from the mean over its positions where it has none) and a learned offset for each. The
-    convolution has no bias; it starts as an orthogonal map, so that a feature keeps its scale.
+    It works between any two layouts. Nothing is learned where nothing differs, unless `always`:
+    equal channels need no convolution, equal grids no resizing, and between equal shapes it is the
+    identity. Class tokens are the source's own where their number is equal; else they come from its
+    first class token (from the mean over its positions where it has none) and a learned offset for
+    each. The convolution has no bias; it starts as an orthogonal map, so that a feature keeps its
+    scale.
 
     Args:
         src_shape: Shape of the feature that comes in: a `Shape`, or a plain (C, H, W), (L, C) or
@@ -30,6 +31,8 @@ class Adapter(nn.Module):
         resize: "pool": a smaller grid by adaptive average pooling, a larger one by bilinear
             interpolation. "interpolate": both by interpolation, antialiased where the grid shrinks.
             A grid that shrinks one way and grows the other is always interpolated.
+        always: Whether there is a convolution between equal channels, too. It starts as the
+            identity; class tokens get none.
 
     Raises:
         ValueError: If `resize` is anything else.
@@ -42,7 +45,12 @@ class Adapter(nn.Module):
     """
 
     def __init__(
-        self, src_shape: Sequence[int], dst_shape: Sequence[int], *, resize: str = "pool"
+        self,
+        src_shape: Sequence[int],
+        dst_shape: Sequence[int],
+        *,
+        resize: str = "pool",
+        always: bool = False,
     ) -> None:
         super().__init__()
         check_choice("resize", resize, RESIZES)
@@ -50,9 +58,10 @@ class Adapter(nn.Module):
         self.proj: nn.Module = nn.Identity()
         self.token_proj: nn.Module | None = None
         self.token_offset: nn.Parameter | None = None
-        if self.src.channels != self.dst.channels:
+        if always or self.src.channels != self.dst.channels:
             conv = nn.Conv2d(self.src.channels, self.dst.channels, 1, bias=False)
-            nn.init.orthogonal_(conv.weight)
+            equal = self.src.channels == self.dst.channels
+            (nn.init.dirac_ if equal else nn.init.orthogonal_)(conv.weight)
             self.proj = conv
         if self.dst.prefix and self.src.channels != self.dst.channels:
             self.token_proj = nn.Linear(self.src.channels, self.dst.channels)
@@ -61,8 +70,8 @@ class Adapter(nn.Module):
 
     @property
     def is_identity(self) -> bool:
-        """Whether the two shapes are equal."""
-        return self.src.like(self.dst)
+        """Whether the two shapes are equal, and nothing is learned between them."""
+        return self.src.like(self.dst) and isinstance(self.proj, nn.Identity)
 
     def forward(self, feature: Tensor) -> Tensor:
         """Map a feature in the source's layout, with the batch, to the destination's."""

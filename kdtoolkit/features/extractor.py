@@ -25,6 +25,7 @@ from kdtoolkit.features.reset_check import find_reset_errors
 from kdtoolkit.features.stage_boundary import StageBoundary
 from kdtoolkit.features.stage_runner import StageRunner
 from kdtoolkit.features.stages import find_stages
+from kdtoolkit.features.stem import find_stem
 from kdtoolkit.features.tap_lookup import boundary_by_name, stage_by_number
 from kdtoolkit.features.tracing import trace_model
 from kdtoolkit.types import Out, Shape, TapKey
@@ -151,6 +152,14 @@ class Taps:
         if isinstance(key, int):
             return stage_by_number(self.model, self.stages, key)
         return boundary_by_name(self.model, self.trace, key)
+
+    def find_stem(self) -> StageBoundary | None:
+        """The boundary in front of the first stage; None where there is none that can be replaced.
+
+        Returns:
+            What the first stage takes, with the module that returns it.
+        """
+        return find_stem(self.trace, self.stages)
 
     def select(self, keys: Sequence[TapKey]) -> Taps:
         """Put taps here and nowhere else.

@@ -6,9 +6,11 @@ starts from the image for both, so its target is the ordinary feature of the tea
 the plain pass. Total: CE + KD + 0.1 * SRKD.
 
 Differs: the paper does not say whether gradients flow through the teacher's stage into the
-student's earlier stages: detached by default, `detach=False` lets them flow. Its adapters M on the
-teacher's side are left out: trained on both sides they could shrink together; the student's
-feature goes to the shape of the teacher's.
+student's earlier stages: detached by default, `detach=False` lets them flow. Eq. 7 has an adapter M
+behind every stage of both networks, which `adapters="always", sides="both"` builds; trained on both
+sides they can shrink together, so that the default has them on the student's side, in the shape of
+the teacher's feature. Eq. 1 is, to the letter, a two-sided cross-entropy (y log p + (1 - y) log(1 -
+p), summed over classes); "ce" is the ordinary one, as in the paper's text and in its baselines.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from kdtoolkit import functional
-from kdtoolkit.core.loss import DistillationLoss, shapes_of
+from kdtoolkit.core.loss import DistillationLoss, is_pair_of_taps, shapes_of
 from kdtoolkit.core.plan import ComparedTaps
 from kdtoolkit.core.registries import register_loss
 from kdtoolkit.features.adapters import Adapter
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.types import Batch, Out, TapKey
-from kdtoolkit.utils.validation import check_flag, describe_value, plain_scalar
+from kdtoolkit.utils.validation import check_choice, check_flag, describe_value, plain_scalar
 
 
 @register_loss(
@@ -43,20 +45,28 @@ class SRKD(DistillationLoss):
         pairs: (student tap, teacher tap) of at least two stages, from shallow to deep.
         reset: Which pairs are reset, counted from 1: "all" (from the second on; the first starts
             from the image), or a list, such as (3,) for the last of three. The others are compared
-            with the ordinary feature of the teacher; () is the paper's M-FitNet.
+            with the ordinary feature of the teacher; () is the paper's M-FitNet. A list with 1
+            resets the first stage too: the teacher's runs on the student's stem (the paper's Table
+            4, row 3).
         detach: True: the target is a constant, and only the adapter in front of the teacher's
             stage learns from it. False: gradients flow through the frozen stage into earlier
             stages of the student.
         resize: How the adapters resize: "pool" or "interpolate".
+        adapters: Where M_i has a 1x1 convolution: "auto" (where channels differ) or "always".
+        sides: Networks that have adapters M_i: "student" or "both".
+        stem: (student tap, teacher tap) at the end of the stems, which nothing is compared at; read
+            where the first stage is reset. Default: what enters the first stage of each.
 
     Attributes:
-        adapters: M_i, one for each pair.
+        adapters: M_i of the student, one for each pair.
+        target_adapters: M_i of the teacher, one for each pair; empty unless `sides` is "both".
         inputs: A_i by number of the pair, one for each tensor that leaves the teacher's stage
             i - 1.
 
     Raises:
-        ValueError: If there are too few pairs, they are not in order, or the teacher cannot be
-            reset at a tap, because some of what follows reads something else.
+        ValueError: If there are too few pairs, they are not in order, the teacher cannot be reset
+            at a tap, because some of what follows reads something else, or the first stage is to be
+            reset and a network has no stem that can be found.
     """
 
     def __init__(
@@ -68,9 +78,14 @@ class SRKD(DistillationLoss):
         reset: str | Sequence[int] = "all",
         detach: bool = True,
         resize: str = "pool",
+        adapters: str = "auto",
+        sides: str = "student",
+        stem: tuple[TapKey, TapKey] | None = None,
     ) -> None:
         super().__init__(student, teacher, pairs)
         check_flag("detach", detach)
+        check_choice("adapters", adapters, ("auto", "always"))
+        check_choice("sides", sides, ("student", "both"))
         if len(self.pairs) < 2:
             raise ValueError(
                 f"stage reset needs at least two pairs of stages, got {self.pairs}: "
@@ -79,35 +94,73 @@ class SRKD(DistillationLoss):
         self.reset = _reset_numbers(reset, len(self.pairs))
         self.detach = detach
         self.teacher = teacher
-        student_keys, teacher_keys = [s for s, _ in self.pairs], [t for _, t in self.pairs]
+        self.stem = self._resolve_stem(student, stem) if 1 in self.reset else None
+        student_keys, teacher_keys = [s for s, _ in self.read_taps], [t for _, t in self.read_taps]
         self._check_order(student, student_keys)
         self._check_order(teacher, teacher_keys)
         self._check_resets()
-        src, dst = shapes_of(student, student_keys), shapes_of(teacher, teacher_keys)
+        src = shapes_of(student, [s for s, _ in self.pairs])
+        dst = shapes_of(teacher, [t for _, t in self.pairs])
+        always = adapters == "always"
         self.adapters = nn.ModuleList(
-            Adapter(s, t, resize=resize) for s, t in zip(src, dst, strict=True)
+            Adapter(s, t, resize=resize, always=always) for s, t in zip(src, dst, strict=True)
+        )
+        self.target_adapters = nn.ModuleList(
+            Adapter(t, t, always=always) for t in dst if sides == "both"
         )
         self.inputs = nn.ModuleDict()
         for i in self.reset:
-            boundary = teacher.boundary_of(self._key_before(i)).read_tensors
+            before, key = self._before(i)
+            shape = student.boundary_of(before).shape
             self.inputs[str(i)] = nn.ModuleList(
-                Adapter(src[i - 2], part.shape, resize=resize) for part in boundary
+                Adapter(shape, part.shape, resize=resize)
+                for part in teacher.boundary_of(key).read_tensors
             )
 
-    def _key_before(self, i: int) -> TapKey:
-        """Tap of the teacher in front of its stage of pair i, counted from 1."""
-        return self.pairs[i - 2][1]
+    @property
+    def read_taps(self) -> list[tuple[TapKey, TapKey]]:
+        """The pairs, and the stems where the first stage is reset."""
+        return self.pairs if self.stem is None else [self.stem, *self.pairs]
+
+    def _before(self, i: int) -> tuple[TapKey, TapKey]:
+        """Taps of student and teacher in front of their stages of pair i, counted from 1."""
+        if i > 1:
+            return self.pairs[i - 2]
+        assert self.stem is not None
+        return self.stem
+
+    def _resolve_stem(
+        self, student: Taps, given: tuple[TapKey, TapKey] | None
+    ) -> tuple[TapKey, TapKey]:
+        if given is not None:
+            if not is_pair_of_taps(given):
+                raise ValueError(
+                    f"stem is {describe_value(given)}; allowed: (student tap, teacher tap), such "
+                    "as ('act1', 'act1')"
+                )
+            return student.resolve_key(given[0]), self.teacher.resolve_key(given[1])
+        found: list[TapKey] = []
+        for name, taps in (("student", student), ("teacher", self.teacher)):
+            stem = taps.find_stem()
+            if stem is None:
+                raise ValueError(
+                    f"reset has the first stage, and what enters that of the {name} "
+                    f"({type(taps.model).__name__}) was not found: name the modules that end the "
+                    "stems, stem=(student tap, teacher tap), or leave 1 out of reset"
+                )
+            found.append(stem.name)
+        return found[0], found[1]
 
     def _check_order(self, taps: Taps, keys: Sequence[TapKey]) -> None:
         depths = [taps.boundary_of(key).returned_at for key in keys]
         if depths != sorted(set(depths)):
             raise ValueError(
                 "stage reset needs pairs from shallow to deep, each tap once, got "
-                f"{self.pairs}: sort layers=[(s, t), ...]"
+                f"{self.read_taps}: sort layers=[(s, t), ...]"
             )
 
     def _check_resets(self) -> None:
-        keys = [self._key_before(i) for i in self.reset]
+        keys = [self._before(i)[1] for i in self.reset]
         for key in keys:
             self.teacher.check_replaceable(key)
         errors = self.teacher.find_reset_errors(keys)
@@ -133,20 +186,24 @@ class SRKD(DistillationLoss):
         """See the module."""
         students, targets = self.features(student, teacher)
         if self.reset:
-            reset_targets = self._reset_targets(students, batch)
+            reset_targets = self._reset_targets(student, batch)
             keys = [t for _, t in self.pairs]
             targets = [
                 reset_targets.get(key, plain) for key, plain in zip(keys, targets, strict=True)
             ]
+        if self.target_adapters:
+            targets = [adapter(f) for adapter, f in zip(self.target_adapters, targets, strict=True)]
         adapted = [adapter(f) for adapter, f in zip(self.adapters, students, strict=True)]
         return functional.srkd(adapted, targets) + _zero_of_parameters(self.inputs, adapted[0])
 
-    def _reset_targets(self, students: Sequence[Tensor], batch: Batch) -> dict[TapKey, Tensor]:
+    def _reset_targets(self, student: Out, batch: Batch) -> dict[TapKey, Tensor]:
         """Features of the teacher's stages that ran on the student's previous features."""
         replace: dict[TapKey, list[Tensor]] = {}
         for i in self.reset:
-            previous = students[i - 2].detach() if self.detach else students[i - 2]
-            replace[self._key_before(i)] = [adapter(previous) for adapter in self._inputs_of(i)]
+            before, key = self._before(i)
+            feature = student.feats[before]
+            previous = feature.detach() if self.detach else feature
+            replace[key] = [adapter(previous) for adapter in self._inputs_of(i)]
         wanted = [self.pairs[i - 1][1] for i in self.reset]
         return self.teacher.reset(batch["x"], replace, wanted)
 
@@ -162,7 +219,7 @@ def _zero_of_parameters(inputs: nn.Module, like: Tensor) -> Tensor:
 
 
 def _reset_numbers(reset: str | Sequence[int], count: int) -> list[int]:
-    """Numbers of the pairs that are reset; the first never is, both sides start from the image."""
+    """Numbers of the pairs that are reset; "all" leaves the first, which starts from the image."""
     if isinstance(reset, str) and reset == "all":
         return list(range(2, count + 1))
     numbers = [plain_scalar(i) for i in reset] if isinstance(reset, (list, tuple)) else [None]
@@ -172,4 +229,4 @@ def _reset_numbers(reset: str | Sequence[int], count: int) -> list[int]:
             f"reset is {describe_value(reset)}; allowed: 'all' or a list of stage pairs from 1 to "
             f"{count}"
         )
-    return sorted({i for i in found if i > 1})
+    return sorted(set(found))

@@ -13,6 +13,7 @@ from kdtoolkit.core.plan import ComparedTaps, MethodPlan, PlanRow, describe_tap
 from kdtoolkit.core.registries import METHODS
 from kdtoolkit.core.strategy import MethodSpec
 from kdtoolkit.features.extractor import Taps
+from kdtoolkit.features.feature_checks import check_logits
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.terms import weights_at
@@ -67,12 +68,12 @@ class OfflineDistillation(Method):
 
     def _select_taps(self) -> None:
         """Tap only what a loss reads: a feature that nothing reads is not kept in memory."""
-        self.taps.select(_distinct(s for _, loss in self._named_losses() for s, _ in loss.pairs))
+        self.taps.select(_distinct(s for _, loss in self._named_losses() for s, _ in loss.read_taps))
         for number, teacher in enumerate(self.teachers):
             losses = [
                 loss for name, loss in self._named_losses() if self.teacher_of[name] == number
             ]
-            teacher.select(_distinct(t for loss in losses for _, t in loss.pairs))
+            teacher.select(_distinct(t for loss in losses for _, t in loss.read_taps))
 
     def _named_losses(self) -> list[tuple[str, DistillationLoss]]:
         return [(name, cast("DistillationLoss", loss)) for name, loss in self.losses.items()]
@@ -108,8 +109,7 @@ class OfflineDistillation(Method):
 
     def logits(self, name: str, x: Tensor) -> Tensor:
         """Logits (B, C) of the student for images in [0, 1]."""
-        logits: Tensor = self.student(self.preprocess(x))
-        return logits
+        return check_logits(self.student, self.student(self.preprocess(x)))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile student and teachers."""

@@ -333,7 +333,8 @@ def slow_srkd(net, batch, numbers):
     part, student, teacher = net.losses["srkd"], net.student, net.teachers[0].model
 
     def features(model, x):
-        x, found = model.conv1(x), []
+        x = model.conv1(x)
+        found = [x]
         for block in (model.block1, model.block2, model.block3):
             x = block(x)
             found.append(x)
@@ -344,15 +345,25 @@ def slow_srkd(net, batch, numbers):
     blocks = [teacher.block1, teacher.block2, teacher.block3]
     loss = 0.0
     for i in (1, 2, 3):
-        target = plain[i - 1]
+        target = plain[i]
         if i in numbers:
-            target = blocks[i - 1](part.inputs[str(i)][0](s[i - 2]))
-        loss = loss + ((part.adapters[i - 1](s[i - 1]) - target) ** 2).mean()
+            target = blocks[i - 1](part.inputs[str(i)][0](s[i - 1]))
+        if part.target_adapters:
+            target = part.target_adapters[i - 1](target)
+        loss = loss + ((part.adapters[i - 1](s[i]) - target) ** 2).mean()
     return loss
 
 
 @pytest.mark.parametrize(
-    "reset, numbers", [("all", (2, 3)), ((), ()), ((3,), (3,)), ((3, 2), (2, 3)), ([1], ())]
+    "reset, numbers",
+    [
+        ("all", (2, 3)),
+        ((), ()),
+        ((3,), (3,)),
+        ((3, 2), (2, 3)),
+        ([1], (1,)),
+        ((1, 2, 3), (1, 2, 3)),
+    ],
 )
 @pytest.mark.parametrize("detach", [True, False])
 def test_srkd_is_the_papers_sum(reset, numbers, detach):
@@ -361,6 +372,38 @@ def test_srkd_is_the_papers_sum(reset, numbers, detach):
         torch.testing.assert_close(
             step(net).losses["srkd"], slow_srkd(net, some(), numbers), rtol=1e-5, atol=0
         )
+
+
+@pytest.mark.parametrize("adapters", ["auto", "always"])
+@pytest.mark.parametrize("sides", ["student", "both"])
+@pytest.mark.parametrize("teacher", [STUDENT, WIDE])
+def test_adapters_of_srkd(adapters, sides, teacher):
+    net = make(
+        "srkd", STUDENT, teacher, losses={"srkd": 1.0}, adapters=adapters, sides=sides
+    ).eval()
+    part = net.losses["srkd"]
+    equal = [adapter.src.channels == adapter.dst.channels for adapter in part.adapters]
+    assert equal == [teacher == STUDENT] * 3
+    learned = [any(True for _ in adapter.parameters()) for adapter in part.adapters]
+    assert learned == [adapters == "always" or not same for same in equal]
+    assert len(part.target_adapters) == (3 if sides == "both" else 0)
+    with torch.no_grad():  # some start as identities, which would show nothing
+        for parameter in part.parameters():
+            parameter.add_(0.1 * torch.rand_like(parameter))
+    loss = step(net).losses["srkd"]
+    torch.testing.assert_close(loss, slow_srkd(net, some(), (2, 3)), rtol=1e-5, atol=0)
+    loss.backward()
+    assert all(p.grad.any() for p in part.adapters.parameters())
+    # through the teacher's adapter, and not into the teacher
+    assert all(p.grad.any() for p in part.target_adapters.parameters())
+    assert all(p.grad is None for p in net.teachers[0].model.parameters())
+
+
+def test_the_first_stage_is_reset_from_a_stem_that_is_named():
+    net = make("srkd", losses={"srkd": 1.0}, reset=(1,), stem=("conv1", "conv1")).eval()
+    with torch.no_grad():
+        found = step(net).losses["srkd"]
+        torch.testing.assert_close(found, slow_srkd(net, some(), (1,)), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("detach", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -268,3 +269,20 @@ def test_ctrl_c_is_code_130(capsys, tmp_path):
     script.write_text("raise KeyboardInterrupt")
     assert cli.main(["run", str(script)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "name, code, said",
+    [("SIGINT", 130, "Ctrl-C"), ("SIGTERM", 143, "SIGTERM"), ("SIGHUP", 129, "SIGHUP")],
+)
+def test_a_signal_is_its_exit_code_and_a_line(name, code, said, capsys, tmp_path):
+    number = signal.Signals[name]
+    before = signal.signal(number, signal.default_int_handler)  # under nohup it would be ignored
+    script = tmp_path / "stopped.py"
+    script.write_text(f"import signal; signal.raise_signal(signal.{name})")
+    try:
+        assert cli.main(["run", str(script)]) == code
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert capsys.readouterr().err == f"kdtoolkit: stopped by {said}\n"

@@ -158,9 +158,9 @@ class RankMonitor:
 
     def forget(self) -> None:
         """Close the sockets of this process; those of a process that forked it stay open."""
+        for key in list(self._selector.get_map().values()):
+            (self.listener if key.data is None else key.data).close()
         self._selector.close()
-        for end in (*self.links, *([self.listener] if self.listener else [])):
-            end.close()
 
     def show_failure(self, error: BaseException) -> None:
         """Print the other rank's failure once, whether this or the main thread is first."""
@@ -197,6 +197,7 @@ class RankMonitor:
         messages = link.receive()
         if messages is None:
             self._selector.unregister(link.socket)
+            link.close()
             if link.rank is not None and not link.has_left:
                 link.has_left = True
                 self._note(Failure(link.rank, ENDED))

@@ -13,17 +13,18 @@ from torch import nn
 
 from kdtoolkit.callbacks.checkpoints import Checkpoints
 from kdtoolkit.features.hooks import remove_tap_hooks
+from kdtoolkit.features.model_inputs import input_shape
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.models.saving import save_model
 from kdtoolkit.pipeline.build import RunParts
 from kdtoolkit.pipeline.data_info import DataInfo
+from kdtoolkit.pipeline.export_config import configure, data_config
 from kdtoolkit.trainer.best_epoch import replace_lost_best
 from kdtoolkit.trainer.trainer import Trainer
 from kdtoolkit.utils import checkpoint_store, distributed
 from kdtoolkit.utils.checkpoint import CheckpointError, read_metadata
 
 T = TypeVar("T")
-REPORT_IMAGES = 8  # shown with Grad-CAM
 logger = logging.getLogger(__name__)
 
 
@@ -61,7 +62,7 @@ def load_chosen_epoch(run: Trainer) -> dict[str, Any]:
     except CheckpointError as error:
         kept = None
         logger.warning("%s", _describe_lost_best(run, error))
-    is_lost = distributed.any_rank(kept is None, run.accelerator.device)
+    is_lost = any(distributed.gather_objects(kept is None))
     if kept is None or is_lost:
         is_last = run.best["step"] == run.clock.step  # these are the best epoch's weights
         if not is_last:
@@ -139,7 +140,7 @@ def _all_networks(run: Trainer) -> dict[str, nn.Module]:
 
 
 def save_networks(run: Trainer, export: Export, info: DataInfo, *, every: bool) -> None:
-    """Save student/; its configuration says the image size that it was trained on.
+    """Save student/; its configuration says what images it was evaluated with.
 
     Args:
         run: The finished run; without a folder nothing is saved.
@@ -155,8 +156,12 @@ def save_networks(run: Trainer, export: Export, info: DataInfo, *, every: bool) 
             folders |= {name: root / name.replace("/", "-") for name in others}
         for name, folder in folders.items():
             net = export.networks[name]
-            size = Preprocess.from_model(net, info.image_size).size or info.image_size
-            save_model(net, folder, input_size=(3, *size))
+            save_model(
+                net, folder, data_config=data_config(net, info),
+                label_names=info.loaded.class_names,
+            )  # fmt: skip
+    for net in export.networks.values():
+        configure(net, info)
     run.accelerator.wait_for_everyone()
 
 
@@ -204,7 +209,10 @@ def _costs(run: Trainer, parts: RunParts, info: DataInfo, final: dict[str, Any])
     if "teacher_top1" in final:
         nets["teacher"] = parts.teachers[0].model
     sizes = {
-        name: (3, *(Preprocess.from_model(net, info.image_size).size or info.image_size))
+        name: (
+            input_shape(net)[0],
+            *(Preprocess.from_model(net, info.image_size).size or info.image_size),
+        )
         for name, net in nets.items()
     }
     if "teacher" in nets:
@@ -217,7 +225,9 @@ def _costs(run: Trainer, parts: RunParts, info: DataInfo, final: dict[str, Any])
     return {"params": cost.params, "macs": cost.macs, "latency_ms": cost.latency_ms}
 
 
-def write_report(folder: Path, parts: RunParts, baseline: Path | None, info: DataInfo) -> None:
+def write_report(
+    folder: Path, parts: RunParts, baseline: Path | None, info: DataInfo, figures: bool = True
+) -> None:
     """Write report.md and its figures; a failure is logged and loses nothing.
 
     Args:
@@ -225,27 +235,37 @@ def write_report(folder: Path, parts: RunParts, baseline: Path | None, info: Dat
         parts: Networks, without hooks.
         baseline: Folder of the run of the student alone.
         info: The data.
+        figures: Whether it has figures.
     """
-    attempt("report.md could not be written", lambda: _report(folder, parts, baseline, info))
+    attempt(
+        "report.md could not be written", lambda: _report(folder, parts, baseline, info, figures)
+    )
 
 
-def _report(folder: Path, parts: RunParts, baseline: Path | None, info: DataInfo) -> None:
+def _report(
+    folder: Path, parts: RunParts, baseline: Path | None, info: DataInfo, figures: bool
+) -> None:
     from kdtoolkit import report
+    from kdtoolkit.pipeline.report_images import choose_images
 
     data = info.loaded
     split = data.test or data.val
-    images = labels = None
-    if split is not None:
-        batch = data.prepare_batch(next(iter(split.loader(REPORT_IMAGES))), epoch=0, train=False)
-        images, labels = batch["x"][:REPORT_IMAGES], batch["y"][:REPORT_IMAGES]
+    chosen = None
+    if split is not None and figures:
+        chosen = attempt(
+            "images for Grad-CAM could not be read",
+            lambda: choose_images(data, split, parts.student),
+        )
     report.write(
         folder,
         student=parts.student,
         teacher=parts.teachers[0].model if parts.teachers else None,
         baseline=baseline,
-        images=images,
-        labels=labels,
+        images=None if chosen is None else chosen.images,
+        labels=None if chosen is None else chosen.labels,
+        images_note="" if chosen is None else chosen.note,
         class_names=data.class_names,
+        figures=figures,
     )
 
 

@@ -20,7 +20,8 @@ class MetricsLog:
     A row has "epoch" (finished epochs), "step" (batches since the start) and "event":
 
     - "teacher": metrics of a teacher on a split
-    - "train": mean losses since the last such row
+    - "train": mean losses since the last such row, and "lr", the learning rate of its last step
+      (the highest where layers have several), as callbacks left it
     - "epoch": mean losses of an epoch
     - "eval": metrics of a network on a split after an epoch
     - "final": the metrics of the result
@@ -75,9 +76,9 @@ class MetricsLog:
         """
         if self._file is None or not self._file.exists():
             return
-        lines = self._file.read_text(encoding="utf-8").splitlines()
+        lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines()
         for row in map(_parse_row, lines):
-            if row and row.get("step", 0) <= step and row.get("event") != "final":
+            if row and row["step"] <= step and row["event"] != "final":
                 self.rows.append(row)
         if self.path is not None:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -96,12 +97,13 @@ class MetricsLog:
 
 
 def _parse_row(line: str) -> MetricsRow | None:
-    """A line of metrics.jsonl; None where it is incomplete."""
+    """A line of metrics.jsonl; None where it is incomplete or no row."""
     try:
         row: MetricsRow = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
-    return row
+    is_row = isinstance(row, dict) and isinstance(row.get("step"), int) and "event" in row
+    return row if is_row else None
 
 
 def _summarise_epochs(rows: Iterable[MetricsRow]) -> list[MetricsRow]:

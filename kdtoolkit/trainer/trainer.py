@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +18,7 @@ from kdtoolkit.core.config import TrainerConfig
 from kdtoolkit.core.method import Method
 from kdtoolkit.core.run_context import ExportCandidates, RunPreview, last_step_of_epoch
 from kdtoolkit.data.dataset import Data, Split
+from kdtoolkit.data.sampler_state import SamplerState
 from kdtoolkit.data.seeding import derive_seed
 from kdtoolkit.trainer import checks, loss_checks
 from kdtoolkit.trainer.batches import remaining_batches
@@ -43,6 +44,9 @@ from kdtoolkit.utils.signals import (
     handle_stop_signals,
 )
 from kdtoolkit.utils.state import preserve_random_state
+
+if TYPE_CHECKING:
+    from kdtoolkit.metrics.chance import ChanceLevel
 
 Event = Literal[
     "on_fit_start", "on_epoch_start", "on_grads", "on_step_end", "on_epoch_end", "on_fit_end"
@@ -76,6 +80,7 @@ class Trainer:
         stop: A reason to end the run after this step, which a callback may set.
         stop_signal: Records Ctrl-C, SIGTERM and SIGHUP and shares them between ranks.
         epoch_start: Step at which this epoch began.
+        sampler_state: What draws the rows of a user's DataLoader.
         checkpoint_metadata: Settings that a checkpoint must share with the run that resumes it.
     """
 
@@ -108,8 +113,10 @@ class Trainer:
         self.stop: str | None = None
         self.stop_signal = StopSignal(accelerator, config.grad_accum)
         self.epoch_start = 0
+        self.sampler_state = SamplerState(data.train)
         prepared = prepare_training(method, data, config, accelerator, layers)
         self.net, self.optimizer, self.scheduler, self.loader, self.clock = prepared
+        self._used_lr = self._highest_lr()  # of the last step
         loss_checks.check_schedules(method, self.callbacks, self.clock)
         self.checkpoint_metadata = describe_for_checkpoint(method, config, self.clock)
         self.checkpoint_metadata |= metadata or {}
@@ -129,16 +136,16 @@ class Trainer:
             RankFailed: If another process of the run failed, ended or answers no more.
         """
         self._start(resume_from)
-        try:
-            with explain_interruption(lambda: f"at once; {self._describe_last()}"):
+        with explain_interruption(lambda: f"at once; {self._describe_last()}"):
+            try:
                 with handle_stop_signals(self.stop_signal.receive):
                     self._run_epochs()
-        except BaseException as error:
-            report_failure(error)  # what follows may wait for other ranks
-            with contextlib.suppress(Exception):  # the first error is the one to report
-                self._finish()
-            raise
-        self._finish()
+            except BaseException as error:
+                report_failure(error)  # what follows may wait for other ranks
+                with contextlib.suppress(Exception):  # the first error is the one to report
+                    self._finish()
+                raise
+            self._finish()
 
     def _run_epochs(self) -> None:
         self.emit("on_fit_start")
@@ -157,6 +164,7 @@ class Trainer:
         self.loader.set_epoch(clock.epoch)
         self.emit("on_epoch_start")
         self.seed_step(clock.epoch, -1)
+        self.sampler_state.start_epoch()
         for batch in remaining_batches(self.loader, clock, self.epoch_start, end):
             self._train_step(self.prepare_batch(batch, train=True))
             if clock.step < end and not self.stop:
@@ -190,6 +198,7 @@ class Trainer:
             if accelerator.sync_gradients:
                 self.emit("on_grads")
                 self._clip_gradients()
+            self._used_lr = self._highest_lr()  # callbacks may have set it
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
@@ -206,7 +215,7 @@ class Trainer:
         clock.epoch += 1
         self.epoch_start = clock.step
         row = self.loss_tracker.close_epoch()
-        self.metrics_log.add(event="epoch", **self._position(), lr=self._highest_lr(), **row)
+        self.metrics_log.add(event="epoch", **self._position(), lr=self._used_lr, **row)
         is_last = clock.step >= clock.total_steps or bool(self.stop)
         self.emit("on_epoch_end", self._evaluate(is_last))
 
@@ -224,7 +233,10 @@ class Trainer:
             self._restore_best(resume_from)
 
     def _restore_best(self, resumed: Path) -> None:
-        """Restore checkpoints/best; where it is lost, the resumed epoch takes its place."""
+        """Restore damaged checkpoints; where the best is lost, the resumed epoch replaces it."""
+        if self.output_dir is not None:
+            last = self.output_dir / "checkpoints" / "last"
+            checkpoint_store.restore(self.accelerator, resumed, last)
         if checkpoint_store.restore_best(self.accelerator, resumed, self.output_dir, self.best):
             return
         replace_lost_best(self)
@@ -290,7 +302,7 @@ class Trainer:
         Args:
             count: How many.
         """
-        with preserve_random_state():
+        with preserve_random_state(), self.sampler_state.preserved():
             self.data.set_epoch(0)
             self.loader.set_epoch(0)
             self.seed_step(0, -1)
@@ -414,6 +426,11 @@ class Trainer:
         """`{"teacher/<split>": {"top1": ...}}`, accuracies in percent."""
         return self.evaluator.teacher_metrics
 
+    @property
+    def teacher_chance(self) -> dict[str, ChanceLevel]:
+        """`{"teacher/<split>": ...}`: what answers reach that do not depend on the image."""
+        return self.evaluator.teacher_chance
+
     def export_candidates(self) -> ExportCandidates:
         """Names of the networks one of which is exported, and the reason for these.
 
@@ -429,12 +446,11 @@ class Trainer:
         return {"epoch": self.clock.epoch, "step": self.clock.step}
 
     def _highest_lr(self) -> float:
-        rates: list[float] = self.scheduler.get_last_lr()
-        return max(rates)
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def _log_losses(self) -> None:
         self.check_finite()
-        row = {"lr": self._highest_lr()} | self.loss_tracker.close_interval()
+        row = {"lr": self._used_lr} | self.loss_tracker.close_interval()
         self.metrics_log.add(event="train", **self._position(), **row)
 
     def _evaluate(self, is_last: bool) -> dict[str, float]:

@@ -18,7 +18,7 @@ from kdtoolkit.utils.checkpoint_files import (
     is_whole,
     read_checked_metadata,
 )
-from kdtoolkit.utils.io import old_name, recover_folder
+from kdtoolkit.utils.io import old_name, recover_folder, to_plain
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ MUST_MATCH = (
     "total_steps",
     "batch_size",
     "optimizer",
+    "training",
+    "data",
 )
 
 
@@ -143,14 +145,36 @@ def check_metadata(folder: Path, expected: Mapping[str, Any]) -> Metadata:
         found = check_files(folder)
     except DamagedFile as error:
         raise damage_error(folder, error) from error
-    keys = [key for key in MUST_MATCH if key in expected]
-    wrong = [key for key in keys if found.get(key) != expected[key]]
-    if wrong:
-        differences = "; ".join(
-            f"{key}: {found.get(key)!r} there, {expected[key]!r} now" for key in wrong
-        )
-        raise CheckpointError(
-            f"{folder} is a checkpoint of another run: {differences}. Use its settings, another "
-            "output_dir, or overwrite=True"
-        )
+    check_settings(found, expected, f"{folder} is a checkpoint of another run")
     return found
+
+
+def check_settings(found: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
+    """Check that two runs have the same settings.
+
+    Args:
+        found: Settings of the earlier run.
+        expected: Settings of this run; of their keys those in `MUST_MATCH` are compared.
+        what: What the earlier ones are of, for the message.
+
+    Raises:
+        CheckpointError: If they differ; the message says in what.
+    """
+    keys = [key for key in MUST_MATCH if key in expected]
+    differences = [text for key in keys for text in _differences(key, found, expected)]
+    if differences:
+        raise CheckpointError(
+            f"{what}: {'; '.join(differences)}. Use its settings, another output_dir, or "
+            "overwrite=True without resume"
+        )
+
+
+def _differences(key: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """What differs under a key; of two mappings only the entries that do."""
+    there, now = found.get(key), to_plain(expected.get(key))
+    if there == now:
+        return []
+    if isinstance(there, Mapping) and isinstance(now, Mapping):
+        entries = dict.fromkeys([*there, *now])
+        return [f"{key}: {text}" for name in entries for text in _differences(name, there, now)]
+    return [f"{key}: {there!r} there, {now!r} now"]

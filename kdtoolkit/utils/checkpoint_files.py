@@ -27,9 +27,7 @@ class OtherVersion(DamagedFile):
     """A checkpoint was written by another version of this package."""
 
 
-def write_checkpoint(
-    folder: Path, states: Mapping[str, Any], metadata: Mapping[str, Any]
-) -> None:
+def write_checkpoint(folder: Path, states: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """Write a checkpoint; an earlier one in the folder stays whole until the new one is.
 
     Args:

@@ -87,15 +87,17 @@ def _on_main_process(accelerator: Accelerator, folder: Path, write: Callable[[],
 
 
 def _describe_failure(folder: Path, error: Exception) -> str:
-    kept = "there is no earlier one"
-    if folder.exists():
-        kept = f"the previous one is whole ({describe_position(read_metadata(folder))})"
-    if isinstance(error, UnsupportedState):
-        return f"could not write checkpoint {folder}: {error}; {kept}"
-    remedy = REMEDIES.get(getattr(error, "errno", None) or 0, "remove the cause")
+    kept = next((k for k in (folder, folder.with_name("last")) if read_metadata(k)), None)
+    whole = "there is no earlier one"
+    if kept is not None:
+        whole = f"{kept} is whole ({describe_position(read_metadata(kept))})"
+    if not isinstance(error, OSError):
+        return f"could not write checkpoint {folder}: {error}; {whole}"
+    reason = error.strerror or str(error)
+    remedy = REMEDIES.get(error.errno or 0, "remove the cause")
     return (
-        f"could not write checkpoint {folder}: {error}; {kept}. {remedy.capitalize()} and continue "
-        "with resume='auto'"
+        f"could not write checkpoint {folder}: {reason}; {whole}. {remedy.capitalize()} and "
+        "continue with resume='auto'"
     )
 
 
@@ -133,6 +135,23 @@ def read_method(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return states[MODEL], states[LOOP]["loop"]["callbacks"]
     except MISFITS as error:
         raise damage_error(folder, error) from error
+
+
+def restore(accelerator: Accelerator, source: Path, target: Path) -> None:
+    """Copy a checkpoint to a folder that holds no whole one.
+
+    Args:
+        accelerator: The accelerator of the run.
+        source: Folder of the checkpoint.
+        target: Folder of the copy.
+
+    Raises:
+        CheckpointError: If it could not be written.
+    """
+    if source == target:
+        return
+    if not distributed.broadcast_object(is_whole(target), accelerator.device):
+        copy(accelerator, source, target)
 
 
 def restore_best(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,16 @@ def write_state(path: Path, state: object) -> None:
     try:
         save_file(packed.tensors, path, metadata={STATE_KEY: plain})
     except SafetensorError as error:
-        raise OSError(f"could not write {path}: {error}") from error
+        raise _as_os_error(error, path) from error
     apply_umask(path)
+
+
+def _as_os_error(error: SafetensorError, path: Path) -> OSError:
+    """The error of the system that stands in the message of safetensors."""
+    number = re.search(r"os error (\d+)", str(error))
+    if number is None:
+        return OSError(f"{path}: {error}")
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
 
 
 def read_state(path: Path) -> Any:

@@ -293,7 +293,7 @@ def _unpack_plain(kind: str, value: Any) -> Any:
     if kind == "complex":
         return complex(float(value[0]), float(value[1]))
     if kind == "bytes":
-        return base64.b64decode(value)
+        return base64.b64decode(value, validate=True)
     if kind == "path":
         return Path(value)
     if kind == "dtype":

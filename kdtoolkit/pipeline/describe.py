@@ -108,9 +108,7 @@ def describe_data(config: DistillConfig, data: Data) -> dict[str, Any]:
     }
 
 
-def _other_fields(
-    config: DistillConfig, wanted: Callable[[str, str], bool]
-) -> dict[str, Any]:
+def _other_fields(config: DistillConfig, wanted: Callable[[str, str], bool]) -> dict[str, Any]:
     values = config.flat()
     names = [name for name in FIELD_PART if name not in (*BY_CONTENT, *MAY_CHANGE)]
     return {name: to_plain_value(values[name]) for name in names if wanted(FIELD_PART[name], name)}

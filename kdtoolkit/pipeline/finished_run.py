@@ -57,7 +57,9 @@ def read_finished_run(trainer: Trainer, settings: Mapping[str, Any], plan: Plan)
     """
     folder = trainer.output_dir
     assert folder is not None
-    check_settings(settings, trainer.checkpoint_metadata, f"{folder} holds a finished run with other settings")
+    check_settings(
+        settings, trainer.checkpoint_metadata, f"{folder} holds a finished run with other settings"
+    )
     rows = read(folder).rows
     final = next((row for row in reversed(rows) if row.get("event") == "final"), None)
     if final is None:

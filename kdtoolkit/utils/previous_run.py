@@ -7,6 +7,7 @@ where the new one ended without a checkpoint, also after the process was killed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -122,18 +123,19 @@ def remove_run(folder: Path) -> None:
 
 
 def _restore(folder: Path, now: Manifest | None) -> None:
+    """Put the earlier run back; on a full disk too, for names are changed and nothing is written."""
     previous = _previous(folder)
     old = read_manifest(previous)
-    if old is None:  # killed before its manifest was written: nothing was moved yet
-        shutil.rmtree(previous, ignore_errors=True)
-        return
-    old.folder = folder
-    if now is not None and now.replacing:
-        old.runs |= now.runs
+    if old is not None and now is not None and now.replacing:
+        if now.runs - old.runs:
+            old.runs |= now.runs
+            with contextlib.suppress(OSError):
+                old.write()
         stayed = {path for path in old.files if not matches(path, WRITTEN_EARLY)}
         new_files = (p for p in walk_files(folder) if matches(p, (*WRITTEN, *ADDED_TO)))
         remove_files(folder, [p for p in new_files if p not in stayed | now.foreign])
-    old.write()
+        own = folder / STATE_FOLDER / MANIFEST_FILE
+        os.replace(previous / STATE_FOLDER / MANIFEST_FILE, own)  # from here on it is undone
     files = previous / "files"
     for path in sorted(walk_files(files)):
         _move(files / path, folder / path)

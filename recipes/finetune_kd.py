@@ -47,6 +47,7 @@ class Config:
     scratch_lr: float = 0.05
     method: str = "kd"
     teacher_head: str = "finetune"  # or "linear-probe"
+    allow_weak_teacher: bool = False  # go on with a teacher that is near chance
     layer_decay: float = 1.0  # factor of the rate from one layer to the next towards the image
     precision: str = "no"  # "bf16", "fp16"
     seeds: tuple[int, ...] = (0,)
@@ -91,6 +92,7 @@ def main(cfg: Config) -> None:
     taught = {
         "method": cfg.method,
         "teacher_head": cfg.teacher_head,
+        "allow_weak_teacher": cfg.allow_weak_teacher,
         "teacher_dir": f"{cfg.output}/teachers",
     }
     arms = {

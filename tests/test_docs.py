@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
+from fitted_teacher import fit_head
 from PIL import Image
 
 from kdtoolkit import cli, models
@@ -40,7 +41,7 @@ def commands():
 
 def save_teacher(folder):
     torch.manual_seed(0)
-    net = timm.create_model("cifar_resnet20", num_classes=10)
+    net = fit_head(timm.create_model("cifar_resnet20", num_classes=10))
     models.save_model(net, folder / TEACHER, input_size=(3, 16, 16))
 
 

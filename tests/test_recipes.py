@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from fitted_teacher import fit_head
 
 from kdtoolkit import models
 
@@ -44,11 +45,8 @@ SHORT = [
 def test_recipe_trains_and_saves_all(recipe, flags, others, tmp_path, monkeypatch, capsys):
     if recipe == "sokd_cifar100":
         torch.manual_seed(0)
-        models.save_model(
-            timm.create_model("cifar_resnet14", num_classes=10),
-            tmp_path / "teacher",
-            input_size=(3, 32, 32),
-        )
+        teacher = fit_head(timm.create_model("cifar_resnet14", num_classes=10))
+        models.save_model(teacher, tmp_path / "teacher", input_size=(3, 32, 32))
         flags = [*flags, "--teacher", str(tmp_path / "teacher")]
     monkeypatch.setattr(sys, "argv", [recipe, *SHORT, "--output", str(tmp_path / "run"), *flags])
     runpy.run_path(str(RECIPES / f"{recipe}.py"), run_name="__main__")

@@ -19,10 +19,10 @@ from torch import nn
 
 from kdtoolkit.features.model_inputs import get_pretrained_cfg
 from kdtoolkit.models.describe import set_config
-from kdtoolkit.models.module_checks import check_module, exported_program_error
+from kdtoolkit.models.module_checks import exported_program_error
 from kdtoolkit.models.safetensors_file import config_from_metadata, read_safetensors
 from kdtoolkit.models.source_paths import is_unfinished_run, student_of_run
-from kdtoolkit.models.state_dicts import load_exactly, strip_wrappers, unwrap_state_dict
+from kdtoolkit.models.state_dicts import strip_wrappers, unwrap_state_dict
 from kdtoolkit.models.timm_models import (
     LoadRequest,
     check_name,
@@ -31,7 +31,7 @@ from kdtoolkit.models.timm_models import (
     load_by_name,
     shorten_message,
 )
-from kdtoolkit.models.weights import HUB_PREFIXES, check_complete
+from kdtoolkit.models.weights import HUB_PREFIXES, check_complete, load_exactly
 from kdtoolkit.models.weights_file import UnreadableWeights, is_weights_file, read_weights
 
 # Arguments of timm.create_model that do not describe the architecture
@@ -274,7 +274,5 @@ def _load_file(path: Path, request: LoadRequest) -> nn.Module:
     model = create_timm_model(name, with_recorded, num_classes, pretrained=False)
     set_config(model, {**get_pretrained_cfg(model), **config})
     if request.loads_weights:
-        problem = f"{role}: {path} does not fit {name}"
-        check_complete(model, state, problem, role)
-        load_exactly(model, state, problem)
+        load_exactly(model, state, f"{role}: {path} does not fit {name}", role)
     return model

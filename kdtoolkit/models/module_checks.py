@@ -60,6 +60,23 @@ def _check_not_exported(net: nn.Module, role: str) -> None:
         )
 
 
+def check_readable_features(net: nn.Module) -> None:
+    """Check that features of a module can be read while it runs.
+
+    Args:
+        net: The module.
+
+    Raises:
+        ValueError: If it is a TorchScript module, whose inner modules call no hooks.
+    """
+    if isinstance(net, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{type(net).__name__} is a TorchScript module: its logits teach, its features cannot "
+            "be read. Use method='kd' or another loss on logits, or pass the nn.Module that it was "
+            "made of"
+        )
+
+
 def exported_program_error(role: str) -> ValueError:
     """The error for a network that torch.export made.
 

@@ -271,37 +271,3 @@ def _all_prefixes(state: Mapping[str, Tensor]) -> list[str]:
     for key in state:
         prefixes += [key[: i + 1] for i, character in enumerate(key) if character == "."]
     return list(dict.fromkeys(prefixes))
-
-
-def load_exactly(model: nn.Module, state: Mapping[str, Tensor], problem: str) -> None:
-    """Load a state dict whose names and shapes must be those of the model.
-
-    Args:
-        model: The model.
-        state: The state dict, which `convert_state_dict` is applied to first.
-        problem: Beginning of the error message.
-
-    Raises:
-        ValueError: If a tensor is missing, unexpected, or of another shape.
-    """
-    state = convert_state_dict(model, state)
-    own = model.state_dict()
-    mismatched = [k for k, v in state.items() if k in own and v.shape != own[k].shape]
-    fitting = {k: v for k, v in state.items() if k not in mismatched}
-    result = model.load_state_dict(fitting, strict=False)
-    faults = {
-        "missing": [k for k in result.missing_keys if k not in mismatched and not is_recomputed(k)],
-        "unexpected": [key for key in result.unexpected_keys if not is_recomputed(key)],
-        "of another shape": [
-            f"{key} (file {tuple(state[key].shape)}, model {tuple(own[key].shape)})"
-            for key in mismatched
-        ],
-    }
-    found = [_describe_fault(kind, keys) for kind, keys in faults.items() if keys]
-    if found:
-        raise ValueError(f"{problem}; {'; '.join(found)}")
-
-
-def _describe_fault(kind: str, keys: list[str]) -> str:
-    ellipsis = ", ..." if len(keys) > 3 else ""
-    return f"{len(keys)} {kind}: {', '.join(keys[:3])}{ellipsis}"

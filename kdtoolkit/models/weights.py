@@ -17,6 +17,7 @@ from kdtoolkit.models.safetensors_file import config_from_metadata, read_metadat
 from kdtoolkit.models.source_paths import student_of_run
 from kdtoolkit.models.state_dicts import (
     convert_state_dict,
+    is_recomputed,
     match_state_dict,
     shorten_list,
     strip_prefix,
@@ -138,12 +139,48 @@ def check_complete(
     )
 
 
+def load_exactly(model: nn.Module, state: Mapping[str, Tensor], problem: str, role: str) -> None:
+    """Load a state dict whose names and shapes must be those of the model.
+
+    Args:
+        model: The model.
+        state: The state dict, which `convert_state_dict` is applied to first.
+        problem: Beginning of the error message.
+        role: How messages call the model, such as "teacher".
+
+    Raises:
+        ValueError: If a tensor is missing, unexpected, or of another shape.
+    """
+    state = convert_state_dict(model, state)
+    own = model.state_dict()
+    mismatched = [k for k, v in state.items() if k in own and v.shape != own[k].shape]
+    fitting = {k: v for k, v in state.items() if k not in mismatched}
+    result = model.load_state_dict(fitting, strict=False)
+    faults = {
+        "missing": [k for k in result.missing_keys if k not in mismatched and not is_recomputed(k)],
+        "unexpected": [key for key in result.unexpected_keys if not is_recomputed(key)],
+        "of another shape": [
+            f"{key} (file {tuple(state[key].shape)}, model {tuple(own[key].shape)})"
+            for key in mismatched
+        ],
+    }
+    found = [_describe_fault(kind, keys) for kind, keys in faults.items() if keys]
+    if found:
+        raise ValueError(f"{problem}; {'; '.join(found)}. {_advice(model, state, role)}")
+
+
+def _describe_fault(kind: str, keys: list[str]) -> str:
+    ellipsis = ", ..." if len(keys) > 3 else ""
+    return f"{len(keys)} {kind}: {', '.join(keys[:3])}{ellipsis}"
+
+
 def _advice(model: nn.Module, state: Mapping[str, Tensor], role: str) -> str:
     """What to do with weights that do not fit."""
     fitting = guess_architecture(model, state, _head_keys(model))
     if fitting is not None:
         return f"They fit {fitting}: pass {role}={fitting!r} with these weights"
-    return f"Give weights of this architecture, or build it as they need it with {role}_args"
+    options = f" with {role}_args" if role in ("student", "teacher") else ""
+    return f"Give weights of this architecture, or build it as they need it{options}"
 
 
 def _head_keys(model: nn.Module) -> list[str]:

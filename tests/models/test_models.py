@@ -326,7 +326,7 @@ def test_missing_and_broken_folders(tmp_path):
     with pytest.raises(ValueError, match="weights of .*m cannot be loaded"):
         load_model(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="cannot be loaded: No suitable checkpoints"):
+    with pytest.raises(ValueError, match="cannot be loaded: no file of weights is in"):
         load_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json cannot be read"):
@@ -345,7 +345,7 @@ def test_folder_whose_files_disagree(tmp_path):
         edited = {**config, "model_args": {}, **change}
         (folder / "config.json").write_text(json.dumps(edited))
         with pytest.raises(
-            ValueError, match="size mismatch for fc.weight|holds 10 classes, num_classes=100"
+            ValueError, match="2 of another shape .fc|holds 10 classes, num_classes=100"
         ):
             load_model(folder)
 

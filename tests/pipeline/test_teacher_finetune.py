@@ -35,6 +35,8 @@ from kdtoolkit.utils.checkpoint import CheckpointError
 from kdtoolkit.utils.signals import Interrupted
 
 SMALL = dict(batch_size=32, log_every=1, progress="off", num_workers=0, max_steps=2)
+SMALL |= dict(allow_weak_teacher=True)  # two steps are not enough to fine-tune one
+SMALL |= dict(figures=False)  # half the time of such a run
 VIT = dict(img_size=32, patch_size=8, depth=4, embed_dim=48, num_heads=3)
 
 
@@ -156,7 +158,7 @@ def test_a_fine_tuned_teacher_is_found_by_another_student_and_method(seven, digi
     assert json.loads((folder / "finetuned.json").read_text())["training"]["max_steps"] == 3
     rows = (folder / "metrics.jsonl").read_text().splitlines()
     assert sum(json.loads(row)["event"] == "train" for row in rows) == 3
-    assert "figures" in {p.name for p in folder.iterdir()} and (folder / "report.md").exists()
+    assert (folder / "report.md").exists()
 
 
 def key(net: nn.Module, data: Data, **options) -> str:
@@ -669,7 +671,7 @@ def not_weights(tmp: Path) -> dict[str, tuple[object, list[str]]]:
     }
     return {
         "nowhere": (tmp / "no.pth", ["there is no file or folder"]),
-        "text": (tmp / "text.pth", ["text.pth cannot be read", ".safetensors, .pth and .pt"]),
+        "text": (tmp / "text.pth", ["text.pth cannot be read", "a .safetensors file, or a .pth, .pt"]),
         "empty": (tmp / "empty.pth", ["no tensors are in it, but epoch"]),
         "code": (tmp / "code.pth", ["cannot be read", "tensors alone"]),
         "module": (Own(), ["is a Own", "state_dict()"]),
@@ -814,7 +816,7 @@ def test_a_new_head_depends_on_the_seed_alone():
 def test_the_recipe_runs_and_finds_itself_done(seven, tmp_path, monkeypatch, capsys):
     recipe = Path(__file__).parents[2] / "recipes/finetune_kd.py"
     flags = "--source digits --source-rows 128 --source-epochs 1 --dataset digits --rows 64"
-    flags += " --epochs 1 --batch-size 32"
+    flags += " --epochs 1 --batch-size 32 --allow-weak-teacher"
     flags += f" --student cifar_resnet8 --teacher {seven} --output {tmp_path}"
     monkeypatch.setattr(sys, "argv", [str(recipe), *flags.split()])
     runpy.run_path(str(recipe), run_name="__main__")

@@ -61,6 +61,7 @@ sys.addaudithook(watch)
 try:
     result = distill(
         teacher, student, "digits", method="at", layers=[("two", "two")], epochs=3, batch_size=64,
+        allow_weak_teacher=True,
         losses={"ce": 1.0, "kd": 0.5, "at": 100.0}, lr=0.1, momentum=0.9, log_every=2,
         num_workers=0, train_limit=256,
         output_dir=root / "run", resume=resume == "resume" and "auto", callbacks=[StopAt()],

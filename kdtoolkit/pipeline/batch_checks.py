@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import BatchSampler, DataLoader
 
 from kdtoolkit.core.config import TrainerConfig
-from kdtoolkit.core.method import Method
 from kdtoolkit.data.dataset import Data
+from kdtoolkit.pipeline.build import RunParts
 from kdtoolkit.pipeline.networks import untapped
 
 
@@ -30,12 +30,12 @@ class SmallestBatch(NamedTuple):
 
 
 def check_smallest_batch(
-    method: Method, data: Data | None, config: TrainerConfig, ranks: int
+    parts: RunParts, data: Data | None, config: TrainerConfig, ranks: int
 ) -> None:
     """Check that no BatchNorm gets a single value a channel.
 
     Args:
-        method: The method, whose networks are not changed.
+        parts: Networks and method, which are not changed.
         data: The data; None in a dry run of a known data set.
         config: Numbers of the training loop.
         ranks: Processes that share a batch.
@@ -49,7 +49,7 @@ def check_smallest_batch(
     smallest = _smallest_batch(data.train.user_loader, config, ranks)
     if smallest.size != 1:
         return
-    found = next(_single_values(method, data.image_size), None)
+    found = next(_single_values(parts, data.image_size), None)
     if found is not None:
         raise ValueError(
             f"{smallest.reason}, and {found} would get one value a channel, of which there is no "
@@ -82,8 +82,10 @@ def _smallest_batch(
     )
 
 
-def _single_values(method: Method, image_size: tuple[int, int]) -> Iterator[str]:
-    """BatchNorms that are trained and get maps of one pixel, in words."""
+def _single_values(parts: RunParts, image_size: tuple[int, int]) -> Iterator[str]:
+    """BatchNorms in training mode that get maps of one pixel, in words."""
+    method, frozen = parts.method, parts.frozen_parts
+    in_eval = {id(module) for module in frozen.modules} if frozen is not None else set()
     inside: set[int] = set()
     for name, net in method.networks().items():
         inside |= {id(module) for module in net.modules()}
@@ -91,17 +93,11 @@ def _single_values(method: Method, image_size: tuple[int, int]) -> Iterator[str]
         norms = {n: m for n, m in net.named_modules() if isinstance(m, _BatchNorm)}
         for at, norm in norms.items():
             shapes = [out.shape for call in trace.calls.get(at, ()) for out in call.outputs]
-            if _is_trained(norm) and any(_pixels(shape) == 1 for shape in shapes):
+            if id(norm) not in in_eval and any(_pixels(shape) == 1 for shape in shapes):
                 yield f"{type(norm).__name__} {at!r} of the {name}"
     for at, module in method.named_modules():
-        is_vector = isinstance(module, nn.BatchNorm1d) and id(module) not in inside
-        if is_vector and _is_trained(module):
+        if isinstance(module, nn.BatchNorm1d) and id(module) not in inside:
             yield f"{type(module).__name__} {at!r} of the method"
-
-
-def _is_trained(norm: nn.Module) -> bool:
-    parameters = list(norm.parameters(recurse=False))
-    return not parameters or any(p.requires_grad for p in parameters)
 
 
 def _pixels(shape: tuple[int, ...]) -> int:

@@ -2,11 +2,13 @@
 
 "Decoupled Knowledge with Ensemble Learning for Online Distillation".
 
-Loss: w sum_i [g KD(z_i, mean_{j != i} m_j) + (1 - g) mean_{j != i} KD(z_i, m_j)], where m_j are the
-logits of network j of the EMA teacher, detached; g = exp(-0.5 e) of the epoch e = 0, 1, ..., and 0
-once it is 0.01 or less.
+Loss: w sum_i [mean_{j != i} KD(z_i, m_j) + g KD(z_i, mean_{j != i} m_j)], where m_j are the logits
+of network j of the EMA teacher, detached; g = exp(-0.5 e) of the epoch e = 0, 1, ..., and 0 once it
+is 0.01 or less.
 
-Differs: without an EMA teacher in the run, m_j are the other networks' own logits.
+Differs: the authors' release has 1 - g in front of the first term (`combine="mix"`); section 3.4
+and Table 3 of the paper add a loss. Without an EMA teacher in the run, m_j are the other networks'
+own logits.
 """
 
 from __future__ import annotations
@@ -39,10 +41,11 @@ from kdtoolkit.utils.validation import (
 )
 
 DECAYS = ("exponential", "cosine", "linear")
+COMBINES = ("add", "mix")
 
 
 class DecayingEnsemble(Callback):
-    """Adds the loss "decaying": first the ensemble of the teachers teaches, later each of them.
+    """Adds the loss "decaying": each of the teachers teaches, and at first their ensemble, too.
 
     The teacher is the first EMATeacher of the run. DKEL is `EMATeacher(0.0, ...)` beside
     `DecayingEnsemble(w)`.
@@ -54,6 +57,8 @@ class DecayingEnsemble(Callback):
         cut: Of "exponential": g is 0 once it is this or less; from 0 to below 1.
         length: Epochs in which "cosine" and "linear" reach 0; None is the whole run.
         temperature: Of KD; above 0, no unit.
+        combine: "add": the ensemble's part, times g, is added to that of each teacher; "mix": each
+            teacher's is times 1 - g, as in the authors' release.
 
     Attributes:
         teacher: The EMATeacher of the run, or None.
@@ -74,8 +79,10 @@ class DecayingEnsemble(Callback):
         cut: float = 0.01,
         length: float | None = None,
         temperature: float = 3.0,
+        combine: str = "add",
     ) -> None:
         check_choice("decay", decay, DECAYS)
+        check_choice("combine", combine, COMBINES)
         check_loss_weight(weight)
         check_non_negative("rate", rate, "per epoch")
         check_number("cut", cut, minimum=0, below=1, meaning="a share")
@@ -83,7 +90,7 @@ class DecayingEnsemble(Callback):
             _check_length(length, decay)
         check_temperature(temperature)
         self.weight, self.rate, self.decay, self.cut = weight, rate, decay, cut
-        self.length, self.temperature = length, temperature
+        self.length, self.temperature, self.combine = length, temperature, combine
         self.teacher: EMATeacher | None = None
 
     def check(self, run: RunPreview) -> None:
@@ -116,7 +123,8 @@ class DecayingEnsemble(Callback):
 
     def plan_rows(self) -> list[PlanRow]:
         """The loss "decaying"."""
-        teacher = "mean of the others, then each of them"
+        early = "mean of the others" + (" and " if self.combine == "add" else ", then ")
+        teacher = f"{early}each of them"
         weight = describe_weight(self.weight)
         return [PlanRow(loss="decaying", weight=weight, student="every network", teacher=teacher)]
 
@@ -133,9 +141,10 @@ class DecayingEnsemble(Callback):
         if g > 0:
             ensemble = functional.kd_mean_of_other_teachers(students, teachers, temperature=t)
             terms.append(g * ensemble.sum())
-        if g < 1:
+        share = 1.0 if self.combine == "add" else 1 - g
+        if share > 0:
             each = functional.kd_other_teachers(students, teachers, temperature=t)
-            terms.append((1 - g) * each.sum())
+            terms.append(share * each.sum())
         return {"decaying": weight * sum(terms[1:], terms[0])}
 
 

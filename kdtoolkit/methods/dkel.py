@@ -1,20 +1,22 @@
 """Decoupled knowledge with ensemble learning, DKEL (Shao, Chen 2023).
 
-Loss: CE(z_e) + sum over branches k of CE_k + w KD(z_k, z_e) + w [g KD(z_k, mean_{j != k} m_j) + (1
-- g) mean_{j != k} KD(z_k, m_j)], T = 3, w = 0.1 exp(-5 (1 - e / 80)^2) in 300 epochs, g = exp(-e /
-2), 0 from epoch 10; branches as in PCL, m_j of an exponential moving average (EMA, decay 0.999)
-that starts with its own SGD steps at a hundredth of the learning rate.
+Loss: CE(z_e) + sum over branches k of CE_k + w KD(z_k, z_e) + w [mean_{j != k} KD(z_k, m_j) + g
+KD(z_k, mean_{j != k} m_j)], T = 3, w = 0.1 exp(-5 (1 - e / 80)^2) in 300 epochs, g = exp(-e / 2), 0
+from epoch 10; branches as in PCL, m_j of an exponential moving average (EMA, decay 0.999) that
+starts with an SGD step of its own at learning rate 0.01.
 
-Differs: this is the paper, and not the release, whose ramp-up divides by 0.1 (rampup="released": w
-is 0 up to epoch 80), and whose EMA starts with alpha 0 (count="from 0"), which makes the
-initialised teacher equal to the student after one step. The release's `--init k` makes k + 1 steps;
-init_steps counts them. Where w is exactly 0 the EMA is not run and has the student's BatchNorm
-statistics.
+Differs: this is the paper (protocol="paper"), and not the authors' release (protocol="released"),
+whose ensemble is mixed with the single teachers, g and 1 - g (combine="mix"), whose ramp-up divides
+by 0.1 (rampup="released": w is 0 up to epoch 80), whose first step has a hundredth of the learning
+rate, and whose EMA starts with alpha 0 (count="from 0"), which makes the initialised teacher equal
+to the student after one step. The release's `--init k` makes k + 1 steps; init_steps counts them.
+Where w is exactly 0 the EMA is not run and has the student's BatchNorm statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from kdtoolkit.callbacks.decaying import DecayingEnsemble
 from kdtoolkit.callbacks.diversity import Diversity
@@ -30,6 +32,12 @@ from kdtoolkit.utils.validation import check_choice
 RAMPED_TERMS = ("ensemble", "decaying")
 RAMPUPS = ("intended", "released")
 RELEASED_RAMPUP_EPOCHS = 80
+PARTS = ("both", "decoupled", "decaying", "none")
+# protocol -> what options that are not given become; init_lr None is a hundredth of the run's
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "paper": {"combine": "add", "init_lr": 0.01, "count": "constant", "rampup": "intended"},
+    "released": {"combine": "mix", "init_lr": None, "count": "from 0", "rampup": "released"},
+}
 
 
 @register_strategy(
@@ -51,10 +59,14 @@ def dkel(
     rate: float = 0.5,
     decay: str = "exponential",
     init_steps: int = 1,
-    count: str = "constant",
+    init_lr: float | None = None,
+    count: str | None = None,
     ema_decay: float | None = None,
-    rampup: str = "intended",
+    combine: str | None = None,
+    rampup: str | None = None,
     rampup_epochs: float | None = None,
+    protocol: str = "paper",
+    parts: str = "both",
 ) -> Method:
     """Build decoupled knowledge with a decaying ensemble of averaged branches.
 
@@ -67,29 +79,52 @@ def dkel(
         rate: Rate of the exponential decay of the ensemble's share g, per epoch, from 0.
         decay: How g falls from 1 to 0: "exponential", "cosine" or "linear".
         init_steps: Steps of plain SGD that initialise the EMA, a whole number from 0.
+        init_lr: Learning rate of these steps, above 0. Default: 0.01 (protocol "paper"), a
+            hundredth of the run's ("released").
         count: How the first updates of the EMA are weighted: "constant", "from 0" or "from 1"; see
-            `EMATeacher`.
+            `EMATeacher`. Default: "constant" ("paper"), "from 0" ("released").
         ema_decay: Share of the average in each of its updates, from 0 to 1; None is 0.999, less in
             short runs.
+        combine: "add" or "mix", the ensemble's part and that of each teacher; see
+            `DecayingEnsemble`. Default: "add" ("paper"), "mix" ("released").
         rampup: Rise of weights that are not given as numbers: "intended", as in the paper, or
-            "released", as in the authors' code.
+            "released", as in the authors' code. Default: by the protocol.
         rampup_epochs: Epochs over which the weights of "ensemble" and "decaying" rise, from 0; None
             is 80 in runs of 300 epochs and more, and the same share of shorter ones.
+        protocol: What the options that are not given become: "paper", or "released" as in the
+            authors' code.
+        parts: Rows of the paper's Table 3: "both", "decoupled" (the initialised teacher alone),
+            "decaying" (the ensemble alone), or "none" (the baseline, PCL with these weights).
 
     Returns:
         The method; a branch of the average is exported.
     """
-    check_choice("rampup", rampup, RAMPUPS)
-    if rampup == "released":
+    check_choice("protocol", protocol, PROTOCOLS)
+    check_choice("parts", parts, PARTS)
+    given = {"combine": combine, "init_lr": init_lr, "count": count, "rampup": rampup}
+    chosen = PROTOCOLS[protocol] | {k: v for k, v in given.items() if v is not None}
+    check_choice("rampup", chosen["rampup"], RAMPUPS)
+    if chosen["rampup"] == "released":
         weights = _with_released_rampup(inputs.weights, rampup_epochs)
     else:
         weights = with_rampup(inputs.weights, RAMPED_TERMS, rampup_epochs)
     method = pcl_branches(inputs, weights, branches=branches, temperature=temperature, cut=cut)
-    teacher = EMATeacher(0.0, decay=ema_decay, count=count, init_steps=init_steps, export="DKEL")
     decaying = DecayingEnsemble(
-        weights["decaying"], rate=rate, decay=decay, temperature=temperature
+        weights["decaying"], rate=rate, decay=decay, temperature=temperature,
+        combine=chosen["combine"],
+    )  # fmt: skip
+    has_ensemble = parts in ("both", "decaying")
+    teacher = EMATeacher(
+        0.0 if has_ensemble else weights["decaying"],
+        decay=ema_decay,
+        count=chosen["count"],
+        temperature=temperature,
+        init_steps=init_steps if parts in ("both", "decoupled") else 0,
+        init_lr=chosen["init_lr"],
+        export="DKEL",
+        term="ema" if has_ensemble else "decaying",
     )
-    method.callbacks = (teacher, decaying, Diversity())
+    method.callbacks = (teacher, *([decaying] if has_ensemble else []), Diversity())
     return method
 
 

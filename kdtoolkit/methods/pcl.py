@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtoolkit import functional
+from kdtoolkit.callbacks.diversity import Diversity
 from kdtoolkit.callbacks.ema import EMATeacher
 from kdtoolkit.core.method import Method
 from kdtoolkit.core.registries import register_strategy
@@ -134,5 +135,6 @@ def pcl(
     if weights["ema"] != 0:
         method.callbacks = (
             EMATeacher(weights["ema"], decay=ema_decay, temperature=temperature, export="PCL"),
+            Diversity(),
         )
     return method

@@ -146,11 +146,17 @@ def test_pcl_and_dkel_are_the_whole_losses():
         part.teacher = ema
         g = part.ensemble_share(run.clock)
         assert g == {0: 1.0, 2: 0.36787944117144233, 12: 0.0}[epoch]
-        dkel_loss = paper_totals.dkel(
+        early = functional.kd_mean_of_other_teachers(students, teachers, temperature=3.0)
+        late = functional.kd_other_teachers(students, teachers, temperature=3.0)
+        for combine, share in (("add", 1.0), ("mix", 1 - g)):
+            part.combine = combine
+            wanted = w * (g * early + share * late).sum()
+            found = part.on_losses(run, step, {})["decaying"]
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+        released = paper_totals.dkel(
             students, ensemble, teachers, LABELS, weight=w, ensemble_weight=g
         )
-        loss = rest + part.on_losses(run, step, {})["decaying"]
-        torch.testing.assert_close(loss, dkel_loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(rest + found, released, rtol=1e-12, atol=0)
     part.teacher = None  # their own logits
     alone = paper_totals.dkel(students, ensemble, students, LABELS, weight=w, ensemble_weight=0.0)
     torch.testing.assert_close(
@@ -645,6 +651,31 @@ def test_rampups_of_dkel():
     assert weights(rampup_epochs=7) == (SigmoidRampUp(0.1, 7),) * 2
     assert weights(rampup="released") == (RampUpAsCoded(0.1),) * 2
     assert weights(rampup="released", rampup_epochs=9) == (RampUpAsCoded(0.1, 9),) * 2
+    assert weights(protocol="released") == (RampUpAsCoded(0.1),) * 2
+    assert weights(protocol="released", rampup="intended") == (SigmoidRampUp(0.1),) * 2
+
+
+@pytest.mark.parametrize(
+    "options, steps, lr, count, combine",
+    [
+        ({}, 1, 0.01, None, "add"),
+        ({"protocol": "released"}, 1, None, 0, "mix"),
+        ({"protocol": "released", "combine": "add", "init_lr": 0.3}, 1, 0.3, 0, "add"),
+        ({"init_steps": 5, "count": "from 1", "combine": "mix"}, 5, 0.01, 1, "mix"),
+        ({"parts": "decoupled"}, 1, 0.01, None, None),
+        ({"parts": "decaying"}, 0, 0.01, None, "add"),
+        ({"parts": "none"}, 0, 0.01, None, None),
+    ],
+)
+def test_protocols_and_parts_of_dkel(options, steps, lr, count, combine):
+    method = create_method("dkel", Taps(nets(1)[0], None, 16), branches=2, **options)
+    teacher, *rest = method.callbacks
+    assert (teacher.init_steps, teacher.init_lr, teacher.first_count) == (steps, lr, count)
+    ensembles = [part for part in rest if isinstance(part, DecayingEnsemble)]
+    assert [part.combine for part in ensembles] == ([combine] if combine else [])
+    # the loss is there once, under one name, whatever it consists of
+    rows = [row for part in method.callbacks for row in part.plan_rows()]
+    assert [row["loss"] for row in rows] == ["decaying"]
 
 
 def test_peers_of_a_list_and_other_architectures(digits):

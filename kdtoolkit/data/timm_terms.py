@@ -116,7 +116,7 @@ def _of_crop(resize: Any, size: tuple[int, int]) -> EvalTransform | None:
 
 
 def _interpolation(resize: Any) -> str | None:
-    """timm's name of the interpolation, None where it has none."""
+    """Name of the interpolation in timm, None where it has none."""
     mode = resize.interpolation
     if isinstance(mode, int):
         mode = Image.Resampling(mode).name.lower()

@@ -96,9 +96,10 @@ def choose_transforms(
             raise ValueError(
                 "transforms has no effect on a DataLoader: put the callable into its data set"
             )
-        if option[1] is None:
-            return _plan_training_transform(splits, option[0], preset, image_size)
-        return _plan_user_transforms(splits, *option)
+        for_train, for_eval = option
+        if for_eval is None:
+            return _plan_training_transform(splits, for_train, preset, image_size)
+        return _plan_user_transforms(splits, for_train, for_eval)
     if isinstance(train, DataLoader):
         return _plan_user_loader(option, image_size, splits)
     common_size = None if sizes_differ else find_common_size(splits)
@@ -209,6 +210,30 @@ def _plan_user_transforms(
         description=_describe_users(for_train), evaluation=_describe_users(for_eval),
         eval_terms=in_timm_terms(for_eval, eval_size, image),
     )  # fmt: skip
+
+
+def describe_unread(
+    option: TransformOption, preset: BatchAugment, size: tuple[int, int], resize: bool
+) -> tuple[str, str]:
+    """Describe what is done to the images of a known data set that is not read.
+
+    Args:
+        option: From `check_transforms`.
+        preset: The augmentation of the data set.
+        size: (H, W) in pixels.
+        resize: Whether images are resized to it.
+
+    Returns:
+        What is done to training images, and to the others, in words.
+    """
+    terms = EvalTransform(size, crop_mode="squash")
+    evaluation = str(terms) if resize else f"none, {size[0]}x{size[1]} as decoded"
+    if not isinstance(option, tuple):
+        return str(_choose_augment(option, preset, size) or "none"), evaluation
+    for_train, for_eval = option
+    if for_eval is None:
+        return _describe_users(for_train), "resize to the size that training images get"
+    return _describe_users(for_train), _describe_users(for_eval)
 
 
 def _describe_users(transform: ImageTransform) -> str:

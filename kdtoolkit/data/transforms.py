@@ -46,7 +46,7 @@ class EvalTransform:
         Returns:
             A transform to (C, H, W) uint8.
         """
-        from timm.data import create_transform
+        from timm.data.transforms_factory import create_transform
         from torchvision.transforms import v2
 
         transform = create_transform(

@@ -138,8 +138,8 @@ def _input_sizes(
 def _count_macs(model: nn.Module, size: tuple[int, ...]) -> int:
     try:
         return _count_macs_of_copy(_copy_model(model, "meta"), size)
-    except (RuntimeError, NotImplementedError, TypeError):
-        # no meta kernel, .item() on meta, or no deepcopy
+    except (RuntimeError, NotImplementedError, TypeError, AssertionError):
+        # no meta kernel, .item() on meta, no deepcopy, or a TorchScript module
         with _working_copy(model, None) as net:
             return _count_macs_of_copy(net, size)
 

@@ -8,45 +8,78 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.models.layer_groups import describe_layer_decay
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from kdtoolkit.core.callback import Callback
     from kdtoolkit.core.config import TrainerConfig
     from kdtoolkit.pipeline.build import RunParts
     from kdtoolkit.pipeline.data_info import DataInfo
 
 MOST_CHARACTERS = 80  # of a value in a line
+MOST_CLASSES = 10  # whose names are shown
+TRANSFORMS = {  # key of the data -> what it is called
+    "augmentation": "training images",
+    "evaluation": "evaluation images",
+    "student_resize": "resized for the student",
+}
+HTML_FORMAT = '<pre style="white-space:pre;line-height:normal">{code}</pre>'
 
 
 class Plan(dict[str, Any]):
     """A dictionary that prints as tables.
 
-    Keys: "losses", "parameters", "data", "schedule", "models", "notes".
+    Keys: "losses", "parameters", "data", "schedule", "models", "notes", and "changed", the names of
+    the settings that differ from their defaults.
     """
 
     def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
-        out = io.StringIO()
-        console = Console(file=out, width=140, highlight=False)
-        for key in ("models", "data", "schedule"):
-            if self.get(key):
-                items = _data_line(self[key]) if key == "data" else _line(self[key])
-                console.print(f"{key}: " + ", ".join(items), soft_wrap=True)
-        heads = ("student tap", "shape", "teacher tap", "shape", "adapter", "parameters")
-        table = Table("loss", "weight", *heads)
-        for row in self.get("losses", []):
-            table.add_row(*_cells(row))
-        console.print(table)
-        counts = self.get("parameters", {})
-        console.print("parameters: " + ", ".join(f"{k} {_number(v)}" for k, v in counts.items()))
-        for note in self.get("notes", []):
-            console.print(f"note: {note}")
-        return out.getvalue().rstrip()
+        return _render(self, html=False)
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return _render(self, html=True)
+
+
+def _render(plan: Mapping[str, Any], *, html: bool) -> str:
+    """The plan as plain text, or as HTML. Nothing is printed, in a notebook neither."""
+    from rich.console import Console
+
+    file = io.StringIO()
+    console = Console(
+        file=file, width=140, highlight=False, markup=False, emoji=False, record=html,
+        force_jupyter=False, force_terminal=False, no_color=True, _environ={},
+    )  # fmt: skip
+    _print(plan, console)
+    if html:
+        return console.export_html(inline_styles=True, code_format=HTML_FORMAT)
+    return file.getvalue().rstrip()
+
+
+def _print(plan: Mapping[str, Any], console: Console) -> None:
+    from rich.table import Table
+
+    for key in ("models", "data", "schedule"):
+        if plan.get(key):
+            items = _data_line(plan[key]) if key == "data" else _line(plan[key])
+            console.print(f"{key}: " + ", ".join(items), soft_wrap=True)
+    for key, name in TRANSFORMS.items():
+        if plan.get("data", {}).get(key):
+            console.print(f"{name}: {plan['data'][key]}", soft_wrap=True)
+    heads = ("student tap", "shape", "teacher tap", "shape", "adapter", "parameters")
+    table = Table("loss", "weight", *heads)
+    for row in plan.get("losses", []):
+        table.add_row(*_cells(row))
+    console.print(table)
+    counts = ", ".join(f"{k} {_number(v)}" for k, v in plan.get("parameters", {}).items())
+    console.print(f"parameters: {counts}", soft_wrap=True)
+    for note in plan.get("notes", []):
+        console.print(f"note: {note}", soft_wrap=True)
 
 
 def make_plan(
@@ -75,6 +108,14 @@ def make_plan(
         plan["notes"] = [*plan.get("notes", []), *callback.plan_notes()]
     plan["models"] = {role: _architecture(net) for role, net in _networks(parts).items()}
     plan["data"] = info.description
+    size = Preprocess.from_model(parts.student, info.image_size).size
+    if size is not None:
+        height, width = info.image_size
+        resized = f"{height}x{width} to {size[0]}x{size[1]}, bilinear, in each step"
+        plan["data"] = {**plan["data"], "student_resize": resized}
+    terms = None if info.data is None else info.data.eval_terms
+    is_timms = terms is not None and terms.is_exact and size is None
+    plan["data"] = {**plan["data"], "eval_is_timms": is_timms}
     length = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epochs"
     plan["schedule"] = {
         "length": length,
@@ -94,8 +135,8 @@ def make_plan(
     if parts.frozen_parts is not None:
         counts = plan.get("parameters", {})
         plan["parameters"] = {**counts, "frozen in the student": parts.frozen_parts.num_parameters}
-    if parts.notes:
-        plan["notes"] = [*plan.get("notes", []), *parts.notes]
+    if info.notes or parts.notes:
+        plan["notes"] = [*info.notes, *plan.get("notes", []), *parts.notes]
     return plan
 
 
@@ -118,12 +159,22 @@ def _line(values: Mapping[str, Any]) -> list[str]:
 def _data_line(description: Mapping[str, Any]) -> list[str]:
     """The data in a line; config.yaml holds the rest."""
     height, width = description["image_size"]
-    items = [_short(description["name"]), f"{description['num_classes']} classes"]
+    items = [_short(description["name"]), _classes(description)]
     items.append(f"{height}x{width} pixels")
     for split, rows in description.get("rows", {}).items():
         items.append(f"{split} {'streamed' if rows is None else f'{rows:,}'}")
-    shown = [key for key in ("validation", "augmentation") if key in description]
+    shown = [key for key in ("validation", "images") if key in description]
     return items + [f"{key} {_short(description[key])}" for key in shown]
+
+
+def _classes(description: Mapping[str, Any]) -> str:
+    """How many classes, and their names in the order of the class ids."""
+    text, names = f"{description['num_classes']} classes", description.get("classes") or []
+    if not names:
+        return text
+    shown = ", ".join(f"{k} {name}" for k, name in enumerate(names[:MOST_CLASSES]))
+    more = f", ..., {len(names) - 1} {names[-1]}" if len(names) > MOST_CLASSES else ""
+    return f"{text} ({shown}{more})"
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

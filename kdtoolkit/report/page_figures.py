@@ -12,6 +12,7 @@ from kdtoolkit.report.curves import draw_loss_curves, evaluation_curves
 from kdtoolkit.report.gradcam_figure import gradcam_rows
 from kdtoolkit.report.run_folder import RunFolder
 
+GRADCAM_FILE = "gradcam.png"
 GRADCAM_CAPTION = (
     "Grad-CAM: where each network looks for the class that it chose; red is much, blue is little. "
     "Below each picture the chosen class, green if right, red if wrong."
@@ -101,7 +102,7 @@ def draw_gradcam_figure(
         name: _load_student(run, notes) if student is None else student,
     }
     models = {name: network for name, network in networks.items() if network is not None}
-    file = run.path / "figures" / "gradcam.png"
+    file = run.path / "figures" / GRADCAM_FILE
 
     def draw() -> bool:
         return gradcam_rows(models, images, labels, class_names, file) is not None

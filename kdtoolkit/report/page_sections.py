@@ -27,9 +27,13 @@ SETTINGS = (
     "scheduler",
     "warmup_epochs",
     "teacher_head",
+    "teacher_weights",
+    "student_weights",
+    "options",
     "train_data",
     "eval_data",
     "num_classes",
+    "image_size",
     "mixed_precision",
     "grad_accum",
     "grad_clip",
@@ -48,22 +52,20 @@ ENVIRONMENT = (
     "world_size",
     "num_processes",
 )
+# they are of this folder, or change nothing that is computed
+NOT_SHOWN = ("output_dir", "label", "progress", "report_to")
+IMAGES = {  # key of the plan's data -> heading
+    "augmentation": "training",
+    "evaluation": "evaluation",
+    "student_resize": "resized for the student",
+    "validation": "validation",
+}
 COSTS = ("params", "macs", "latency_ms")
-MARKS = ("schedule", "transform")  # keys of config.yaml that name the class of an object
-
-LOADING = """## Load the student
-
-From this folder:
-
-```python
-import kdtoolkit  # registers its own networks with timm
-import timm
-
-student = timm.create_model("local-dir:student", pretrained=True).eval()
-mean, std = student.pretrained_cfg["mean"], student.pretrained_cfg["std"]  # of RGB in [0, 1]
-```
-"""
-NO_STUDENT = "The run folder has no `student/` yet, so there is nothing to load."
+MARKS = (
+    "schedule",
+    "transform",
+    "callback",
+)  # keys of config.yaml that name the class of an object
 
 
 def page_title(run: RunFolder) -> str:
@@ -198,25 +200,63 @@ def compression_section(run: RunFolder) -> str:
     return f"## Task and compression together\n\n{tables.markdown_table(['part', 'value'], rows)}"
 
 
+def images_section(run: RunFolder) -> str:
+    """What is done to images; empty where it is not known.
+
+    Args:
+        run: The run; its `data` is read.
+
+    Returns:
+        Heading and lines, markdown; or "".
+    """
+    if "evaluation" not in run.data:
+        return ""
+    lines = [f"* {name}: {run.data[key]}" for key, name in IMAGES.items() if run.data.get(key)]
+    for key in ("mean", "std"):
+        if run.student_data.get(key):
+            numbers = ", ".join(f"{number:g}" for number in run.student_data[key])
+            lines.append(f"* {key} of the normalisation, for pixels in [0, 1]: {numbers}")
+    if run.data.get("eval_is_timms"):
+        text = "timm's transform of `student/config.json` makes the images of the evaluation."
+    else:
+        text = (
+            "timm's transform of `student/config.json` has the size and normalisation of the "
+            "evaluation, but does not make exactly its images."
+        )
+    return "\n".join(["## Images", "", *lines, "", text])
+
+
 def settings_section(run: RunFolder) -> str:
-    """The main settings; empty where they are not known.
+    """The settings; empty where they are not known.
 
     Args:
         run: The run; its `config` is read.
 
     Returns:
-        Heading and table of those in `SETTINGS` that are not None, markdown; or "".
+        Heading and table of those in `SETTINGS` that are set, and of all that differ from their
+        defaults, markdown; or "".
     """
-    settings = {name: run.setting(name) for name in SETTINGS}
-    rows = [
-        [f"`{name}`", format_setting(value)]
-        for name, value in settings.items()
-        if value is not None
-    ]
+    main = [name for name in SETTINGS if run.setting(name) not in (None, {})]
+    others = [name for name in _changed_settings(run) if name not in (*main, *NOT_SHOWN)]
+    rows = [[f"`{name}`", format_setting(run.setting(name))] for name in (*main, *others)]
+    callbacks = run.config.get("callbacks")
+    if callbacks:
+        rows.append(["`callbacks`", format_setting(callbacks)])
     if not rows:
         return ""
     table = tables.markdown_table(["setting", "value"], rows, align_right=False)
-    return f"## Settings\n\n{table}\n\nAll settings are in `config.yaml`."
+    text = "All settings are in `config.yaml`."
+    if run.changed is not None:
+        text = f"What is not here has its default. {text}"
+    return f"## Settings\n\n{table}\n\n{text}"
+
+
+def _changed_settings(run: RunFolder) -> list[str]:
+    """Settings that differ from their defaults; of an older run all that are set."""
+    names = run.setting_names()
+    if run.changed is not None:
+        return [name for name in names if name in run.changed]
+    return [name for name in names if run.setting(name) not in (None, {}, "", False)]
 
 
 def format_setting(value: Any) -> str:

@@ -9,9 +9,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from kdtoolkit.report import page_sections, tables
-from kdtoolkit.report.page_figures import draw_curve_figures, draw_gradcam_figure
+from kdtoolkit.report.loading_code import loading_section
+from kdtoolkit.report.page_figures import GRADCAM_FILE, draw_curve_figures, draw_gradcam_figure
 from kdtoolkit.report.run_folder import read
 from kdtoolkit.utils.io import write_text
+from kdtoolkit.utils.manifest import record_files
 
 
 def write(
@@ -23,6 +25,8 @@ def write(
     images: Tensor | None = None,
     labels: Sequence[int] | Tensor | None = None,
     class_names: Sequence[str] | None = None,
+    images_note: str = "",
+    figures: bool = True,
 ) -> Path:
     """Write report.md and figures/*.png into a run folder, from whatever it holds.
 
@@ -35,6 +39,8 @@ def write(
         images: Images (B, 3, H, W) in [0, 1] for the Grad-CAM rows; without them there are none.
         labels: Class ids of the images, (B,).
         class_names: Names by class id.
+        images_note: How the images were chosen, in a sentence, for the caption.
+        figures: Whether figures are drawn.
 
     Returns:
         Path of report.md.
@@ -47,12 +53,13 @@ def write(
     notes = list(run.problems)
     if alone is not None:
         notes += [f"baseline: {problem}" for problem in alone.problems]
-    figures = draw_curve_figures(run, alone, notes)
-    if images is not None:
-        figures |= draw_gradcam_figure(
+    captions = draw_curve_figures(run, alone, notes) if figures else {}
+    if figures and images is not None:
+        captions |= draw_gradcam_figure(
             run, alone, teacher, student, images, labels, class_names, notes
         )
-    has_student = (run.path / "student").is_dir()
+    if images_note and GRADCAM_FILE in captions:
+        captions[GRADCAM_FILE] += f" {images_note}"
     parts = [
         f"# {page_sections.page_title(run)}",
         page_sections.environment_line(run),
@@ -61,17 +68,19 @@ def write(
         tables.metrics_table(page_sections.network_rows(run, alone, teacher, student)),
         page_sections.gain_line(run, alone) if alone is not None else "",
         page_sections.compression_section(run),
+        page_sections.images_section(run),
         page_sections.settings_section(run),
-        page_sections.LOADING if has_student else page_sections.NO_STUDENT,
+        loading_section(run.path, student),
     ]
-    if figures:
+    if captions:
         parts.append("## Figures")
         parts += [
             f"![{name.removesuffix('.png')}](figures/{name})\n\n{caption}"
-            for name, caption in figures.items()
+            for name, caption in captions.items()
         ]
     if notes:
         parts += ["## Notes", "\n".join(f"* {note}" for note in dict.fromkeys(notes))]
     text = "\n\n".join(part.strip() for part in parts if part)
     write_text(run.path / "report.md", f"{text}\n")
+    record_files(run.path, ["report.md", *(f"figures/{name}" for name in captions)])
     return run.path / "report.md"

@@ -13,6 +13,11 @@ from typing import Any
 import yaml
 
 from kdtoolkit.core.run_context import MetricsRow
+from kdtoolkit.utils.paths import expand_home
+
+# of config.yaml; older runs have all settings in one level, and facts of the data under "data"
+CONFIG_PARTS = ("networks", "data", "loss", "optim", "loop", "output")
+NO_SETTINGS = ("callbacks",)
 
 
 @dataclass
@@ -26,6 +31,9 @@ class RunFolder:
         environment: env.json.
         problems: Sentences about what could not be read.
         models: Role ("student", "teacher", ...) -> architecture, from plan.json.
+        data: What the plan says of the data.
+        changed: Names of the settings that differ from their defaults; None where the run does not
+            say it.
     """
 
     path: Path
@@ -34,6 +42,26 @@ class RunFolder:
     environment: dict[str, Any]
     problems: list[str]
     models: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    changed: list[str] | None = None
+
+    @property
+    def student_data(self) -> dict[str, Any]:
+        """What student/config.json says of its images; empty where there is none."""
+        found = _read_mapping(self.path / "student" / "config.json", json.loads, [])
+        return found.get("pretrained_cfg") or {}
+
+    def setting_names(self) -> list[str]:
+        """Names of the settings in config.yaml, in its order."""
+        names: list[str] = []
+        for key, value in self.config.items():
+            if key == "data" and "train_data" in self.config:
+                continue
+            if key in CONFIG_PARTS:
+                names += value if isinstance(value, Mapping) else [key]
+            elif key not in NO_SETTINGS:
+                names.append(key)
+        return names
 
     def setting(self, name: str) -> Any:
         """A setting of config.yaml, which is nested in parts, or flat as older runs wrote it.
@@ -135,7 +163,7 @@ def read(path: str | os.PathLike[str]) -> RunFolder:
     Raises:
         ValueError: If there is no such folder.
     """
-    folder = Path(path)
+    folder = Path(expand_home(os.fspath(path)))
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; pass the output_dir of a run")
     problems: list[str] = []
@@ -146,7 +174,10 @@ def read(path: str | os.PathLike[str]) -> RunFolder:
     if (folder / "plan.json").exists():
         plan = _read_mapping(folder / "plan.json", json.loads, problems)
     problems += _describe_non_finite(rows)
-    return RunFolder(folder, rows, config, environment, problems, plan.get("models") or {})
+    return RunFolder(
+        folder, rows, config, environment, problems,
+        plan.get("models") or {}, plan.get("data") or {}, plan.get("changed"),
+    )  # fmt: skip
 
 
 def _read_rows(file: Path, problems: list[str]) -> list[MetricsRow]:

@@ -18,10 +18,13 @@ from kdtoolkit.types import Batch
 from kdtoolkit.utils import distributed
 
 if TYPE_CHECKING:
+    from kdtoolkit.metrics.chance import ChanceLevel
+    from kdtoolkit.metrics.counting import CountingMetric
     from kdtoolkit.metrics.meter import Meter
 
 MIN_BATCH_SIZE = 256  # images over all ranks
 ENSEMBLE = "ensemble"
+TOP5 = 5  # classes among which any label is one of the five
 
 Metrics = dict[str, float]  # "top1", "top5", "ece", "agreement": percent; "loss": nats
 
@@ -40,6 +43,7 @@ class Evaluator:
     Attributes:
         teacher_metrics: `{"teacher/test": metrics, "teacher/1/val": ...}`, filled by
             `evaluate_teachers`.
+        teacher_chance: Under the same keys, what answers reach that do not depend on the image.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Evaluator:
         self.batch_size = max(batch_size, MIN_BATCH_SIZE)
         self.callbacks = callbacks
         self.teacher_metrics: dict[str, Metrics] = {}
+        self.teacher_chance: dict[str, ChanceLevel] = {}
         # split -> sums of the weights and metrics of the last evaluation
         self._last: dict[str, tuple[Tensor, dict[str, Metrics]]] = {}
         # split -> the first teacher's class ids of each batch, (B,) int64
@@ -72,9 +77,9 @@ class Evaluator:
             split: The split to evaluate.
 
         Returns:
-            Network -> `{"top1", "top5", "loss", "ece", "agreement"}`, agreement being that with the
-            first teacher, if there is one. `"ensemble"` is the method's own, else the mean of the
-            networks' probabilities.
+            Network -> `{"top1", "top5", "loss", "ece", "agreement"}`; top5 of more than five
+            classes only; agreement being that with the first teacher, if there is one. `"ensemble"`
+            is the method's own, else the mean of the networks' probabilities.
         """
         networks = self._synchronise_networks()
         weight_sums = torch.cat([_weight_sums(network) for network in networks])
@@ -113,7 +118,8 @@ class Evaluator:
             name = "teacher" if number == 0 else f"teacher/{number}"
             for split in (self.data.test, self.data.val):
                 if split is not None:
-                    row = self._evaluate_teacher(number, split)
+                    row, chance = self._evaluate_teacher(number, split)
+                    self.teacher_chance[f"{name}/{split.name}"] = chance
                     self.teacher_metrics[f"{name}/{split.name}"] = row
                     yield name, split.name, row
 
@@ -150,19 +156,29 @@ class Evaluator:
 
     def _make_meters(self) -> dict[str, Meter]:
         """A meter for each network and ensemble, also on a rank that gets no batch."""
-        from kdtoolkit.metrics.classification import ECE, Agreement, CrossEntropy, Top1, Top5
+        from kdtoolkit.metrics.classification import ECE, Agreement, CrossEntropy
         from kdtoolkit.metrics.meter import Meter
 
-        image = torch.zeros(1, 3, *self.data.image_size, device=self.accelerator.device)
+        shape = (1, self.data.channels, *self.data.image_size)
+        image = torch.zeros(shape, device=self.accelerator.device)
         with self.accelerator.autocast():
             names = list(self._predict(image))
-        return {name: Meter([Top1(), Top5(), CrossEntropy(), ECE(), Agreement()]) for name in names}
+        metrics = [*self._accuracies(), CrossEntropy, ECE, Agreement]
+        return {name: Meter([metric() for metric in metrics]) for name in names}
 
-    def _evaluate_teacher(self, number: int, split: Split) -> Metrics:
-        from kdtoolkit.metrics.classification import ECE, CrossEntropy, Top1, Top5
+    def _accuracies(self) -> list[type[CountingMetric]]:
+        """Top-1, and top-5 where it can be below 100 %."""
+        from kdtoolkit.metrics.classification import Top1, Top5
+
+        return [Top1, Top5] if self.data.num_classes > TOP5 else [Top1]
+
+    def _evaluate_teacher(self, number: int, split: Split) -> tuple[Metrics, ChanceLevel]:
+        from kdtoolkit.metrics.chance import Chance, ChanceLevel
+        from kdtoolkit.metrics.classification import ECE, CrossEntropy
         from kdtoolkit.metrics.meter import Meter
 
-        meter = Meter([Top1(), Top5(), CrossEntropy(), ECE()])
+        metrics = [metric() for metric in (*self._accuracies(), CrossEntropy, ECE)]
+        meter = Meter([*metrics, Chance(self.data.num_classes)])
         classes = []
         for batch in self.batches(split):
             with self.accelerator.autocast():
@@ -171,7 +187,8 @@ class Evaluator:
             classes.append(logits.argmax(1))
         if number == 0 and _is_read_in_order(split):
             self._teacher_classes[split.name] = classes
-        return meter.compute()
+        row = meter.compute()
+        return row, ChanceLevel(int(row.pop("images")), row.pop("chance"))
 
     def _predict(self, x: Tensor) -> dict[str, Tensor]:
         """Logits of every network and ensemble, all (B, C)."""

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from typing import Any
+from typing import Any, TypeVar
 
-from kdtoolkit.utils.paths import check_path, expand_home
+from kdtoolkit.utils.paths import check_path, expand_home, is_path_like
 from kdtoolkit.utils.validation import describe_value, plain_scalar
+
+# fields of networks and data that may be paths; those of the output are checked below
+PATH_FIELDS = (
+    "teacher", "student", "teacher_dir", "student_weights", "teacher_weights", "train_data",
+    "eval_data", "data_path",
+)  # fmt: skip
+Part = TypeVar("Part")
+
+
+def with_home_folders(part: Part) -> Part:
+    """A part of a configuration, in which the home folder is in the place of every `~`.
+
+    Args:
+        part: One of the parts.
+
+    Returns:
+        The part itself where no path begins with `~`, else a changed copy.
+    """
+    names = [field.name for field in dataclasses.fields(part) if field.name in PATH_FIELDS]  # type: ignore[arg-type]
+    own = {name: getattr(part, name) for name in names}
+    found = {name: expand_home(value) for name, value in own.items() if is_path_like(value)}
+    changed = {name: value for name, value in found.items() if value != own[name]}
+    return dataclasses.replace(part, **changed) if changed else part  # type: ignore[type-var]
 
 
 def check_output_paths(output_dir: object, resume: object, baseline: object) -> dict[str, Any]:

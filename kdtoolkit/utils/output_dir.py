@@ -141,7 +141,7 @@ def _checkpoint_folder(resume: str | os.PathLike[str], folder: Path) -> Path:
 
 def _continue(folder: Path, manifest: Manifest, resume: Resume) -> Claim | None:
     """Go on with the run in the folder, or begin it again; None where the folder is to be free."""
-    found = find_checkpoint(folder / "checkpoints")
+    found = find_checkpoint(folder / "checkpoints", or_best=resume == "auto")
     if found is not None:
         return Claim(folder, "resume", found)
     if manifest.finished:

@@ -122,7 +122,8 @@ class OutputFolder:
 
     def _leave(self) -> None:
         """Give the lock back; a folder to which nothing was written is as it was before."""
-        assert self.folder is not None and self._lock is not None
+        assert self.folder is not None
+        assert self._lock is not None
         self._lock.release()
         manifest = self._manifest
         if manifest is None:

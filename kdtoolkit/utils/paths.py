@@ -9,6 +9,17 @@ from typing import Any
 from kdtoolkit.utils.validation import describe_value
 
 
+def is_path_like(value: object) -> bool:
+    """Whether a value is a path or text, or a list of only these.
+
+    Args:
+        value: Any value.
+    """
+    if isinstance(value, (list, tuple)):
+        return all(map(is_path_like, value))
+    return isinstance(value, (str, os.PathLike))
+
+
 def expand_home(value: Any) -> Any:
     """Put the home folder in the place of a leading `~`, also behind "local-dir:".
 

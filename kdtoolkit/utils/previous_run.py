@@ -123,7 +123,7 @@ def remove_run(folder: Path) -> None:
 
 
 def _restore(folder: Path, now: Manifest | None) -> None:
-    """Put the earlier run back; on a full disk too, for names are changed and nothing is written."""
+    """Put the earlier run back. That works on a full disk: files are renamed, not written."""
     previous = _previous(folder)
     old = read_manifest(previous)
     if old is not None and now is not None and now.replacing:

@@ -67,7 +67,7 @@ def run_in(folder: Path, *, checkpoints=("last", "best"), finished=True, setting
     return folder
 
 
-# ------------------------------------------------------------------------------ a folder of the user
+# ---------------------------------------------------------------------------- a folder of the user
 @pytest.mark.parametrize("resume", [False, "auto", True])
 @pytest.mark.parametrize("paths", [USERS, USERS[2:3], ("baseline/notes.txt",), ("a/b/c/data.csv",)])
 def test_a_folder_of_the_users_own_is_refused(resume, paths, tmp_path):
@@ -118,7 +118,7 @@ def test_an_empty_folder_is_free(resume, paths, tmp_path):
     assert not (tmp_path / "y").exists()
 
 
-# -------------------------------------------------------------------------------- a folder of a run
+# ------------------------------------------------------------------------------- a folder of a run
 def test_the_manifest_lists_what_the_run_wrote_and_nothing_else(tmp_path):
     folder = run_in(tmp_path / "run")
     put(folder, "notes.txt", "figures/paper.png", "checkpoints/last/notes.txt", "student/model.py")
@@ -265,7 +265,7 @@ def test_a_report_that_the_user_put_in_is_not_written_over(tmp_path):
     assert claim_output_dir(folder, "auto", False).action == "resume"
 
 
-# -------------------------------------------------------------------------- earlier versions, damage
+# ------------------------------------------------------------------------ earlier versions, damage
 def earlier(folder: Path, config: dict, rows: str = '{"event": "train", "step": 1}\n') -> Path:
     put(folder, *RUN[2:-1], "figures/paper.png", "notes.txt", text="old")
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -340,7 +340,7 @@ def test_foreign_files_are_found_beside_inner_runs(tmp_path):
     assert set(foreign_files(folder, read_manifest(folder))) == {"baseline/notes.txt", "x.txt"}
 
 
-# ----------------------------------------------------------------------------- folders that fail
+# ------------------------------------------------------------------------------- folders that fail
 def test_a_folder_that_cannot_be_made(tmp_path):
     put(tmp_path, "file")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
@@ -408,7 +408,7 @@ def test_resume_from_a_folder_of_a_run_means_its_last_checkpoint(tmp_path):
         claim_output_dir(tmp_path / "c", last, False)
 
 
-# ------------------------------------------------------------------------------------------ the lock
+# ---------------------------------------------------------------------------------------- the lock
 HOLD = """
 import os, sys, time
 from pathlib import Path

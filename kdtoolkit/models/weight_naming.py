@@ -75,7 +75,7 @@ def guess_architecture(
     if not name:
         return None
     family = re.split(r"\d", name)[0]
-    relatives = [other for other in timm.list_models() if other.startswith(family)]
+    relatives: list[str] = [other for other in timm.list_models() if other.startswith(family)]
     nearest = difflib.get_close_matches(name, relatives, MOST_CANDIDATES, cutoff=0.0)
     shapes = _compared(state, head_keys)
     options = dict(getattr(model, "kd_model_args", {}))

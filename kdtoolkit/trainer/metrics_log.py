@@ -60,9 +60,11 @@ class MetricsLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(plain) + "\n")
         except OSError as error:
+            last = self.path.parent / "checkpoints" / "last"
+            kept = f"{last} is whole" if last.exists() else "there is no checkpoint yet"
             raise OSError(
-                f"could not write {self.path}: {error}; checkpoints/last is complete: "
-                "free some space and continue with resume='auto'"
+                f"could not write {self.path}: {error}; {kept}: free some space and continue with "
+                "resume='auto'"
             ) from error
         return plain
 

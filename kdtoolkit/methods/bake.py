@@ -22,6 +22,7 @@ from kdtoolkit.core.registries import register_strategy
 from kdtoolkit.core.strategy import StrategyInputs
 from kdtoolkit.data.sampling import SameClass
 from kdtoolkit.features.extractor import Taps
+from kdtoolkit.features.feature_checks import check_logits
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.network_checks import check_inputs, check_tapped
 from kdtoolkit.methods.terms import describe_weights, merge_weights, weights_at
@@ -111,8 +112,7 @@ class BAKE(Method):
 
     def logits(self, name: str, x: Tensor) -> Tensor:
         """Logits (B, C) for images in [0, 1]."""
-        logits: Tensor = self.student(self.preprocess(x))
-        return logits
+        return check_logits(self.student, self.student(self.preprocess(x)))
 
     def release(self) -> None:
         """Remove all hooks."""

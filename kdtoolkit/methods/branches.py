@@ -14,6 +14,7 @@ from kdtoolkit.core.method import Method, num_parameters
 from kdtoolkit.core.plan import MethodPlan, PlanRow
 from kdtoolkit.core.run_context import ExportCandidates
 from kdtoolkit.features.extractor import Taps
+from kdtoolkit.features.feature_checks import check_logits
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.branch_join import BranchJoin, BranchOutputs
 from kdtoolkit.methods.network_checks import (
@@ -247,8 +248,8 @@ class Branches(Method):
 
     def logits(self, name: str, x: Tensor) -> Tensor:
         """Logits (B, C) of one branch for images in [0, 1]."""
-        logits: Tensor = self.networks()[name](self.preprocess(x))
-        return logits
+        network = self.networks()[name]
+        return check_logits(network, network(self.preprocess(x)))
 
     def predict(self, x: Tensor) -> dict[str, Tensor]:
         """Logits (B, C) of every branch, and of the join's ensemble, from one run of the trunk."""

@@ -26,6 +26,7 @@ from kdtoolkit.core.registries import register_strategy
 from kdtoolkit.core.strategy import StrategyInputs
 from kdtoolkit.features.adapters import Adapter
 from kdtoolkit.features.extractor import Taps
+from kdtoolkit.features.feature_checks import check_logits
 from kdtoolkit.features.layout_conversion import as_map
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.network_checks import check_inputs, check_tapped
@@ -172,8 +173,7 @@ class BYOT(Method):
         """Logits (B, C) of the network, an exit or the ensemble for images in [0, 1]."""
         if name != "student":
             return self.predict(x)[name]
-        logits: Tensor = self.student(self.preprocess(x))
-        return logits
+        return check_logits(self.student, self.student(self.preprocess(x)))
 
     def predict(self, x: Tensor) -> dict[str, Tensor]:
         """Logits (B, C) of the network, of every exit and of their ensemble."""

@@ -22,6 +22,7 @@ from kdtoolkit.methods.resolve import (
     ResolvedLosses,
     resolve_losses,
 )
+from kdtoolkit.models.module_checks import check_readable_features
 from kdtoolkit.models.reinit import reinitialised_copy
 from kdtoolkit.types import LossWeight, TapKey
 from kdtoolkit.utils.validation import describe_value
@@ -175,6 +176,24 @@ def _copies_of(network: nn.Module) -> NetworkMaker:
     return make_network
 
 
+def check_layers(layers: object) -> None:
+    """Check that `layers` is "auto" or a list of pairs of taps, whatever the networks are.
+
+    Args:
+        layers: What was given.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(layers, str) and layers == "auto":
+        return
+    if not _is_list_of_pairs(layers):
+        raise ValueError(
+            f"layers={describe_value(layers)}: 'auto' or a list of (student tap, teacher tap): "
+            "stage numbers or names"
+        )
+
+
 def resolve_layer_pairs(
     student: Taps, teacher: Taps, layers: LayerPairs
 ) -> list[tuple[TapKey, TapKey]]:
@@ -192,6 +211,8 @@ def resolve_layer_pairs(
         ValueError: For a tap that does not exist, for what is no list of pairs, and with "auto"
             where no stages are found.
     """
+    for side in (student, teacher):
+        check_readable_features(side.model)
     if layers == "auto":
         found = pair_stages(student.stages, teacher.stages)
         if not found:
@@ -201,11 +222,8 @@ def resolve_layer_pairs(
                 "layers=[(student tap, teacher tap), ...]"
             )
         return list(found)
-    if isinstance(layers, str) or not _is_list_of_pairs(layers):
-        raise ValueError(
-            f"layers={describe_value(layers)}: 'auto' or a list of (student tap, teacher "
-            "tap): stage numbers or names"
-        )
+    check_layers(layers)
+    assert not isinstance(layers, str)
     for student_tap, teacher_tap in layers:
         student.boundary_of(student_tap)
         teacher.boundary_of(teacher_tap)

@@ -12,6 +12,7 @@ from kdtoolkit import functional
 from kdtoolkit.core.method import Method, num_parameters
 from kdtoolkit.core.plan import MethodPlan, PlanRow
 from kdtoolkit.core.run_context import ExportCandidates
+from kdtoolkit.features.feature_checks import check_logits
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.network_checks import (
     check_different_weights,
@@ -153,8 +154,8 @@ class Peers(Method):
 
     def logits(self, name: str, x: Tensor) -> Tensor:
         """Logits (B, C) of one network for images in [0, 1]."""
-        logits: Tensor = self.peers[name](self.preprocess[name](x))
-        return logits
+        network = self.peers[name]
+        return check_logits(network, network(self.preprocess[name](x)))
 
     def plan(self) -> MethodPlan:
         """One row of losses for each network, its parameters, and where it is trained."""

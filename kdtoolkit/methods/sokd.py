@@ -28,6 +28,7 @@ from kdtoolkit.core.registries import register_strategy
 from kdtoolkit.core.strategy import StrategyInputs
 from kdtoolkit.features.adapters import Adapter
 from kdtoolkit.features.extractor import Taps
+from kdtoolkit.features.feature_checks import check_logits
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.network_checks import check_inputs, check_tapped
@@ -165,12 +166,11 @@ class SOKD(Method):
 
     def logits(self, name: str, x: Tensor) -> Tensor:
         """Logits (B, C) of the student or the branch for images in [0, 1]."""
-        logits: Tensor
         if name == "student":
-            logits = self.student(self.preprocess(x))
-            return logits
+            return check_logits(self.student, self.student(self.preprocess(x)))
         prepared = self._prepare(x)
-        logits = self.branch(prepared, self._features_at_cut(self._run_teacher(x, prepared)))
+        features = self._features_at_cut(self._run_teacher(x, prepared))
+        logits: Tensor = self.branch(prepared, features)
         return logits
 
     def place_teachers(

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdtoolkit.features.feature_checks import check_logits
 from kdtoolkit.features.model_inputs import normalisation
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.report.gradcam_layers import find_last_map, stage_channels, to_feature_map
@@ -144,7 +145,8 @@ def predict(model: nn.Module, images: Tensor) -> tuple[list[float], list[int]]:
         Probability and id of the class with the highest logit, for each image.
     """
     with eval_mode(model):
-        logits = model(normalise(model, _like_parameters(images, model)))
+        returned = model(normalise(model, _like_parameters(images, model)))
+        logits = check_logits(model, returned)
     probabilities, classes = logits.float().softmax(1).max(1)
     return probabilities.tolist(), classes.tolist()
 
@@ -206,7 +208,7 @@ def _capture(
     handle = model.get_submodule(name).register_forward_hook(keep)
     try:
         # the image requires a gradient so that frozen parameters do not stop it
-        logits: Tensor = model(image.detach().requires_grad_())
+        logits = check_logits(model, model(image.detach().requires_grad_()))
     finally:
         handle.remove()
     feature = _check_feature(name, outputs)

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from kdtoolkit.data.image_modes import (
+    EXIF_KEYS,
     OUTPUT_MODES,
     WIDE_MODES,
     convert,
@@ -25,6 +26,7 @@ from kdtoolkit.data.image_modes import (
 from kdtoolkit.data.pixel_range import UNIT, PixelRange
 
 WHITE = (255, 255, 255)
+HEADER_KEYS = {"transparency", *EXIF_KEYS}  # of a PIL image that is to be changed
 CHANNELS = (1, 3, 4)  # that an image may have
 LUMA = (19595, 38470, 7471)  # of R, G and B in grey, in units of 2**-16, as in PIL
 
@@ -79,6 +81,8 @@ class ImageReader:
         Raises:
             ValueError: If the kind, the shape, the type or the range of values is not allowed.
         """
+        if self.is_ready(image):
+            return image  # type: ignore[return-value]
         if isinstance(image, Image.Image):
             return self._read_pil(image, where)
         if isinstance(image, np.ndarray):
@@ -91,6 +95,25 @@ class ImageReader:
             f"{where}: the image is {type(image).__name__}, expected a (3, H, W) tensor, an array "
             "or a PIL image"
         )
+
+    def is_ready(self, image: object) -> bool:
+        """Whether an image is as `read` makes it, seen at a glance; most are.
+
+        Args:
+            image: An image of any kind.
+
+        Returns:
+            True for a uint8 tensor (C, H, W) and for an upright, opaque RGB image of PIL.
+        """
+        if type(image) is Tensor:
+            if image.dtype != torch.uint8 or image.ndim != 3:
+                return False
+            channels, height, width = image.shape
+            sure = self.tensors_channels_first or width not in CHANNELS
+            return channels == self.options.channels and sure and height > 0 and width > 0
+        if not isinstance(image, Image.Image) or image.mode != "RGB":
+            return False
+        return self.options.channels == 3 and HEADER_KEYS.isdisjoint(image.info)
 
     def read_batch(self, x: Tensor, where: str) -> Tensor:
         """Read a batch of tensors.
@@ -138,7 +161,7 @@ class ImageReader:
         if values.dtype == np.bool_:
             return values * np.uint8(255)
         found = self._range_of(values.dtype, where)
-        found.check(float(values.min()), float(values.max()), where)
+        found.check_values(values, where)
         return found.to_uint8(values)
 
     def _scale_tensor(self, x: Tensor, where: str) -> Tensor:
@@ -150,7 +173,11 @@ class ImageReader:
             return torch.from_numpy(self._eight_bits(x.detach().cpu().numpy(), where))
         found = self._range_of(np.dtype(np.float32), where)
         values = x.detach().to(torch.float32)
-        found.check(*(float(value) for value in values.aminmax()), where)
+        if found.high == 1:
+            found.check(*(float(value) for value in values.aminmax()), where)
+        else:
+            for image in values:
+                found.check_values(image.cpu().numpy(), where)
         return found.to_unit(values)
 
     def _range_of(self, dtype: np.dtype, where: str) -> PixelRange:

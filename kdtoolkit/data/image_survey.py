@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdtoolkit.data.image_modes import WIDE_MODES, is_transparent, turn_upright, wide_values
 from kdtoolkit.data.image_reader import ImageOptions, ImageReader, kind_of, layouts_of
-from kdtoolkit.data.pixel_range import PixelRange, decide_range
+from kdtoolkit.data.pixel_range import PixelRange, decide_range, is_unit, mixed_ranges
 
 
 @dataclasses.dataclass
@@ -22,7 +22,8 @@ class ImageSurvey:
     Attributes:
         values: Smallest and largest value of `"integer"` and of `"float"` images, those that there
             are.
-        places: The first place of an image of these kinds.
+        places: The first place of an image of these kinds, and of `"unit"`, which can only be in
+            [0, 1].
         layouts: Of `"array"` and `"tensor"`: the layouts that every one of them may have.
         shapes: Sides of arrays and tensors, (H, W) of PIL images, by split.
         transparent: Whether some PIL image is.
@@ -73,6 +74,8 @@ class ImageSurvey:
         before = self.values.get(kind, (low, high))
         self.values[kind] = (min(low, before[0]), max(high, before[1]))
         self.places.setdefault(kind, where)
+        if is_unit(values):
+            self.places.setdefault("unit", where)
 
     def _add_layout(self, form: str, shape: tuple[int, ...]) -> None:
         found = set(layouts_of(shape))
@@ -96,6 +99,9 @@ class ImageSurvey:
             kind: decide_range(kind, low, high, options.pixel_range, self.places[kind])
             for kind, (low, high) in self.values.items()
         }
+        has_unit_images = "unit" in self.places and options.pixel_range is None
+        if has_unit_images and ranges["float"].high == 255:
+            raise ValueError(mixed_ranges(self.places["unit"], "others are in 0 .. 255"))
         if options.pixel_range is not None:
             kinds = ("integer", "float")
             ranges = {kind: PixelRange(*options.pixel_range, kind, "pixel_range") for kind in kinds}

@@ -99,7 +99,7 @@ def as_tensor(image: Image.Image | Tensor) -> Tensor:
     """
     if isinstance(image, Tensor):
         return image
-    return torch.from_numpy(np.ascontiguousarray(to_uint8(image)))
+    return torch.from_numpy(np.array(to_uint8(image), order="C"))
 
 
 def to_tensor(image: object, where: str, options: ImageOptions | None = None) -> Tensor:
@@ -116,7 +116,13 @@ def to_tensor(image: object, where: str, options: ImageOptions | None = None) ->
     Raises:
         ValueError: If the kind, the shape or the range of values is another.
     """
-    return as_tensor(ImageReader(options or ImageOptions()).read(image, where))
+    return as_tensor(_output_reader(options or ImageOptions()).read(image, where))
+
+
+@functools.cache
+def _output_reader(options: ImageOptions) -> ImageReader:
+    """Reads uint8 and floats in [0, 1]."""
+    return ImageReader(options)
 
 
 def image_size(image: Image.Image | Tensor) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 RANGE_TOLERANCE = 0.01  # how far resampled floats may lie outside, as a share of the range
 INTEGER_BITS = (8, 10, 12, 14, 16)  # the fewest of these that hold the integers are their range
 DARKEST_WHITE = 128  # the largest value that 8-bit images may have at least, in wider types
+DECIDED = "decided from the first images"
 NORMALISED = "Each model normalises its own input: remove Normalize from the transforms."
 
 
@@ -60,6 +61,21 @@ class PixelRange:
             "pixel_range=(value of black, value of white) of the whole data set."
         )
 
+    def check_values(self, values: np.ndarray, where: str) -> None:
+        """Check an image.
+
+        Args:
+            values: Its values, of any shape.
+            where: Start of the message of an error.
+
+        Raises:
+            ValueError: As `check`, and if it is one in [0, 1] of a data set whose range was decided
+                to be 0 .. 255.
+        """
+        self.check(float(values.min()), float(values.max()), where)
+        if self.reason == DECIDED and self.high == 255 and is_unit(values):
+            raise ValueError(mixed_ranges(where, "other images are in 0 .. 255"))
+
     def to_uint8(self, values: np.ndarray) -> np.ndarray:
         """Scale values to 0 .. 255.
 
@@ -92,6 +108,36 @@ class PixelRange:
 UNIT = PixelRange(0, 1, "float")
 
 
+def is_unit(values: np.ndarray) -> bool:
+    """Whether an image can only be one in [0, 1].
+
+    Args:
+        values: Its values, of any shape.
+
+    Returns:
+        True for floats up to 1 that are not all whole.
+    """
+    if not np.issubdtype(values.dtype, np.floating) or not 0 < values.max() <= 1 + RANGE_TOLERANCE:
+        return False
+    return bool((values % 1).any())
+
+
+def mixed_ranges(where: str, others: str) -> str:
+    """The message for floats in [0, 1] beside others.
+
+    Args:
+        where: Start of the message.
+        others: What the others are, in words.
+
+    Returns:
+        The message.
+    """
+    return (
+        f"{where}: the image is in [0, 1], {others}: scale all images of the data set alike, or "
+        "pass pixel_range=(value of black, value of white)."
+    )
+
+
 def decide_range(
     kind: str, low: float, high: float, given: tuple[float, float] | None, where: str
 ) -> PixelRange:
@@ -114,7 +160,7 @@ def decide_range(
         return PixelRange(*given, kind, "pixel_range")
     known = _known_range(kind, low, high)
     if known is not None:
-        return PixelRange(0, known, kind, "decided from the first images")
+        return PixelRange(0, known, kind, DECIDED)
     if kind == "float":
         allowed = "floats in [0, 1] or in 0 .. 255"
     else:

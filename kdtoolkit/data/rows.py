@@ -103,8 +103,10 @@ class RowDataset(Dataset[dict[str, Tensor]]):
         parts = (self.seed, self.epoch, row, repeat) if repeat else (self.seed, self.epoch, row)
         with seeded_generators(derive_seed(*parts)):
             found = self.table.read(number)[0]
-            with raised_by_user(where, "transforms"):
-                image = self.transform(found.image) if self.transform else found.image
+            image = found.image
+            if self.transform is not None:
+                with raised_by_user(where, "transforms"):
+                    image = self.transform(image)
             x = to_tensor(image, where, self.image_options)
         self._check_labels(np.array([found.label]), number)
         return x, found.label

@@ -279,15 +279,15 @@ class TorchTable:
         image, label = self._read_item(row)
         if label == NO_LABEL or row in self.hidden_rows:
             return Row(row, image, NO_LABEL)
-        where = f"split {self.split!r}, row {row}"
         if self._code_of is not None:
             if label not in self._code_of:
+                where = f"split {self.split!r}, row {row}"
                 raise unknown_label(label, self._code_of, where)
             return Row(row, image, self._code_of[label])
         if isinstance(label, str):
             raise ValueError(
-                f"{where}: the label is the text {label!r}: leave num_classes out, so that the "
-                "labels are read first and text becomes classes"
+                f"split {self.split!r}, row {row}: the label is the text {label!r}: leave "
+                "num_classes out, so that the labels are read first and text becomes classes"
             )
         return Row(row, image, label)
 
@@ -320,7 +320,7 @@ def read_image(reader: ImageReader | None, row: Row, split: str) -> Row:
     Returns:
         The row with the image that the reader makes.
     """
-    if reader is None:
+    if reader is None or reader.is_ready(row.image):
         return row
     image = reader.read(row.image, f"split {split!r}, row {row.row}")
     return Row(row.row, image, row.label)
@@ -345,12 +345,24 @@ def read_item(dataset: Any, row: int, where: str) -> Any:
     except RowError:
         raise
     except Exception as e:
-        advice = "Correct that row or the data set."
-        if isinstance(e, IndexError):
-            advice = f"Its length is said to be {len(dataset)}: correct __len__ if that is wrong."
-        raise RowError(
-            f"{where}: {type(dataset).__name__} raised {describe_error(e)}. {advice}"
-        ) from e
+        raise item_error(dataset, e, where) from e
+
+
+def item_error(dataset: Any, error: Exception, where: str) -> RowError:
+    """The error of a map-style data set that raises.
+
+    Args:
+        dataset: The data set.
+        error: What it raised.
+        where: Start of the message: the row.
+
+    Returns:
+        The error to raise, with the words of the data set's and the line that raised it.
+    """
+    advice = "Correct that row or the data set."
+    if isinstance(error, IndexError):
+        advice = f"Its length is said to be {len(dataset)}: correct __len__ if that is wrong."
+    return RowError(f"{where}: {type(dataset).__name__} raised {describe_error(error)}. {advice}")
 
 
 def has_fixed_items(dataset: Dataset[Any]) -> bool:

@@ -16,7 +16,7 @@ from kdtoolkit.data.items import Item, split_item
 from kdtoolkit.data.label_values import ONE_CLASS, plain_label
 from kdtoolkit.data.labels import check_labels
 from kdtoolkit.data.row_error import RowError, enumerate_items, raised_by_user
-from kdtoolkit.data.tables import read_item
+from kdtoolkit.data.tables import item_error
 from kdtoolkit.utils.signals import WorkerStart
 
 KEPT_OPTIONS = (
@@ -46,14 +46,23 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
 
     def __getitems__(self, rows: Sequence[int]) -> tuple[list[int], Any]:
         get_many = getattr(self.dataset, "__getitems__", None)
-        items = get_many(rows) if get_many else [self._read(row) for row in rows]
-        return list(rows), items
+        if get_many is None:
+            return list(rows), self._read(rows)
+        with raised_by_user(f"rows {list(rows)} of the DataLoader's data set", "__getitems__"):
+            return list(rows), get_many(rows)
 
     def __getitem__(self, row: int) -> tuple[int, Any]:
-        return row, self._read(row)
+        return row, self._read([row])[0]
 
-    def _read(self, row: int) -> Any:
-        return read_item(self.dataset, row, f"row {row} of the DataLoader's data set")
+    def _read(self, rows: Sequence[int]) -> list[Any]:
+        items: list[Any] = []
+        try:
+            for row in rows:
+                items.append(self.dataset[row])  # noqa: PERF401 (their number names the bad row)
+        except Exception as e:
+            where = f"row {rows[len(items)]} of the DataLoader's data set"
+            raise item_error(self.dataset, e, where) from e
+        return items
 
 
 class CountedIterable(IterableDataset[tuple[int, Any]]):

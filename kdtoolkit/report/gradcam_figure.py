@@ -50,7 +50,7 @@ def gradcam_rows(
     Raises:
         ValueError: If images or labels have another shape.
     """
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
+    if images.ndim != 4 or images.shape[1] not in (1, 3, 4):
         raise ValueError(f"images of shape {tuple(images.shape)}: expected (B, 3, H, W) in [0, 1]")
     if labels is not None and len(labels) != len(images):
         raise ValueError(
@@ -95,7 +95,7 @@ def _draw_images(
     classes: Sequence[int] | None,
     class_names: Sequence[str] | None,
 ) -> None:
-    colored = images.float().cpu().clamp(0, 1).expand(-1, 3, -1, -1)
+    colored = images[:, :3].float().cpu().clamp(0, 1).expand(-1, 3, -1, -1)
     pixels: Array = colored.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
     for i, axes in enumerate(row):
         axes.imshow(pixels[i], interpolation="nearest", vmin=0, vmax=1)

@@ -53,10 +53,10 @@ def check_columns(columns: object) -> ColumnNames | None:
     """
     if columns is None:
         return None
-    is_pair = isinstance(columns, (tuple, list)) and len(columns) == 2
-    if is_pair and all(name is None or (isinstance(name, str) and name) for name in columns):  # type: ignore[attr-defined]
-        image, label = columns  # type: ignore[misc]
-        return (image, label)
+    if isinstance(columns, (tuple, list)) and len(columns) == 2:
+        image, label = columns
+        if all(name is None or (isinstance(name, str) and name) for name in columns):
+            return image, label
     raise ValueError(
         f"columns={columns!r}: allowed is a pair of names (image, label), with None for one that "
         "is to be found, such as (None, 'species')"

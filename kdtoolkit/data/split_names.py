@@ -99,7 +99,7 @@ def describe_rows(part: object) -> str:
     Returns:
         " (12 rows)", or "" where the number is not known.
     """
-    counted = getattr(part, "dataset", part)
+    counted: Any = getattr(part, "dataset", part)
     try:
         count = len(counted)
     except TypeError:  # a stream

@@ -159,7 +159,9 @@ class RankMonitor:
     def forget(self) -> None:
         """Close the sockets of this process; those of a process that forked it stay open."""
         for key in list(self._selector.get_map().values()):
-            (self.listener if key.data is None else key.data).close()
+            end = self.listener if key.data is None else key.data
+            if end is not None:
+                end.close()
         self._selector.close()
 
     def show_failure(self, error: BaseException) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -86,10 +87,15 @@ def fail():
 
 
 def run(name, *callbacks, **options):
-    given = {"method": "none", "output_dir": ROOT / name, "max_steps": 12} | options
+    given = {
+        "method": "none",
+        "output_dir": ROOT / name,
+        "max_steps": 12,
+        "num_workers": 0,
+    } | options
     distill(
         given.pop("teacher", None), "cifar_resnet8", {"train": IMAGES, "test": IMAGES},
-        num_classes=10, batch_size=32, validation="none", num_workers=0, report_to="none",
+        num_classes=10, batch_size=32, validation="none", report_to="none",
         progress="off", callbacks=callbacks, **given,
     )  # fmt: skip
 
@@ -109,12 +115,24 @@ def recipe():
     runpy.run_path(str(RECIPE), run_name="__main__")
 
 
+def signal_all():
+    """What a batch scheduler does: SIGTERM to this process and to its workers."""
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for process in workers:
+        os.kill(process.pid, TERM)
+    os.kill(os.getpid(), TERM)
+    time.sleep(0.2)
+    assert all(process.is_alive() for process in workers)
+
+
 TERM, HUP, INT = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
 ONE = {
     "loop-term": lambda: run("loop-term", At(kill(TERM))),
     "loop-hup": lambda: run("loop-hup", At(kill(HUP))),
     "prepared-int": lambda: run("prepared-int", At(kill(INT), "check")),
     "no-folder": lambda: run("", At(kill(INT)), output_dir=None),
+    "workers": lambda: run("workers", At(signal_all), num_workers=2),
     "twice": lambda: run("twice", At(kill(TERM, times=2), step=4)),
     "prepared": lambda: run("prepared", At(kill(HUP), "check")),
     "teacher": lambda: run("teacher", teacher=SignalsInEvaluation(), method="kd"),

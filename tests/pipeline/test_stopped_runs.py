@@ -42,6 +42,7 @@ SIGNALS = {  # case -> exit code, message
     "loop-term": (143, f"at step 2 of 12 by SIGTERM; saved to .*/checkpoints/last; {GO_ON}"),
     "loop-hup": (129, f"at step 2 of 12 by SIGHUP; saved to .*/checkpoints/last; {GO_ON}"),
     "no-folder": (130, "at step 2 of 12 by Ctrl-C; nothing was saved: no output_dir was given"),
+    "workers": (143, f"at step 2 of 12 by SIGTERM; saved to .*/checkpoints/last; {GO_ON}"),
     "twice": (143, rf"by SIGTERM at once; .*/last \(epoch 1, step 3\) is whole; {GO_ON}"),
     "prepared": (129, "by SIGHUP before training began; there was nothing to save; .*'auto'"),
     "prepared-int": (130, "by Ctrl-C before training began; there was nothing to save; .*'auto'"),

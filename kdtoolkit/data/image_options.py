@@ -30,7 +30,7 @@ def check_image_options(
     Raises:
         ValueError: If a value is none of the allowed ones.
     """
-    if isinstance(channels, bool) or channels not in CHANNELS:
+    if type(channels) is not int or channels not in CHANNELS:
         raise ValueError(f"channels={channels!r}; allowed: 3, 1 (grey images) or 4")
     return ImageOptions(_check_background(background), channels, _check_range(pixel_range))
 
@@ -41,17 +41,16 @@ def _check_background(background: Background) -> tuple[int, int, int] | None:
     try:
         if isinstance(background, str):
             red, green, blue = ImageColor.getrgb(background)[:3]
-        else:
-            red, green, blue = background
-            is_byte = [type(value) is int and 0 <= value <= 255 for value in background]
-            if not all(is_byte):
-                raise ValueError("not whole numbers from 0 to 255")
+            return red, green, blue
+        values = list(background) if isinstance(background, Sequence) else []
+        if len(values) != 3 or not all(type(v) is int and 0 <= v <= 255 for v in values):
+            raise ValueError("not three whole numbers from 0 to 255")
     except (TypeError, ValueError) as e:
         raise ValueError(
             f"background={background!r}: a colour such as 'white', 'black' or '#ff8800', or "
             "(red, green, blue), whole numbers from 0 to 255"
         ) from e
-    return red, green, blue
+    return values[0], values[1], values[2]
 
 
 def _check_range(pixel_range: Sequence[float] | None) -> tuple[float, float] | None:
@@ -59,7 +58,8 @@ def _check_range(pixel_range: Sequence[float] | None) -> tuple[float, float] | N
         return None
     try:
         low, high = (float(value) for value in pixel_range)
-        is_range = not isinstance(pixel_range, str) and low < high and math.isfinite(high - low)
+        is_list = isinstance(pixel_range, Sequence) and not isinstance(pixel_range, str)
+        is_range = is_list and low < high and math.isfinite(high - low)
     except (TypeError, ValueError):
         is_range = False
     if not is_range:

@@ -174,7 +174,8 @@ class ImageReader:
         found = self._range_of(np.dtype(np.float32), where)
         values = x.detach().to(torch.float32)
         if found.high == 1:
-            found.check(*(float(value) for value in values.aminmax()), where)
+            low, high = values.aminmax()
+            found.check(float(low), float(high), where)
         else:
             for image in values:
                 found.check_values(image.cpu().numpy(), where)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -76,7 +77,7 @@ class ProgressLog(Callback):
         )
         self.bar.start()
         total, done = run.clock.total_steps, run.clock.step
-        description = self.label or "steps"
+        description = escape(self.label) or "steps"
         self.task: TaskID = self.bar.add_task(description, total=total, completed=done, terms="")
 
     def on_step_end(self, run: RunContext, step: Step) -> None:
@@ -135,7 +136,7 @@ class ProgressLog(Callback):
         self._print(f"{self.label} {text}".strip())
 
     def _print(self, text: str) -> None:
-        self.console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim]", text, markup=True)
+        self.console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim]", escape(text), markup=True)
 
     def _first_line(self, run: RunContext) -> str:
         accelerator, clock = run.accelerator, run.clock

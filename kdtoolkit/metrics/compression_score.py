@@ -18,8 +18,9 @@ with each ratio.
 
 Limits: a student that equals the teacher in cost scores 0 however good it is, and so does a larger
 one: nothing is compressed. A tiny student at chance scores 0: nothing is kept. Latency belongs to
-one machine: scores with it compare on that machine only, and scores with and without it do not
-compare. The teacher must be above chance.
+one machine, whose load changes it little (see `kdtoolkit.metrics.model_cost.measure_costs`): scores
+with it compare on that machine only, and scores with and without it do not compare. The teacher
+must be above chance.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def _data_line(description: Mapping[str, Any]) -> list[str]:
 def _classes(description: Mapping[str, Any]) -> str:
     """How many classes, and their names in the order of the class ids."""
     text, names = f"{description['num_classes']} classes", description.get("classes") or []
-    if not names:
+    if names == [str(k) for k in range(len(names))]:  # or there are none
         return text
     shown = ", ".join(f"{k} {name}" for k, name in enumerate(names[:MOST_CLASSES]))
     more = f", ..., {len(names) - 1} {names[-1]}" if len(names) > MOST_CLASSES else ""

@@ -198,7 +198,8 @@ def _matched_share(
 def _take_normalisation(model: nn.Module, path: str, role: str) -> None:
     """Take mean and std of the training images from the metadata of a .safetensors file."""
     if path.endswith(".safetensors") and get_pretrained_cfg(model):
-        config = config_from_metadata(read_metadata(Path(path)), Path(path), role)
+        file = Path(path).expanduser()
+        config = config_from_metadata(read_metadata(file), file, role)
         config.pop("num_classes", None)
         set_config(model, {**get_pretrained_cfg(model), **config})
 

@@ -16,6 +16,7 @@ from kdtoolkit.core.method import Method
 from kdtoolkit.core.registries import LOSSES
 from kdtoolkit.core.strategy import StrategySpec
 from kdtoolkit.data.image_options import check_image_options
+from kdtoolkit.data.columns import check_columns
 from kdtoolkit.data.options import (
     check_image_size,
     check_labelled,
@@ -23,6 +24,7 @@ from kdtoolkit.data.options import (
     check_transforms,
 )
 from kdtoolkit.data.splits import check_validation
+from kdtoolkit.methods.factory import check_layers
 from kdtoolkit.methods.resolve import ResolvedLosses, find_strategy, resolve_losses
 from kdtoolkit.pipeline.config import FIELD_NAMES, DistillConfig
 from kdtoolkit.pipeline.networks import as_list
@@ -60,6 +62,7 @@ def resolve_method(config: DistillConfig) -> ResolvedLosses | None:
         return None
     if networks.student is None:
         raise ValueError("student=None: pass a model or a timm name, it is what is trained")
+    check_layers(config.loss.layers)
     strategy, options = find_strategy(method), dict(config.loss.options or {})
     if strategy is not None:
         _check_strategy(strategy, config)
@@ -88,7 +91,9 @@ def _check_teacher_use(resolved: ResolvedLosses, config: DistillConfig) -> None:
 
 def _check_no_teacher_options(config: DistillConfig, method: object) -> None:
     for name in ("teacher_head", "teacher_args", "teacher_weights"):
-        if getattr(config.networks, name):
+        value = getattr(config.networks, name)
+        is_empty = isinstance(value, (list, tuple, Mapping)) and not value
+        if value is not None and not is_empty:
             raise ValueError(
                 f"{name} has no effect: method {method!r} has no teacher; leave it out"
             )
@@ -257,6 +262,7 @@ def check_data_options(config: DistillConfig) -> None:
     check_image_size(data.image_size)
     check_num_workers(data.num_workers)
     check_labelled(data.labelled)
+    check_columns(data.columns)
     check_image_options(data.background, data.channels, data.pixel_range)
 
 
@@ -346,7 +352,8 @@ def check_method_fits_data(method: Method, data: Data | None, compiled: bool) ->
         raise ValueError(
             f"{data.num_unlabelled} training rows have no label (-1), and this method learns from "
             "labels alone: remove "
-            "these rows, or use method='mean_teacher'"
+            "these rows, number the classes from 0 if -1 is one of them, or use "
+            "method='mean_teacher'"
         )
 
 

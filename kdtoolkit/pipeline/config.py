@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kdtoolkit.core.config import PAPER_OPTIMIZERS, TrainerConfig
 from kdtoolkit.pipeline import config_types as types
 from kdtoolkit.pipeline.config_checks import check_fields, with_plain_numbers
-from kdtoolkit.pipeline.output_paths import check_output_paths
+from kdtoolkit.pipeline.output_paths import check_output_paths, with_home_folders
 from kdtoolkit.utils.registry import suggestion
 from kdtoolkit.utils.validation import check_choice
 
@@ -234,9 +234,10 @@ class OutputConfig:
     Attributes:
         output_dir: Folder of checkpoints, student/, metrics.jsonl and report.md. Default: nothing
             is written.
-        resume: "auto" continues where `output_dir` stopped, if it holds a run; True insists; or the
-            folder of a checkpoint.
-        overwrite: Empty an `output_dir` that holds another run.
+        resume: "auto" continues where `output_dir` stopped, or starts if it is empty; True insists;
+            or the folder of a checkpoint.
+        overwrite: Replace the run that `output_dir` holds: the files that it wrote, and no others,
+            go when this run has its first checkpoint.
         keep: Networks to save: "exported" (student/), or "all" (the others in networks/). All are
             in `result.networks`.
         baseline: A finished plain run of the same student (a `DistillResult` or a folder) that the
@@ -295,7 +296,7 @@ class DistillConfig:
             own, kind = getattr(self, part.name), part.default_factory
             if not isinstance(own, kind):  # type: ignore[arg-type]
                 raise ValueError(f"{part.name} is {own!r}; allowed: a {kind.__name__}")  # type: ignore[union-attr]
-            object.__setattr__(self, part.name, with_plain_numbers(own))
+            object.__setattr__(self, part.name, with_home_folders(with_plain_numbers(own)))
         check_fields(self)
         _ = self.trainer  # its numbers are checked as they are resolved
 

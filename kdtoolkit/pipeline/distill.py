@@ -38,11 +38,14 @@ def _reads_config(function: Callable[P, DistillResult]) -> Callable[P, DistillRe
         if config is None:
             return function(*args, **kwargs)
         callbacks = arguments.pop("callbacks", None)
+        accelerator = arguments.pop("accelerator", None)
+        dry_run = arguments.pop("dry_run", False)
+        own = read_config(config)
         return run_distillation(
             callbacks=read_callbacks(config) if callbacks is None else callbacks,
-            accelerator=arguments.pop("accelerator", None),
-            dry_run=arguments.pop("dry_run", False),
-            config=_replaced(read_config(config), arguments),
+            accelerator=accelerator,
+            dry_run=dry_run,
+            config=_replaced(own, arguments),
         )
 
     return call
@@ -70,6 +73,7 @@ def distill(
     teacher_head: types.TeacherHead = None,
     teacher_dir: types.OptionalPath = None,
     teacher_training: types.Options = None,
+    allow_weak_teacher: bool = False,
     freeze: types.Freeze = None,
     student_weights: types.WeightsSource = None,
     teacher_weights: types.TeacherWeightsSource = None,
@@ -80,9 +84,13 @@ def distill(
     validation: types.Validation = "auto",
     transforms: types.Transforms = None,
     image_size: int | None = None,
+    background: types.Background = None,
+    channels: int = 3,
+    pixel_range: types.PixelRange = None,
     train_limit: int | None = None,
     labelled: types.Labelled = None,
     num_workers: types.Workers = "auto",
+    columns: types.Columns = None,
     method: types.MethodSource = "kd",
     layers: types.Layers = "auto",
     losses: types.Weights = None,
@@ -111,12 +119,14 @@ def distill(
     report_to: types.Trackers = "auto",
     progress: types.Auto = "auto",
     label: str = "",
+    rank_timeout: float = 60.0,
     output_dir: types.OptionalPath = None,
     resume: types.Resume = False,
     overwrite: bool = False,
     keep: Literal["exported", "all"] = "exported",
     baseline: types.Baseline = None,
-    callbacks: Sequence[Callback] = (),
+    figures: bool = True,
+    callbacks: Sequence[Callback] | None = (),
     accelerator: Accelerator | None = None,
     dry_run: bool = False,
     **method_options: Any,
@@ -146,6 +156,8 @@ def distill(
             of the same network, data and configuration. Default: `output_dir/finetuned`.
         teacher_training: Keywords of `distill()` for the fine-tuning of the teacher alone, e.g.
             epochs=3; the others are those of this run, except `freeze` and `layer_decay`.
+        allow_weak_teacher: Whether to learn from a teacher that is near chance on the data, which
+            is an error otherwise.
         freeze: What of the student is not trained: a number of stages from the image, names of
             modules, or "backbone" (all but the classifier). Its BatchNorm statistics stay too.
         student_weights: .safetensors, .pth or .pt file, folder, "hf-hub:ID" or state dict for a
@@ -160,16 +172,26 @@ def distill(
             training rows, at most 5,000), a share, a number of rows, "none" (the last epoch is
             taken), or "test" (the best epoch is chosen on the test set).
         transforms: None (as the data set's papers, or by the images' sizes), "none", "crop-flip", a
-            `BatchAugment`, a callable on a PIL image, or a pair of these for training and
-            evaluation.
+            `BatchAugment`, a callable on a PIL image for training alone (images for evaluation get
+            the default, at the same size), or a pair of callables for training and evaluation.
         image_size: Images are resized to this many pixels a side. Default: the data's own size; 224
             where images differ in size, or are larger than 96 pixels and `transforms` is not given.
             Float images of one size, a callable in `transforms` and a DataLoader keep theirs.
+        background: Colour that transparent images are laid on, as a name ("black", "#ff8800") or
+            (R, G, B). Default: white; arrays and tensors of four channels are refused.
+        channels: Channels of the images that networks get: 3, 1 (grey) or 4 (the fourth is kept);
+            networks given by name are built for them.
+        pixel_range: Values of black and white of images that are not of 8 bits, e.g. (0, 4095).
+            Default: decided for the whole data set, and said in the plan.
         train_limit: Train on this many rows only, drawn by class. Default: all.
         labelled: Number or share of the training rows that keep their labels, drawn by class; the
             others are unlabelled, which only some methods ("mean_teacher") can use. Rows with label
             -1 are unlabelled too. Default: all.
-        num_workers: Processes that read data; "auto" is 0 for data in memory, else up to 8.
+        num_workers: Processes that read data; "auto" is 0 for data in memory, else the processors
+            that this process may use, up to 8.
+        columns: Columns (image, label) of a Hugging Face data set or parquet files, None for one that
+            is to be found. Default: the image by its type, the label by its name (label, class,
+            target, ...), else by its type; text becomes classes.
         method: A name that `kdtoolkit methods` lists, several names, `DistillationLoss` objects, or
             a `Method` (its networks are student and teacher then); "none" is plain training.
         layers: Pairs of taps (student, teacher), taps being stage numbers from 1 or module names;
@@ -213,15 +235,19 @@ def distill(
         progress: "auto" (a bar on a terminal, else lines), "bar", "lines" or "off"; True is "auto",
             False is "off".
         label: Word in front of what is printed.
+        rank_timeout: Seconds after which a process of a run over several that gives no sign of life
+            ends the others.
         output_dir: Folder of checkpoints, student/, metrics.jsonl and report.md. Default: nothing
             is written.
-        resume: "auto" continues where `output_dir` stopped, if it holds a run; True insists; or the
-            folder of a checkpoint.
-        overwrite: Empty an `output_dir` that holds another run.
+        resume: "auto" continues where `output_dir` stopped, or starts if it is empty; True insists;
+            or the folder of a checkpoint.
+        overwrite: Replace the run that `output_dir` holds: the files that it wrote, and no others,
+            go when this run has its first checkpoint.
         keep: Networks to save: "exported" (student/), or "all" (the others in networks/). All are
             in `result.networks`.
         baseline: A finished plain run of the same student (a `DistillResult` or a folder) that the
             report shows beside this one, or True to train it first, in output_dir/baseline.
+        figures: Whether the report has figures; they take about a second.
         callbacks: `Callback` objects, called at each event of the loop by their `order`, else as
             they are listed. Beside `config` the default is those that the file names.
         accelerator: Your own `accelerate.Accelerator`; it trains with the accumulation, data
@@ -238,7 +264,8 @@ def distill(
         ValueError: For anything that cannot work, before training and before anything is written.
         NonFiniteLoss: When a loss or a weight is not finite; the last good checkpoint is kept.
         CheckpointError: When a checkpoint cannot be written, or is of another run.
-        Interrupted: After Ctrl-C or SIGTERM, when the run has been saved.
+        Interrupted: After Ctrl-C, SIGTERM or SIGHUP, when the run has been saved.
+        RankFailed: When another process of the run failed, ended or answers no more.
 
     Example:
         >>> from kdtoolkit import distill
@@ -252,6 +279,7 @@ def distill(
             teacher_head=teacher_head,
             teacher_dir=teacher_dir,
             teacher_training=teacher_training,
+            allow_weak_teacher=allow_weak_teacher,
             freeze=freeze,
             student_weights=student_weights,
             teacher_weights=teacher_weights,
@@ -266,9 +294,13 @@ def distill(
             validation=validation,
             transforms=transforms,
             image_size=image_size,
+            background=background,
+            channels=channels,
+            pixel_range=pixel_range,
             train_limit=train_limit,
             labelled=labelled,
             num_workers=num_workers,
+            columns=columns,
         ),
         loss=LossConfig(
             method=method,
@@ -304,9 +336,11 @@ def distill(
             report_to=report_to,
             progress=progress,
             label=label,
+            rank_timeout=rank_timeout,
         ),
         output=OutputConfig(
-            output_dir=output_dir, resume=resume, overwrite=overwrite, keep=keep, baseline=baseline
+            output_dir=output_dir, resume=resume, overwrite=overwrite, keep=keep, baseline=baseline,
+            figures=figures,
         ),
     )
     if train_data is None:

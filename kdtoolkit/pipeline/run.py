@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,35 +16,45 @@ from accelerate import Accelerator
 from kdtoolkit.callbacks.checkpoints import Checkpoints
 from kdtoolkit.callbacks.keep_frozen import KeepFrozen
 from kdtoolkit.callbacks.progress import ProgressLog
+from kdtoolkit.callbacks.teacher_check import TeacherCheck
 from kdtoolkit.callbacks.trackers import Trackers, resolve_trackers
 from kdtoolkit.core.callback import Callback, ordered_callbacks
 from kdtoolkit.core.config import TrainerConfig
 from kdtoolkit.core.run_context import RunPreview
+from kdtoolkit.data.sampler_state import describe_inexact
 from kdtoolkit.methods.resolve import ResolvedLosses
 from kdtoolkit.pipeline import checks, export
-from kdtoolkit.pipeline.accelerator import make_accelerator
+from kdtoolkit.pipeline.accelerator import check_precision, make_accelerator
+from kdtoolkit.pipeline.batch_checks import check_smallest_batch
 from kdtoolkit.pipeline.build import RunParts, build_parts
 from kdtoolkit.pipeline.config import DistillConfig
 from kdtoolkit.pipeline.config_file import check_no_marks, config_to_plain
 from kdtoolkit.pipeline.data_info import DataInfo, read_data
-from kdtoolkit.pipeline.describe import checkpoint_metadata
+from kdtoolkit.pipeline.describe import checkpoint_metadata, describe_data, describe_training
+from kdtoolkit.pipeline.finished_run import ReplaceEarlierRun, read_finished_run
 from kdtoolkit.pipeline.plan import Plan, make_plan
 from kdtoolkit.pipeline.result import DistillResult
+from kdtoolkit.pipeline.run_phase import RunPhase
 from kdtoolkit.pipeline.teacher_finetune import (
     SHARED_FIELDS,
     describe_finetuning,
     finetune_teachers,
     finetuning_fields,
 )
+from kdtoolkit.pipeline.teachers import TRAINED_HEADS, check_head_names
 from kdtoolkit.trainer.best_epoch import monitored_split
 from kdtoolkit.trainer.environment import describe_environment
+from kdtoolkit.trainer.loss_checks import check_schedules
 from kdtoolkit.trainer.optim import check_optimizer
 from kdtoolkit.trainer.run_length import make_loader_and_schedule
 from kdtoolkit.trainer.trainer import Trainer
-from kdtoolkit.utils import checkpoint
+from kdtoolkit.utils import checkpoint, distributed
 from kdtoolkit.utils.io import write_json, write_yaml
 from kdtoolkit.utils.logging import configure_logging
-from kdtoolkit.utils.output_dir import claim_output_dir, clear_output_dir
+from kdtoolkit.utils.output_dir import Claim, claim_output_dir
+from kdtoolkit.utils.output_folder import OutputFolder, explain_write_errors, open_output_folder
+from kdtoolkit.utils.rank_monitor import watch_ranks
+from kdtoolkit.utils.signals import explain_interruption, follow_launcher, interrupt_on_stop_signals
 from kdtoolkit.utils.state import preserve_accelerate_state, preserve_random_state
 
 # fields of a baseline, beside those that every run shares: the same student
@@ -55,7 +66,7 @@ logger = logging.getLogger(__name__)
 def run_distillation(
     config: DistillConfig,
     *,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callback] | None = (),
     accelerator: Accelerator | None = None,
     dry_run: bool = False,
 ) -> DistillResult:
@@ -65,7 +76,8 @@ def run_distillation(
 
     Args:
         config: The configuration.
-        callbacks: Called at each event of the loop, by their `order`, else as they are listed.
+        callbacks: Called at each event of the loop, by their `order`, else as they are listed; None
+            is none.
         accelerator: The caller's own; None makes one.
         dry_run: Whether to stop after the plan: no weights are loaded; data is opened unless it is
             a built-in name such as "cifar10".
@@ -73,12 +85,20 @@ def run_distillation(
     Returns:
         The student, its numbers and its folder.
     """
+    checks.check_call(accelerator, dry_run)
+    phase = RunPhase(config.output.output_dir)
     with ExitStack() as stack:
+        stack.enter_context(interrupt_on_stop_signals())
+        stack.enter_context(explain_interruption(phase.describe))
+        follow_launcher()
         stack.enter_context(preserve_random_state())
         stack.enter_context(preserve_accelerate_state(accelerator))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         request = _check_request(config, callbacks, accelerator, dry_run)
+        if request.accelerator is not None:
+            seconds, device = config.loop.rank_timeout, request.accelerator.device
+            stack.enter_context(watch_ranks(seconds, device))
         info = read_data(config, dry_run)
         run = _prepare(request, info)
         try:
@@ -87,7 +107,7 @@ def run_distillation(
                 return DistillResult(
                     run.parts.student, nets, plan=run.plan, output_dir=request.folder
                 )
-            return _fit_and_export(run)
+            return _fit_and_export(run, phase)
         finally:
             run.parts.release()
 
@@ -105,10 +125,14 @@ class _Request:
     callbacks: tuple[Callback, ...]
     progress: ProgressLog
     trackers: list[str]
-    folder: Path | None
-    resume_from: Path | None
+    claim: Claim
     accelerator: Accelerator | None
     dry_run: bool
+
+    @property
+    def folder(self) -> Path | None:
+        """Folder of the run; None where nothing is written."""
+        return self.claim.folder
 
 
 @dataclass
@@ -130,11 +154,14 @@ class _Prepared:
 
 def _check_request(
     config: DistillConfig,
-    callbacks: Sequence[Callback],
+    given_callbacks: Sequence[Callback] | None,
     accelerator: Accelerator | None,
     dry_run: bool,
 ) -> _Request:
+    callbacks = checks.list_callbacks(given_callbacks)
     check_no_marks(config)
+    checks.check_data_options(config)
+    check_precision(config.loop.mixed_precision, accelerator)
     losses = checks.resolve_method(config)
     resolved = _resolved_fields(config, losses)
     check_optimizer(config.trainer.optimizer)
@@ -145,15 +172,15 @@ def _check_request(
     progress = checks.make_progress_log(config)
     if progress.mode != "off":
         configure_logging()
-    checks.check_callbacks(callbacks)
     checks.check_baseline(config)
-    resume_from = None
-    if not dry_run:
-        resume_from = claim_output_dir(folder, output.resume, output.overwrite)
     accelerator = None if dry_run else make_accelerator(config, accelerator, trackers, folder)
+    claim = Claim(folder)
+    if not dry_run:
+        claim = distributed.from_main(
+            lambda: claim_output_dir(folder, output.resume, output.overwrite)
+        )
     return _Request(
-        config, losses, resolved, tuple(callbacks), progress, trackers, folder, resume_from,
-        accelerator, dry_run,
+        config, losses, resolved, callbacks, progress, trackers, claim, accelerator, dry_run,
     )  # fmt: skip
 
 
@@ -176,16 +203,30 @@ def _prepare(request: _Request, info: DataInfo) -> _Prepared:
     try:
         if parts.to_finetune:
             parts.notes.append(describe_finetuning(config))
+        if info.data is not None and request.folder is not None:
+            parts.notes += describe_inexact(info.data.train)
         trainer_config = _trainer_config(config, parts, info)
         plan = make_plan(parts, info, trainer_config, request.resolved, request.callbacks)
+        plan["changed"] = config.changed()
         checks.check_method_fits_data(parts.method, info.data, trainer_config.compile)
+        check_smallest_batch(parts, info.data, trainer_config, _ranks(request, parts))
         ordered = ordered_callbacks(parts.method, request.callbacks)
+        preview = RunPreview(parts.method, info.data, trainer_config, ordered)
         for callback in ordered:
-            callback.check(RunPreview(parts.method, info.data, trainer_config, ordered))
+            callback.check(preview)
+        check_schedules(parts.method, ordered, preview.clock)
     except BaseException:
         parts.release()
         raise
     return _Prepared(request, info, parts, trainer_config, plan, ordered)
+
+
+def _ranks(request: _Request, parts: RunParts) -> int:
+    """Processes that share a batch."""
+    if request.accelerator is None or parts.method.networks_per_process:
+        return 1
+    ranks: int = request.accelerator.num_processes
+    return ranks
 
 
 def _trainer_config(config: DistillConfig, parts: RunParts, info: DataInfo) -> TrainerConfig:
@@ -200,34 +241,44 @@ def _trainer_config(config: DistillConfig, parts: RunParts, info: DataInfo) -> T
     return replace(found, batch_size=batch_size, monitor=monitored_split(info.data))
 
 
-def _fit_and_export(run: _Prepared) -> DistillResult:
+def _fit_and_export(run: _Prepared, phase: RunPhase) -> DistillResult:
     request, info, accelerator = run.request, run.info, run.accelerator
-    config, folder = request.config, request.folder
-    method = run.parts.method
+    config, method = request.config, run.parts.method
     ranks = 1 if method.networks_per_process else accelerator.num_processes
     # a batch size that does not fit is an error before anything is written
-    make_loader_and_schedule(run.trainer_config, info.loaded, ranks, method.batch_sampler)
-    if folder is not None and request.resume_from is None:
-        _empty_folder(folder, accelerator)
+    made = make_loader_and_schedule(run.trainer_config, info.loaded, ranks, method.batch_sampler)
+    check_schedules(method, run.ordered, made.clock)
+    with open_output_folder(request.claim, config.output.resume, config.output.overwrite) as output:
+        return _train_in_folder(run, phase, output)
+
+
+def _train_in_folder(run: _Prepared, phase: RunPhase, output: OutputFolder) -> DistillResult:
+    request, info, accelerator = run.request, run.info, run.accelerator
+    config, folder, resume_from = request.config, request.folder, output.claim.resume_from
     if request.progress.mode != "off" and accelerator.is_main_process:
-        for note in run.parts.notes:
+        for note in [*info.notes, *run.parts.notes]:
             logger.info("%s", note)
-    baseline = _find_or_train_baseline(config, info)
+    is_finished = output.claim.action == "finished"
+    baseline = None if is_finished else _find_or_train_baseline(config, info, output)
     if run.parts.to_finetune:
-        _finetune(run)
-    trainer = _make_trainer(run)
+        _finetune(run, output)
+    trainer = _make_trainer(run, output)
     try:
-        if request.resume_from is not None:
-            checkpoint.check_metadata(request.resume_from, trainer.checkpoint_metadata)
-        if folder is not None and accelerator.is_main_process:
-            write_yaml(folder / "config.yaml", _plain_config(run))
-            write_json(folder / "env.json", describe_environment(accelerator))
-            write_json(folder / "plan.json", run.plan)
-        trainer.fit(request.resume_from)
+        if is_finished:
+            return read_finished_run(trainer, output.settings, run.plan)
+        if resume_from is not None:
+            checkpoint.check_metadata(resume_from, trainer.checkpoint_metadata)
+        with explain_write_errors(folder):
+            output.set_settings(trainer.checkpoint_metadata)
+            _write_descriptions(run)
+        trainer.fit(resume_from)
+        output.checkpoint_written()
+        phase.is_trained = True
         chosen = export.load_chosen_epoch(trainer)
         exported = export.choose_export(trainer)
         run.parts.student = exported.networks[exported.name]
-        export.save_networks(trainer, exported, info, every=config.output.keep == "all")
+        with _checkpoint_stays(folder):
+            export.save_networks(trainer, exported, info, every=config.output.keep == "all")
         final = export.measure(trainer, run.parts, info, chosen, exported)
     finally:
         trainer.close()
@@ -236,13 +287,38 @@ def _fit_and_export(run: _Prepared) -> DistillResult:
     student = networks[exported.name]
     result = DistillResult(student, networks, final, trainer.metrics_log.rows, run.plan, folder)
     if folder is not None and accelerator.is_main_process:
-        export.write_report(folder, run.parts, baseline, info)
+        export.write_report(folder, run.parts, baseline, info, config.output.figures)
+    output.finish()
     request.progress.on_result(final)
     accelerator.wait_for_everyone()
     return result
 
 
-def _finetune(run: _Prepared) -> None:
+def _write_descriptions(run: _Prepared) -> None:
+    """Write the texts that say what is run: config.yaml, env.json and plan.json."""
+    folder = run.request.folder
+    if folder is not None and run.accelerator.is_main_process:
+        write_yaml(folder / "config.yaml", _plain_config(run))
+        write_json(folder / "env.json", describe_environment(run.accelerator))
+        write_json(folder / "plan.json", run.plan)
+
+
+@contextlib.contextmanager
+def _checkpoint_stays(folder: Path | None) -> Iterator[None]:
+    """Say what is kept and how to go on where the student cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if folder is None:
+            raise
+        last = folder / "checkpoints" / "last"
+        raise OSError(
+            f"{error}. {last} is whole: continue with resume='auto', which evaluates and saves "
+            "the networks again"
+        ) from error
+
+
+def _finetune(run: _Prepared, output: OutputFolder) -> None:
     """Teachers of other classes are trained, and the method is built again around them."""
     config = run.request.config
     nets, extra, notes = finetune_teachers(
@@ -250,6 +326,9 @@ def _finetune(run: _Prepared) -> None:
     )
     run.parts = build_parts(config, run.request.losses, run.info, dry_run=False, finetuned=nets)
     run.parts.extra_metrics = extra
+    for key, value in extra.items():
+        if key.endswith("_finetuned_folder") and value:
+            output.add_run(Path(value))
     run.plan["notes"] = [*run.plan["notes"], *notes]
 
 
@@ -258,9 +337,20 @@ def _plain_config(run: _Prepared) -> dict[str, Any]:
     return config_to_plain(run.request.config, resolved, run.request.callbacks)
 
 
-def _make_trainer(run: _Prepared) -> Trainer:
+def _teacher_check(run: _Prepared) -> list[Callback]:
+    """The check of the teachers, unless the caller allows weak ones."""
+    networks = run.request.config.networks
+    if networks.allow_weak_teacher:
+        return []
+    heads = check_head_names(networks)
+    unused = [number for number, head in enumerate(heads) if head == "feature-only"]
+    finetuned = [number for number, head in enumerate(heads) if head in TRAINED_HEADS]
+    return [TeacherCheck(unused, finetuned)]
+
+
+def _make_trainer(run: _Prepared, output: OutputFolder) -> Trainer:
     request = run.request
-    watching: list[Callback] = [Checkpoints(), request.progress]
+    watching: list[Callback] = [Checkpoints(), ReplaceEarlierRun(output), request.progress]
     if request.trackers:
         plain = _plain_config(run)
         flat = {k: v for part in plain.values() if isinstance(part, dict) for k, v in part.items()}
@@ -270,22 +360,21 @@ def _make_trainer(run: _Prepared) -> Trainer:
     losses = {} if request.losses is None else request.losses.weights
     teachers = [teacher.model for teacher in run.parts.teachers]
     metadata = checkpoint_metadata(request.config, request.resolved, losses, teachers, run.ordered)
+    if request.folder is not None:
+        metadata |= {
+            "training": describe_training(request.config, str(run.accelerator.mixed_precision)),
+            "data": describe_data(request.config, run.info.loaded),
+        }
     return Trainer(
         run.parts.method, run.info.loaded, run.trainer_config, run.accelerator,
-        [*request.callbacks, *watching], request.folder, metadata, run.parts.parameter_layers,
+        [*_teacher_check(run), *request.callbacks, *watching], request.folder, metadata,
+        run.parts.parameter_layers,
     )  # fmt: skip
 
 
-def _empty_folder(folder: Path, accelerator: Accelerator) -> None:
-    """Make the folder ready; every rank has looked into it before."""
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        clear_output_dir(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-
-
-def _find_or_train_baseline(config: DistillConfig, info: DataInfo) -> Path | None:
+def _find_or_train_baseline(
+    config: DistillConfig, info: DataInfo, output: OutputFolder
+) -> Path | None:
     """The folder of the same student trained alone; `baseline=True` trains it here."""
     baseline = config.output.baseline
     if baseline is None or baseline is False:
@@ -298,8 +387,12 @@ def _find_or_train_baseline(config: DistillConfig, info: DataInfo) -> Path | Non
     folder = Path(config.output.output_dir) / "baseline"
     values = config.flat()
     same = {name: values[name] for name in BASELINE_FIELDS}
+    overwrite = output.claim.action == "replace"
     alone = DistillConfig.from_keywords(
-        method="none", train_data=info.data, output_dir=folder, resume="auto", label="alone", **same
-    )
+        method="none", train_data=info.data, output_dir=folder, label="alone",
+        resume=False if overwrite else "auto", overwrite=overwrite,
+        figures=config.output.figures, **same,
+    )  # fmt: skip
     run_distillation(alone)
+    output.add_run(folder)
     return folder

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +29,11 @@ from kdtoolkit.pipeline.config import DistillConfig, check_keywords
 from kdtoolkit.pipeline.data_info import DataInfo
 from kdtoolkit.pipeline.networks import untapped
 from kdtoolkit.pipeline.teachers import TRAINED_HEADS, check_head_names
+from kdtoolkit.utils import distributed
 from kdtoolkit.utils.checkpoint import CheckpointError
+from kdtoolkit.utils.folder_lock import OutputDirInUse, is_in_use
 from kdtoolkit.utils.io import write_json
+from kdtoolkit.utils.manifest import record_files
 from kdtoolkit.utils.output_dir import OutputDirNotEmpty
 
 if TYPE_CHECKING:
@@ -49,6 +53,7 @@ SHARED_FIELDS = (
 ALLOWED_FIELDS = (*SHARED_FIELDS, "layer_decay", "freeze")  # what teacher_training may set
 WITHOUT_EFFECT = ("report_to", "progress", "log_every", "eval_test")  # on the teacher itself
 RESULT_FILE = "finetuned.json"
+WAIT_SECONDS = 1.0  # between two looks at a folder in use
 RESULT_KEYS = ("top1", "split", "epoch", "chosen")
 
 
@@ -171,28 +176,54 @@ def _finetune(
     config = replace(config, networks=own_networks).updated(mixed_precision=precision)
     options = finetuning_fields(config)
     folder = finetuned_folder(net, config, info)
-    done = folder is not None and (folder / RESULT_FILE).exists()
-    accelerator.wait_for_everyone()  # every rank has looked before one writes
-    if done:
+    if _is_done(folder):
         assert folder is not None
         return _load_finetuned(net, folder) | {"folder": str(folder), "reused": True}
     _unfreeze(net, classifier_names(untapped(net, info.image_size)))
     training = DistillConfig.from_keywords(
         student=net, train_data=info.data, method="none", output_dir=folder, label=f"{name} {head}",
-        **options,
+        figures=config.output.figures, **options,
     )  # fmt: skip
-    first_weights = copy.deepcopy(net.state_dict())
     try:
-        result = train(training.updated(resume="auto" if folder else False))
-    except (CheckpointError, SafetensorError, OutputDirNotEmpty) as error:
-        logger.warning("%s; the teacher is fine-tuned again from the start", error)
-        net.load_state_dict(first_weights)
-        result = train(training.updated(overwrite=True))
+        result = _train_teacher(net, training, train)
+    except OutputDirInUse as error:
+        assert folder is not None
+        _wait_for_other_run(folder, error)
+        return _finetune(net, head, config, info, name, accelerator, train)
     row = {key: result.metrics.get(key) for key in RESULT_KEYS}
     if folder is not None and accelerator.is_main_process:
         write_json(folder / RESULT_FILE, row | {"teacher_head": head, "training": options})
+        record_files(folder, [RESULT_FILE])
     accelerator.wait_for_everyone()
     return row | {"folder": str(folder) if folder else None, "reused": False}
+
+
+def _is_done(folder: Path | None) -> bool:
+    """Whether the folder holds a fine-tuned teacher, as rank 0 sees it before it writes."""
+    if folder is None:
+        return False
+    return distributed.from_main((folder / RESULT_FILE).exists)
+
+
+def _train_teacher(
+    net: nn.Module, training: DistillConfig, train: TrainFunction
+) -> DistillResult:
+    """Fine-tune a teacher, going on where an earlier run stopped."""
+    has_folder = training.output.output_dir is not None
+    first_weights = copy.deepcopy(net.state_dict())
+    try:
+        return train(training.updated(resume="auto" if has_folder else False))
+    except (CheckpointError, SafetensorError, OutputDirNotEmpty) as error:
+        logger.warning("%s; the teacher is fine-tuned again from the start", error)
+        net.load_state_dict(first_weights)
+        return train(training.updated(overwrite=True))
+
+
+def _wait_for_other_run(folder: Path, error: OutputDirInUse) -> None:
+    """Wait while another run fine-tunes the same teacher; all ranks call it."""
+    logger.warning("%s. Waiting for it: it fine-tunes the teacher that this run needs", error)
+    while distributed.from_main(lambda: is_in_use(folder)):
+        time.sleep(WAIT_SECONDS)
 
 
 def _unfreeze(net: nn.Module, head: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from kdtoolkit.report import plots, tables
 from kdtoolkit.report.curves import points
 from kdtoolkit.report.run_folder import RunFolder, read
 from kdtoolkit.utils.io import write_text
+from kdtoolkit.utils.paths import expand_home
 
 Folder = str | os.PathLike[str]
 Groups = Mapping[str, Sequence[RunFolder]]  # name -> runs that differ by seed
@@ -52,7 +53,7 @@ def compare(runs: Mapping[str, Folder | Sequence[Folder]], out_dir: Folder) -> P
             f"compare got no folder for {empty}; "
             "pass one run folder or a list of them for each name"
         )
-    out = Path(out_dir)
+    out = Path(expand_home(os.fspath(out_dir)))
     text = [f"# Comparison: {', '.join(groups)}", _metrics_table(groups), _describe_runs(groups)]
     notes = []
     try:

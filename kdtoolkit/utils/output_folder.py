@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from kdtoolkit.utils import distributed, previous_run
 from kdtoolkit.utils.folder_lock import STATE_FOLDER, FolderLock
 from kdtoolkit.utils.manifest import Manifest, read_manifest, remove_files
 from kdtoolkit.utils.output_dir import Claim, Resume, choose_action
+
+logger = logging.getLogger(__name__)
 
 
 class OutputFolder:
@@ -52,7 +55,7 @@ class OutputFolder:
             return self.claim
         self._is_new = not folder.exists()
         self._lock = FolderLock(folder)
-        with _as_first_write(folder):
+        with explain_write_errors(folder):
             self._lock.acquire()
             try:
                 source = self.claim.resume_from
@@ -104,21 +107,29 @@ class OutputFolder:
             self._manifest.finished = True
 
     def close(self) -> None:
-        """End the writing: list what was written, restore a run that was not replaced, unlock."""
+        """End the writing: list what was written, restore a run that was not replaced, unlock.
+
+        Where that cannot be written, for instance on a full disk, the next run does it.
+        """
         if self._manifest is None or self.folder is None:
             return
         try:
-            if self._manifest.replacing:
-                previous_run.recover(self.folder)
-                found = read_manifest(self.folder)
-                assert found is not None
-                found.finished |= self._manifest.finished
-                self._manifest = found
-            if self._manifest.claims:
-                self._manifest.settle()
-                self._manifest.write()
+            self._settle(self.folder, self._manifest)
+        except OSError as error:
+            logger.warning("the manifest of %s could not be written: %s", self.folder, error)
         finally:
             self._leave()
+
+    def _settle(self, folder: Path, manifest: Manifest) -> None:
+        if manifest.replacing:
+            previous_run.recover(folder)
+            found = read_manifest(folder)
+            assert found is not None
+            found.finished |= manifest.finished
+            self._manifest = manifest = found
+        if manifest.claims:
+            manifest.settle()
+            manifest.write()
 
     def _leave(self) -> None:
         """Give the lock back; a folder to which nothing was written is as it was before."""
@@ -165,14 +176,22 @@ def _check_links(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _as_first_write(folder: Path) -> Iterator[None]:
+def explain_write_errors(folder: Path | None) -> Iterator[None]:
+    """Context in which an error of writing the first files of a run says what to do.
+
+    Args:
+        folder: Folder of the run; None where nothing is written.
+
+    Raises:
+        OSError: The error, with the folder and a way out.
+    """
     try:
         yield
     except OSError as error:
         raise OSError(
             error.errno,
-            f"output_dir {folder} cannot be written to ({error.strerror or error}); nothing was "
-            "trained. Free some space, or give another output_dir",
+            f"output_dir {folder} cannot be written to ({error.strerror or error}); found before "
+            "training. Free some space, or give another output_dir",
         ) from error
 
 

@@ -440,15 +440,20 @@ def test_a_full_disk_when_the_student_is_written(tmp_path):
     assert (tmp_path / "student/model.safetensors").exists()
 
 
-def test_a_full_disk_at_the_first_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["holder.json", "manifest.json", "config.yaml", "plan.json"])
+def test_a_full_disk_at_the_first_file(name, tmp_path, monkeypatch):
+    write = Path.write_text
+
     def full(self, *args, **options):
-        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        if name in self.name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return write(self, *args, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
         with pytest.raises(OSError, match=r"output_dir .* cannot be written to \(No space left"):
             call(tmp_path / "run")
-    call(tmp_path / "run", max_steps=1)
+    call(tmp_path / "run", max_steps=1, resume="auto")
 
 
 # --------------------------------------------------------------------------------------- two ranks

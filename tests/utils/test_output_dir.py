@@ -390,7 +390,9 @@ def test_a_full_disk_at_the_first_file_changes_nothing(name, tmp_path, monkeypat
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
         for one, overwrite in ((output, True), (fresh, False)):
-            with pytest.raises(OSError, match=r"cannot be written to \(No space left.*was trained"):
+            with pytest.raises(
+                OSError, match=r"cannot be written to \(No space left.*before training"
+            ):
                 one.open(False, overwrite)
     assert content(folder) == before and not is_in_use(folder)
     assert claim_output_dir(folder, "auto", False).action == "resume"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from kdtoolkit.utils.checkpoint_files import (
-    DamagedFile,
     Metadata,
     OtherVersion,
     check_files,
@@ -19,6 +18,7 @@ from kdtoolkit.utils.checkpoint_files import (
     read_checked_metadata,
 )
 from kdtoolkit.utils.io import old_name, recover_folder, to_plain
+from kdtoolkit.utils.state_file import DamagedFile
 
 logger = logging.getLogger(__name__)
 
@@ -68,20 +68,21 @@ def describe_position(metadata: Mapping[str, Any]) -> str:
     return f"epoch {metadata.get('epoch', '?')}, step {metadata.get('step', '?')}"
 
 
-def find_checkpoint(checkpoints: Path) -> Path | None:
+def find_checkpoint(checkpoints: Path, *, or_best: bool = True) -> Path | None:
     """Find the checkpoint from which a run continues: the last one, or else the best one.
 
     A checkpoint is recovered that a crash left between two renames; nothing else is changed.
 
     Args:
         checkpoints: The folder `checkpoints/` of a run; it may be missing.
+        or_best: Whether to take `best`, with a warning, where `last` is missing or damaged; else
+            the error offers it.
 
     Returns:
-        `last`; `best` where `last` is missing or damaged, with a warning; None where no checkpoint
-        was ever complete.
+        `last` or `best`; None where no checkpoint was ever complete.
 
     Raises:
-        CheckpointError: If there are checkpoints, and none can be read.
+        CheckpointError: If there are checkpoints, and none can be taken.
     """
     last, best = checkpoints / "last", checkpoints / "best"
     recover_folder(last)
@@ -96,14 +97,13 @@ def find_checkpoint(checkpoints: Path) -> Path | None:
             problem = str(error)
         else:
             return last
-    if is_whole(best):
+    if or_best and is_whole(best):
         position = describe_position(read_metadata(best))
         logger.warning("%s: the run continues from %s (%s)", problem, best, position)
         return best
-    broken = next((folder for folder in (last, best) if folder.exists()), None)
-    if broken is None:
+    if not last.exists() and not best.exists():
         return None
-    raise damage_error(broken, DamagedFile(problem))
+    raise damage_error(last, DamagedFile(problem))
 
 
 def damage_error(folder: Path, error: Exception) -> CheckpointError:

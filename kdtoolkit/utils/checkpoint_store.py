@@ -18,13 +18,13 @@ from kdtoolkit.utils.checkpoint import (
     read_metadata,
 )
 from kdtoolkit.utils.checkpoint_files import (
-    DamagedFile,
     copy_checkpoint,
     is_whole,
     read_states,
     write_checkpoint,
 )
 from kdtoolkit.utils.run_state import LOOP, MODEL, HasState, apply_states, collect_states
+from kdtoolkit.utils.state_file import DamagedFile
 from kdtoolkit.utils.state_tree import UnsupportedState
 
 # What a state that does not fit raises in torch, accelerate or a callback

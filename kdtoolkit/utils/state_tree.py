@@ -36,13 +36,18 @@ CONTAINERS: dict[str, Callable[[Any], Any]] = {
     "frozenset": frozenset,
     "size": torch.Size,
 }
-CONTAINER_KINDS = {tuple: "tuple", set: "set", frozenset: "frozenset", torch.Size: "size"}
+CONTAINER_KINDS: dict[type, str] = {
+    tuple: "tuple",
+    set: "set",
+    frozenset: "frozenset",
+    torch.Size: "size",
+}
 MAPPINGS: dict[str, Callable[[Any], Any]] = {
     "dict": dict,
     "ordered": collections.OrderedDict,
     "counter": lambda pairs: collections.Counter(dict(pairs)),
 }
-MAPPING_KINDS = {
+MAPPING_KINDS: dict[type, str] = {
     dict: "dict",
     collections.OrderedDict: "ordered",
     collections.Counter: "counter",
@@ -224,7 +229,8 @@ def _memory_order(tensor: Tensor) -> list[int] | None:
     """The dimensions from the outermost in memory; None where they are in order."""
     if tensor.is_contiguous() or tensor.numel() == 0:
         return None
-    order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), -tensor.size(d)))
+    strides, sizes = tuple(tensor.stride()), tuple(tensor.shape)
+    order = sorted(range(len(sizes)), key=lambda d: (-strides[d], -sizes[d]))
     return order if tensor.permute(order).is_contiguous() else None
 
 
@@ -283,8 +289,8 @@ class _Unpacker:
             raise ValueError(f"no dtype of a state: {dtype}")
         raw = self.tensors[value["name"]].numpy().tobytes()
         array = np.frombuffer(bytearray(raw), dtype=dtype).reshape(value["shape"])
-        scalar: np.generic = array[()]
-        return array if value[KIND] == "array" else scalar
+        found: np.ndarray | np.generic = array if value[KIND] == "array" else array[()]
+        return found
 
 
 def _unpack_plain(kind: str, value: Any) -> Any:

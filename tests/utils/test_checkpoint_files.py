@@ -19,7 +19,6 @@ import torch
 from kdtoolkit.utils import checkpoint
 from kdtoolkit.utils.checkpoint import CheckpointError, check_metadata, find_checkpoint
 from kdtoolkit.utils.checkpoint_files import (
-    DamagedFile,
     OtherVersion,
     check_files,
     copy_checkpoint,
@@ -29,6 +28,7 @@ from kdtoolkit.utils.checkpoint_files import (
 )
 from kdtoolkit.utils.checkpoint_store import read_method
 from kdtoolkit.utils.io import apply_umask, atomic_folder, write_json, write_text, write_yaml
+from kdtoolkit.utils.state_file import DamagedFile
 
 STATES = {
     "model": {"weight": torch.randn(40, 7), "tied": torch.arange(5)},
@@ -254,6 +254,8 @@ def test_which_checkpoint_a_run_continues_from(tmp_path, caplog):
     (last / "optimizer.safetensors").write_bytes(b"")
     assert find_checkpoint(root) == best
     assert "optimizer.safetensors is damaged" in caplog.text and "epoch 1, step 1" in caplog.text
+    with pytest.raises(CheckpointError, match=r"continue from it with resume='.*best'"):
+        find_checkpoint(root, or_best=False)
     (best / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"last.optimizer\.safetensors is damaged"):
         find_checkpoint(root)

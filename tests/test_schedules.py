@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from kdtoolkit import schedules
@@ -66,6 +67,63 @@ def test_other_ramps_of_the_papers():
 def test_errors(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: Linear("x", 0.0), "start is 'x'; allowed: a finite number from 0"),
+    (lambda: Linear(1.0, -1.0), "end is -1.0; allowed: a finite number from 0"),
+    (lambda: Cosine(1.0, float("nan")), "end is nan; allowed"),
+    (lambda: Linear(1.0, 0.0, begin=0.7, until=0.3), "begin is 0.7 and until 0.3; allowed: shares"),
+    (lambda: Linear(1.0, 0.0, until=2), "until is 2; allowed: a finite number from 0 up to 1"),
+    (lambda: Steps((0.5, 0.2), (1.0, 0.1, 0.0)), "at of Steps is .*; allowed: ascending shares"),
+    (lambda: Steps(0.5, (1.0, 0.1)), "at of Steps is 0.5; allowed: a tuple of numbers"),
+    (lambda: Steps((0.5,), (1.0, -0.1)), "a value of Steps is -0.1; allowed"),
+    (lambda: Steps((1.5,), (1.0, 0.1)), "at of Steps is 1.5; allowed"),
+    (lambda: SigmoidRampUp(-1.0), "weight is -1.0; allowed"),
+    (lambda: schedules.LinearRampUp(first=0.5), "first is 0.5; allowed: a whole number from 0"),
+    (lambda: schedules.LinearRampUp(length="x"), "length is 'x'; allowed"),
+    (lambda: schedules.ExponentialDecay(rate=-1), "rate is -1; allowed"),
+    (lambda: schedules.ExponentialDecay(cut=1), "cut is 1; allowed"),
+    (lambda: schedules.RampUpAsCoded(0.0), "weight is 0.0; allowed: a finite number above 0"),
+    (lambda: with_rampup({"a": 0.0}, ["a"], "x"), "rampup_epochs is 'x'; allowed"),
+    (lambda: lr_factor("multistep", 10, milestones=[2.0]), "a milestone is 2.0; allowed"),
+    (lambda: lr_factor("multistep", 10, gamma=-1), "gamma is -1; allowed"),
+    (lambda: schedules.check_loss_weight(Linear), "weight is the class Linear; .*by calling"),
+    (lambda: schedules.check_loss_weight(1e13), "weight is 1.*; allowed: up to 1e.12"),
+    (lambda: schedules.check_loss_weight(float("nan"), "w"), "w is nan; allowed"),
+])  # fmt: skip
+def test_wrong_fields(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.parametrize("value", ["text", None, True, -1e-9, math.nan, math.inf, [1], 1e300])
+def test_what_a_schedule_returns_is_checked_at_its_step(value):
+    words = r"the weight of loss 'kd', the schedule <function .*>, returned .* at step 50 of 100 "
+    with pytest.raises(ValueError, match=words + r"\(epoch 5\); allowed: a finite number from 0"):
+        schedules.weight_at(lambda clock: value, HALF, "kd")
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.5, np.float32(0.5), np.int64(2)])
+def test_numbers_that_a_schedule_may_return(value):
+    found = schedules.weight_at(lambda clock: value, HALF)
+    assert found == value and type(found) is float
+
+
+def test_a_schedule_is_tried_over_the_whole_run():
+    seen = []
+    schedules.check_over_run(lambda clock: seen.append(clock) or 1.0, dataclasses.replace(HALF))
+    steps = [clock.step for clock in seen]
+    assert steps[0] == 0 and steps[-1] == 99 and len(steps) > 60 and steps == sorted(set(steps))
+    assert all(clock.epoch == clock.step // 10 for clock in seen)
+    schedules.check_over_run(1.0, HALF)
+    schedules.check_over_run(lambda clock: 1.0, Clock())
+
+
+@pytest.mark.parametrize("wrong", [0, 50, 99])
+def test_a_schedule_that_is_wrong_at_one_step(wrong):
+    with pytest.raises(ValueError, match=f"returned -97.0 at step {wrong} of 100"):
+        schedules.check_over_run(lambda clock: -97.0 if clock.step == wrong else 1.0, HALF, "kd")
 
 
 def test_weights_with_a_rampup():

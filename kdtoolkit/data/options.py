@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from kdtoolkit.data.augment import BatchAugment
 from kdtoolkit.data.transforms import ImageTransform
-from kdtoolkit.utils.validation import check_whole_number
+from kdtoolkit.utils.validation import check_whole_number, describe_value
 
+MAX_IMAGE_SIZE = 65536  # pixels a side
 TransformOption = str | BatchAugment | tuple[ImageTransform, ImageTransform | None] | None
 """None, `"none"`, `"crop-flip"`, a batched augmentation, or callables (for train, for eval); None
 in place of the second is the default."""
@@ -51,10 +52,12 @@ def check_image_size(size: int | tuple[int, int] | None) -> tuple[int, int] | No
     """
     if size is None:
         return None
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+    sides = (size, size) if isinstance(size, int) else size
+    is_pair = isinstance(sides, (list, tuple)) and len(sides) == 2
+    if not is_pair or not all(type(s) is int and 0 < s <= MAX_IMAGE_SIZE for s in sides):
         raise ValueError(
-            f"image_size={size!r}: a number of pixels or (height, width), whole numbers from 1"
+            f"image_size={describe_value(size)}: a number of pixels or (height, width), whole "
+            f"numbers from 1 to {MAX_IMAGE_SIZE}"
         )
     return sides[0], sides[1]
 

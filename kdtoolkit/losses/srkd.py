@@ -92,6 +92,11 @@ class SRKD(DistillationLoss):
                 "give layers=[(s, t), ...]"
             )
         self.reset = _reset_numbers(reset, len(self.pairs))
+        if stem is not None and 1 not in self.reset:
+            raise ValueError(
+                f"stem={describe_value(stem)} has no effect: it is read where reset has the first "
+                "stage; leave it out, or pass reset=[1, ...]"
+            )
         self.detach = detach
         self.teacher = teacher
         self.stem = self._resolve_stem(student, stem) if 1 in self.reset else None

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from kdtoolkit.data.options import MAX_IMAGE_SIZE
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.models.network_cut import Cut, tail_parameters
@@ -60,8 +61,10 @@ def check_inputs(owner: str, preprocess: object, image: object) -> None:
             "kdtoolkit.Preprocess, or None"
         )
     sides = (image, image) if type(image) is int else image
-    is_pair = isinstance(sides, (list, tuple)) and len(sides) == 2
-    if image is not None and not (is_pair and all(type(s) is int and s > 0 for s in sides)):  # type: ignore[attr-defined]
+    pixels = list(sides) if isinstance(sides, (list, tuple)) else []
+    if image is not None and not (
+        len(pixels) == 2 and all(type(s) is int and 0 < s <= MAX_IMAGE_SIZE for s in pixels)
+    ):
         raise ValueError(
             f"image of {owner} is {describe_value(image)}; allowed: (height, width) of the data "
             "in pixels, or None"

@@ -22,6 +22,7 @@ from kdtoolkit.core.registries import register_strategy
 from kdtoolkit.core.strategy import StrategyInputs
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.methods.branch_join import BranchJoin, BranchOutputs
+from kdtoolkit.methods.branches import check_num_branches
 from kdtoolkit.methods.build_branches import build_branches
 from kdtoolkit.models.embedding import embedding_size
 from kdtoolkit.schedules import SigmoidRampUp, with_rampup
@@ -103,6 +104,7 @@ def okddip(
     Returns:
         The method; the student is exported.
     """
+    check_num_branches(branches)
     if branches == 2:
         raise ValueError("branches is 2: OKDDip needs a leader and two peers or more, 3 in all")
     weights = with_rampup(inputs.weights, ["peers", "leader"], rampup_epochs)

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
 
 from kdtoolkit.pipeline.config import DistillConfig
+from kdtoolkit.pipeline.config_checks import PRECISIONS
 
 
 def check_precision(precision: str | None, own: Accelerator | None) -> None:
@@ -78,6 +79,7 @@ def make_accelerator(
                 f"report_to={trackers} and an accelerator without trackers: give it "
                 f"log_with={trackers}"
             )
+        _check_known_precision(own)
         own.gradient_accumulation_steps = accumulation
         own.dataloader_config = loading
         return own
@@ -85,7 +87,7 @@ def make_accelerator(
     GradientState._reset_state()
     log_with: Any = trackers or None
     try:
-        return Accelerator(
+        made = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=accumulation,
             dataloader_config=loading,
@@ -97,3 +99,15 @@ def make_accelerator(
             f"accelerate refuses its settings: {error} (mixed_precision={precision!r}; what is "
             "None comes from the launcher or from `accelerate config`)"
         ) from error
+    _check_known_precision(made)
+    return made
+
+
+def _check_known_precision(accelerator: Accelerator) -> None:
+    """Check the precision that an accelerator has from its launcher, or from its maker."""
+    found = accelerator.mixed_precision
+    if found not in PRECISIONS:
+        raise ValueError(
+            f"the accelerator has mixed_precision={found!r}, from its maker or its launcher; "
+            f"allowed: {', '.join(map(repr, PRECISIONS[1:]))}"
+        )

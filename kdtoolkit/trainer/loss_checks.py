@@ -26,7 +26,8 @@ def check_schedules(method: Method, callbacks: Sequence[Callback], clock: Clock 
         ValueError: For a weight that is no number from 0, and a schedule that fails or returns such
             a number; it names the loss.
     """
-    for part in (method, *callbacks):
+    parts: list[Method | Callback] = [method, *callbacks]
+    for part in parts:
         for name, weight in part.loss_weights().items():
             check_loss_weight(weight, f"the weight of loss {name!r}")
             if clock is not None:

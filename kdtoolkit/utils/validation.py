@@ -44,12 +44,15 @@ def describe_value(value: object) -> str:
         value: Any value.
 
     Returns:
-        Its `repr`, cut in the middle where it is long.
+        Its `repr`, cut in the middle where it is long; of a network or a large tensor its type.
     """
     try:
-        text = " ".join(repr(value).split())
+        text = repr(value)
     except Exception:  # an object whose repr fails is still to be named
-        text = f"an object of {type(value).__name__}"
+        return f"an object of {type(value).__name__}"
+    if "\n" in text and type(value).__module__ != "builtins" and len(text) > MAX_SHOWN:
+        return f"an object of {type(value).__name__}"  # a network, a large tensor
+    text = " ".join(text.split())
     if len(text) <= MAX_SHOWN:
         return text
     half = MAX_SHOWN // 2

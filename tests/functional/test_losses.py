@@ -95,6 +95,65 @@ def test_at(p):
     close(f.at(students, teachers, p=p), want)
 
 
+def loop_maximum(feature):
+    """|f| of the strongest channel at every position, with unit length."""
+    maps = []
+    for image in feature:
+        q = [
+            max(abs(v) for v in image[:, i, j].tolist())
+            for i in range(image.shape[1])
+            for j in range(image.shape[2])
+        ]
+        norm = math.sqrt(sum(v * v for v in q))
+        maps.append([v / norm for v in q])
+    return maps
+
+
+def test_at_with_the_maximum_over_channels():
+    students = [rand(3, 4, 2, 2) - 0.5, rand(3, 2, 4, 2, seed=1) - 0.5]
+    teachers = [rand(3, 5, 2, 2, seed=2) - 0.5, rand(3, 6, 2, 2, seed=3) - 0.5]
+    pooled = students[1].unflatten(2, (2, 2)).mean(3)
+    want = 0.0
+    for s, t in ((students[0], teachers[0]), (pooled, teachers[1])):
+        a, b = (list(itertools.chain(*loop_maximum(f))) for f in (s, t))
+        want += sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / len(a)
+    close(f.at(students, teachers, p="max"), want)
+
+
+def test_the_maximum_is_the_limit_of_the_power_means():
+    feature = rand(2, 3, 4, 4)
+    powers = f.attention(feature, p=40.0)
+    at_40 = torch.nn.functional.normalize(powers ** (1 / 40.0), dim=1)
+    torch.testing.assert_close(at_40, f.attention(feature, p="max"), atol=0.02, rtol=0)
+
+
+def test_the_maximum_reaches_the_strongest_channel():
+    feature = torch.tensor([1.0, -3.0, 2.0]).view(1, 3, 1, 1).repeat(1, 1, 1, 2)
+    feature[0, 0, 0, 1] = 5.0
+    feature.requires_grad_(True)
+    f.attention(feature, p="max")[0, 0].backward()
+    reached = feature.grad.nonzero()[:, 1:].tolist()
+    assert reached == [[0, 0, 1], [1, 0, 0]]  # (channel, row, column)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda x: f.at(x, x), r"student_features is one tensor \(2, 3, 4, 4\).*put it in a list"),
+    (lambda x: f.at([x], x), r"teacher_features is one tensor"),
+    (lambda x: f.sp(x, x), "student_features is one tensor"),
+    (lambda x: f.srkd(x, x), "student_features is one tensor"),
+    (lambda x: f.at([1], [x]), "student_features holds 1; allowed: tensors"),
+    (lambda x: f.at(3, [x]), "student_features is 3; allowed: a list of features"),
+    (lambda x: f.at([x], [x], p="min"), "p is 'min'; allowed: .* above 0 up to 64 .*'max'"),
+    (lambda x: f.at([x], [x], p=0), "p is 0; allowed"),
+    (lambda x: f.attention(x, p=True), "p is True; allowed"),
+    (lambda x: f.attention(x[0], p=2), r"a feature map \(B, C, H, W\), got \(3, 4, 4\)"),
+    (lambda x: f.at([x[0]], [x]), r"feature maps \(B, C, H, W\) are pooled"),
+])  # fmt: skip
+def test_features_of_another_form_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(rand(2, 3, 4, 4))
+
+
 @pytest.mark.parametrize("p, sign", [(2.0, 1), (3.0, -1), (1.5, 1)])
 def test_attention_of_a_negated_feature(p, sign):
     feature = rand(2, 3, 4, 4)

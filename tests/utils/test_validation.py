@@ -78,6 +78,65 @@ def test_whole_numbers():
             v.check_whole_number("every", value)
 
 
+def test_numbers_that_nothing_can_hold():
+    with pytest.raises(ValueError, match="p is 1000.* ... .*000; allowed: a finite number$"):
+        v.check_number("p", 10**400)
+    with pytest.raises(ValueError, match="every is 9223372036854775808; .* up to 922337203"):
+        v.check_whole_number("every", 2**63)
+    with pytest.raises(ValueError, match="seed is 11; allowed: a whole number from 0 up to 10$"):
+        v.check_whole_number("seed", 11, minimum=0, maximum=10)
+
+
+def test_flags():
+    for value in (True, False, np.True_):
+        v.check_flag("views", value)
+    for value in (0, 1, "no", None, np.array([True, False])):
+        with pytest.raises(ValueError, match="views is .*; allowed: True, False$"):
+            v.check_flag("views", value)
+
+
+@pytest.mark.parametrize("value, plain", [
+    (np.float32(0.5), 0.5), (np.int64(3), 3), (np.True_, True), (np.array(2.0), 2.0),
+    (torch.tensor(2), 2), (torch.tensor(0.5), 0.5), (torch.tensor(True), True), ("x", "x"),
+    (None, None), (1.5, 1.5),
+])  # fmt: skip
+def test_plain_scalars(value, plain):
+    found = v.plain_scalar(value)
+    assert found == plain and type(found) is type(plain)
+
+
+@pytest.mark.parametrize("value", [
+    np.array([1.0]), torch.tensor([1.0]), torch.tensor(1.0, requires_grad=True), [1],
+    torch.empty((), device="meta"), Fraction(1, 3), torch.nn.Linear(1, 1),
+])  # fmt: skip
+def test_other_values_stay_as_they_are(value):
+    assert v.plain_scalar(value) is value
+
+
+def test_values_in_messages():
+    class NoRepr:
+        def __repr__(self):
+            raise RuntimeError("no repr")
+
+    assert v.describe_value(NoRepr()) == "an object of NoRepr"
+    assert v.describe_value("a\nb") == "'a\\nb'"
+    assert len(v.describe_value("x" * 1000)) < 220
+    network = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(9)))
+    assert v.describe_value(network) == "an object of Sequential"
+    assert "\n" not in v.describe_value(torch.ones(3, 3))
+
+
+@pytest.mark.parametrize("value", [True, "4", None, float("nan"), float("inf"), -1, 1e-30, 1e5])
+def test_temperatures_that_are_refused(value):
+    with pytest.raises(ValueError, match="temperature is .*; allowed: "):
+        v.check_temperature(value)
+
+
+@pytest.mark.parametrize("value", [0.001, 1, 20, np.float32(4.0), 10_000])
+def test_temperatures_that_are_accepted(value):
+    v.check_temperature(value)
+
+
 def test_temperature():
     v.check_temperature(4)
     with pytest.raises(ValueError, match="temperature is 0; allowed: a finite number above 0"):

@@ -58,7 +58,9 @@ def read_data(config: DistillConfig, dry_run: bool) -> DataInfo:
         What building networks needs to know of it.
     """
     from kdtoolkit.data.loading import load
+    from kdtoolkit.data.options import check_transforms
     from kdtoolkit.data.presets import PRESETS
+    from kdtoolkit.data.transform_choice import describe_unread
 
     options = config.data
     name = options.train_data
@@ -70,7 +72,9 @@ def read_data(config: DistillConfig, dry_run: bool) -> DataInfo:
         image_size = preset.size if side is None else (side, side)
         num_classes = options.num_classes or preset.num_classes
         described = {"name": name, "num_classes": num_classes, "image_size": image_size}
-        described["augmentation"] = str(preset.augment)
+        described["augmentation"], described["evaluation"] = describe_unread(
+            check_transforms(options.transforms), preset.augment, image_size, side is not None
+        )
         return DataInfo(num_classes, image_size, None, described, options.channels)
     data = load(
         name,

@@ -205,9 +205,7 @@ def _is_done(folder: Path | None) -> bool:
     return distributed.from_main((folder / RESULT_FILE).exists)
 
 
-def _train_teacher(
-    net: nn.Module, training: DistillConfig, train: TrainFunction
-) -> DistillResult:
+def _train_teacher(net: nn.Module, training: DistillConfig, train: TrainFunction) -> DistillResult:
     """Fine-tune a teacher, going on where an earlier run stopped."""
     has_folder = training.output.output_dir is not None
     first_weights = copy.deepcopy(net.state_dict())

@@ -440,6 +440,29 @@ def test_a_full_disk_when_the_student_is_written(tmp_path):
     assert (tmp_path / "student/model.safetensors").exists()
 
 
+class NoSpaceForTheCheckpoint(NoSpaceForTheStudent):
+    """From the first step on, no file may be larger than a number of bytes."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def on_step_end(self, run, step):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
+
+
+@pytest.mark.parametrize("size", [0, 20_000])
+def test_a_full_disk_at_the_first_checkpoint_leaves_the_old_run(size, run):
+    before, full = content(run), NoSpaceForTheCheckpoint(size)
+    try:
+        with pytest.raises((OSError, CheckpointError), match="could not write"):
+            call(run, overwrite=True, seed=1, callbacks=[full])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, full.before)
+    assert content(run) == before
+    assert call(run, resume="auto", keep="all").history[-1]["step"] == 2
+
+
 @pytest.mark.parametrize("name", ["holder.json", "manifest.json", "config.yaml", "plan.json"])
 def test_a_full_disk_at_the_first_file(name, tmp_path, monkeypatch):
     write = Path.write_text

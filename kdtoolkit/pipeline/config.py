@@ -49,10 +49,10 @@ class NetworksConfig:
             is an error otherwise.
         freeze: What of the student is not trained: a number of stages from the image, names of
             modules, or "backbone" (all but the classifier). Its BatchNorm statistics stay too.
-        student_weights: .safetensors, .pth or .pt file, folder, "hf-hub:ID" or state dict for a
-            student given by name or as a module.
-        teacher_weights: The same for the teacher (of a module: a copy is loaded); for several
-            teachers a list.
+        student_weights: .safetensors, .pth, .pt, .bin, .ckpt or .pth.tar file, folder, "hf-hub:ID"
+            or state dict for a student given by name or as a module; what matches is taken.
+        teacher_weights: The same for the teacher (of a module: a copy is loaded), of which every
+            tensor must be found; for several teachers a list.
         student_args: Options of the student's constructor, e.g. img_size=32.
         teacher_args: Options of the teacher's constructor; for several teachers also a list.
     """
@@ -110,14 +110,14 @@ class DataConfig:
     train_data: types.DataSource = "digits"
     eval_data: types.DataSource = None
     data_path: types.OptionalPath = None
-    num_classes: int | None = None
+    num_classes: types.OptionalWhole = None
     validation: types.Validation = "auto"
     transforms: types.Transforms = None
-    image_size: int | None = None
+    image_size: types.OptionalWhole = None
     background: types.Background = None
-    channels: int = 3
+    channels: types.Whole = 3
     pixel_range: types.PixelRange = None
-    train_limit: int | None = None
+    train_limit: types.OptionalWhole = None
     labelled: types.Labelled = None
     num_workers: types.Workers = "auto"
     columns: types.Columns = None
@@ -143,7 +143,7 @@ class LossConfig:
     method: types.MethodSource = "kd"
     layers: types.Layers = "auto"
     losses: types.Weights = None
-    temperature: float | None = None
+    temperature: types.OptionalReal = None
     options: types.Options = field(default_factory=dict)
 
 
@@ -173,20 +173,20 @@ class OptimConfig:
             image, above 0 to 1. Default: the same rate everywhere.
     """
 
-    epochs: int | None = None
-    max_steps: int | None = None
-    batch_size: int = 128
-    grad_accum: int = 1
+    epochs: types.OptionalWhole = None
+    max_steps: types.OptionalWhole = None
+    batch_size: types.Whole = 128
+    grad_accum: types.Whole = 1
     optimizer: str = "sgd"
-    lr: float | None = None
-    weight_decay: float | None = None
-    momentum: float = 0.9
+    lr: types.OptionalReal = None
+    weight_decay: types.OptionalReal = None
+    momentum: types.Real = 0.9
     scheduler: Literal["cosine", "multistep", "onecycle", "linear", "constant"] = "cosine"
     milestones: tuple[float, ...] = (0.5, 2 / 3, 5 / 6)
-    gamma: float = 0.1
-    warmup_epochs: float = 0
-    grad_clip: float | None = None
-    layer_decay: float | None = None
+    gamma: types.Real = 0.1
+    warmup_epochs: types.Real = 0
+    grad_clip: types.OptionalReal = None
+    layer_decay: types.OptionalReal = None
 
 
 @dataclass(frozen=True)
@@ -214,17 +214,17 @@ class LoopConfig:
             ends the others.
     """
 
-    seed: int = 0
+    seed: types.Whole = 0
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     compile: bool = False
     channels_last: types.Auto = "auto"
-    log_every: int = 50
-    eval_every: int = 1
+    log_every: types.Whole = 50
+    eval_every: types.Whole = 1
     eval_test: Literal["auto", "every", "end"] = "auto"
     report_to: types.Trackers = "auto"
     progress: types.Auto = "auto"
     label: str = ""
-    rank_timeout: float = 60.0
+    rank_timeout: types.Real = 60.0
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     Labelled: TypeAlias = int | float | None
     Columns: TypeAlias = tuple[str | None, str | None] | None
     Auto: TypeAlias = bool | str
+    Whole: TypeAlias = int
+    OptionalWhole: TypeAlias = int | None
+    Real: TypeAlias = float
+    OptionalReal: TypeAlias = float | None
     Resume: TypeAlias = bool | str | os.PathLike[str]
     Baseline: TypeAlias = Any  # a DistillResult, a folder, True or None
     Trackers: TypeAlias = str | list[str] | None
@@ -52,10 +56,12 @@ else:
         ColumnPair,
         LayerPairs,
         NumberPair,
+        Real,
         Scalar,
         Text,
         Texts,
         Values,
+        Whole,
     )
 
     PathLike = OptionalPath = NetworkSource = WeightsSource = DataSource = Transforms = Text
@@ -65,3 +71,4 @@ else:
     Weights = Options = TeacherOptions = Values
     Freeze = Validation = Workers = Labelled = Auto = Resume = Baseline = Scalar
     Background, PixelRange = Colour, NumberPair
+    OptionalWhole, OptionalReal = Whole, Real

@@ -114,6 +114,37 @@ class Scalar(ShellValue):
         return text
 
 
+class Whole(ShellValue):
+    """A whole number, or `none`; other text stays text, which the configuration refuses."""
+
+    metavar = "INT"
+
+    @staticmethod
+    def parse(words: list[str]) -> Any:
+        """The number, None, or the text."""
+        return _number(words[0], int)
+
+
+class Real(ShellValue):
+    """A number, or `none`; other text stays text, which the configuration refuses."""
+
+    metavar = "FLOAT"
+
+    @staticmethod
+    def parse(words: list[str]) -> Any:
+        """The number, None, or the text."""
+        return _number(words[0], float)
+
+
+def _number(text: str, *kinds: type[int] | type[float]) -> Any:
+    if text.lower() == "none":
+        return None
+    for kind in (*kinds, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
 class Values(ShellValue):
     """A mapping, as NAME=VALUE words."""
 

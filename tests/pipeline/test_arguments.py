@@ -10,7 +10,7 @@ import timm
 import torch
 from accelerate import Accelerator
 
-from kdtoolkit import Callback, Method, create_method, distill
+from kdtoolkit import Callback, Method, cli, create_method, distill
 from kdtoolkit.callbacks import DCLMerger, EarlyStop, MutualKL
 from kdtoolkit.core.config import MAX_SEED
 from kdtoolkit.core.registries import METHODS
@@ -400,3 +400,30 @@ def test_plain_numbers_are_written(tmp_path):
     plain = config_to_plain(DistillConfig(), {"lr": np.float32(0.5), "epochs": np.int64(2)})
     assert (plain["optim"]["lr"], plain["optim"]["epochs"]) == (0.5, 2)
     assert type(plain["optim"]["lr"]) is float and type(plain["optim"]["epochs"]) is int
+
+
+# ---------------------------------------------------------------------------------------- the shell
+@pytest.mark.parametrize("flags, words", [
+    ("--lr x", "lr is 'x'; allowed: a finite number from 0"),
+    ("--lr 0", "lr is 0: nothing would be trained"),
+    ("--epochs 1.5", "epochs is 1.5; allowed: a whole number from 1"),
+    ("--max-steps many", "max_steps is 'many'; allowed: a whole number"),
+    ("--batch-size x", "batch_size is 'x'; allowed: a whole number from 1"),
+    ("--seed -1", "seed is -1; allowed: a whole number from 0"),
+    ("--temperature inf", "temperature is inf; allowed: a finite number above 0"),
+    ("--milestones 2.0", "a milestone is 2.0; allowed: a finite number from 0 up to 1"),
+    ("--log-every 0", "log_every is 0; allowed: a whole number from 1"),
+    ("--freeze 0", "freeze is 0; allowed: a whole number from 1"),
+    ("--grad-clip none --lr nan", "lr is nan; allowed"),
+])  # fmt: skip
+def test_values_of_the_shell_are_refused_in_the_same_words(flags, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse_config(["--student", "cifar_resnet8", *flags.split()], "train")
+    err = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert words in err
+
+
+def test_none_in_the_shell_is_the_default():
+    words = "--lr none --epochs none --grad-clip none".split()
+    config, _ = cli.parse_config(["--student", "cifar_resnet8", *words], "train")
+    assert config == DistillConfig.from_keywords(student="cifar_resnet8")

@@ -280,9 +280,10 @@ def _make_dataset(folder: Folder, names: Sequence[str]) -> datasets.Dataset:
     import datasets
 
     files = {name: folder.folders[name].all_images() for name in names if name in folder.folders}
+    code_of = {name: code for code, name in enumerate(names)}
     rows = {
         "image": [path for paths in files.values() for path in paths],
-        "label": [names.index(name) for name, paths in files.items() for _ in paths],
+        "label": [code for name, paths in files.items() for code in [code_of[name]] * len(paths)],
     }
     features = datasets.Features(
         image=datasets.Value("string"), label=datasets.ClassLabel(names=list(names))

@@ -15,8 +15,8 @@ from kdtoolkit.core.callback import Callback
 from kdtoolkit.core.method import Method
 from kdtoolkit.core.registries import LOSSES
 from kdtoolkit.core.strategy import StrategySpec
-from kdtoolkit.data.image_options import check_image_options
 from kdtoolkit.data.columns import check_columns
+from kdtoolkit.data.image_options import check_image_options
 from kdtoolkit.data.options import (
     check_image_size,
     check_labelled,

@@ -102,9 +102,9 @@ class DataConfig:
             -1 are unlabelled too. Default: all.
         num_workers: Processes that read data; "auto" is 0 for data in memory, else the processors
             that this process may use, up to 8.
-        columns: Columns (image, label) of a Hugging Face data set or parquet files, None for one that
-            is to be found. Default: the image by its type, the label by its name (label, class,
-            target, ...), else by its type; text becomes classes.
+        columns: Columns (image, label) of a Hugging Face data set or parquet files, None for one
+            that is to be found. Default: the image by its type, the label by its name (label,
+            class, target, ...), else by its type; text becomes classes.
     """
 
     train_data: types.DataSource = "digits"

@@ -160,10 +160,10 @@ def distill(
             is an error otherwise.
         freeze: What of the student is not trained: a number of stages from the image, names of
             modules, or "backbone" (all but the classifier). Its BatchNorm statistics stay too.
-        student_weights: .safetensors, .pth or .pt file, folder, "hf-hub:ID" or state dict for a
-            student given by name or as a module.
-        teacher_weights: The same for the teacher (of a module: a copy is loaded); for several
-            teachers a list.
+        student_weights: .safetensors, .pth, .pt, .bin, .ckpt or .pth.tar file, folder, "hf-hub:ID"
+            or state dict for a student given by name or as a module; what matches is taken.
+        teacher_weights: The same for the teacher (of a module: a copy is loaded), of which every
+            tensor must be found; for several teachers a list.
         student_args: Options of the student's constructor, e.g. img_size=32.
         teacher_args: Options of the teacher's constructor; for several teachers also a list.
         data_path: Folder of a local copy of a data set that is given by name.
@@ -189,9 +189,9 @@ def distill(
             -1 are unlabelled too. Default: all.
         num_workers: Processes that read data; "auto" is 0 for data in memory, else the processors
             that this process may use, up to 8.
-        columns: Columns (image, label) of a Hugging Face data set or parquet files, None for one that
-            is to be found. Default: the image by its type, the label by its name (label, class,
-            target, ...), else by its type; text becomes classes.
+        columns: Columns (image, label) of a Hugging Face data set or parquet files, None for one
+            that is to be found. Default: the image by its type, the label by its name (label,
+            class, target, ...), else by its type; text becomes classes.
         method: A name that `kdtoolkit methods` lists, several names, `DistillationLoss` objects, or
             a `Method` (its networks are student and teacher then); "none" is plain training.
         layers: Pairs of taps (student, teacher), taps being stage numbers from 1 or module names;

@@ -71,6 +71,8 @@ def choose_images(data: Data, split: Split, student: nn.Module) -> ReportImages:
 def pick(labels: Sequence[int], predicted: Sequence[int]) -> list[int]:
     """Choose rows over as many classes as possible, up to three of them wrong.
 
+    More are wrong only of classes that have no right ones, or where nothing else is left.
+
     Args:
         labels: Class ids.
         predicted: What the student predicts.
@@ -81,16 +83,22 @@ def pick(labels: Sequence[int], predicted: Sequence[int]) -> list[int]:
     rows = range(len(labels))
     wrong = [row for row in rows if predicted[row] != labels[row]]
     right = [row for row in rows if predicted[row] == labels[row]]
-    chosen: list[int] = []
-    for group, most in ((wrong, SHOWN_WRONG), (right, SHOWN), (wrong, SHOWN)):
-        left = [row for row in group if row not in chosen]
-        count = min(most, SHOWN - len(chosen))
-        chosen += spread(left, labels, count, used=[labels[row] for row in chosen])
+    known = {labels[row] for row in right}
+    never_right = [row for row in wrong if labels[row] not in known]
+    chosen = spread(never_right, labels, SHOWN_WRONG)
+    chosen += spread(wrong, labels, SHOWN_WRONG - len(chosen), chosen)
+    for group, only_new in ((right, True), (wrong, True), (right, False), (wrong, False)):
+        chosen += spread(group, labels, SHOWN - len(chosen), chosen, only_new=only_new)
     return sorted(chosen, key=lambda row: labels[row])
 
 
 def spread(
-    rows: Sequence[int], labels: Sequence[int], count: int, used: Sequence[int] = ()
+    rows: Sequence[int],
+    labels: Sequence[int],
+    count: int,
+    chosen: Sequence[int] = (),
+    *,
+    only_new: bool = False,
 ) -> list[int]:
     """Choose rows of different classes.
 
@@ -98,24 +106,30 @@ def spread(
         rows: Rows to choose from.
         labels: Class id of every row.
         count: How many.
-        used: Classes that come last.
+        chosen: Rows that are chosen already; their classes come last.
+        only_new: Choose of other classes alone, one row of each.
 
     Returns:
         The rows, at most `count`: one of every class, then a second of each, and so on.
     """
     by_class: dict[int, list[int]] = {}
-    for row in rows:
+    for row in sorted(set(rows) - set(chosen)):
         by_class.setdefault(labels[row], []).append(row)
-    chosen: list[int] = []
-    while by_class and len(chosen) < count:
-        fresh = sorted(label for label in by_class if label not in used)
-        classes = fresh or sorted(by_class)
-        wanted = min(count - len(chosen), len(classes))
-        taken = np.linspace(0, len(classes) - 1, wanted).astype(int).tolist()
-        chosen += [by_class[classes[place]].pop(0) for place in taken]
-        used = [*used, *(classes[place] for place in taken)] if fresh else ()
+    used = {labels[row] for row in chosen}
+    found: list[int] = []
+    while by_class and len(found) < count:
+        classes = sorted(label for label in by_class if label not in used)
+        if not classes:
+            if only_new:
+                break
+            used = set()
+            continue
+        wanted = min(count - len(found), len(classes))
+        taken = [classes[k] for k in np.linspace(0, len(classes) - 1, wanted).astype(int)]
+        found += [by_class[label].pop(0) for label in taken]
+        used |= set(taken)
         by_class = {label: left for label, left in by_class.items() if left}
-    return chosen
+    return found
 
 
 def _read(data: Data, split: Split, count: int) -> Batch:

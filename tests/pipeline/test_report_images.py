@@ -46,11 +46,19 @@ def test_few_images_are_all_shown(num_right, num_wrong, shown_wrong):
     assert sum(row >= num_right for row in rows) == shown_wrong
 
 
+def test_a_student_that_always_says_one_class_is_shown_over_the_classes():
+    labels = [row % 10 for row in range(200)]
+    rows = pick(labels, [4] * 200)
+    assert len({labels[row] for row in rows}) == SHOWN and 4 in {labels[row] for row in rows}
+
+
 def test_a_class_is_taken_twice_only_when_all_are_taken_once():
     labels = [0, 0, 0, 0, 1, 1, 2]
     assert spread(range(7), labels, 3) == [0, 4, 6]
     assert sorted(spread(range(7), labels, 5)) == [0, 1, 4, 5, 6]
-    assert spread(range(7), labels, 2, used=[0]) == [4, 6]
+    assert spread(range(7), labels, 2, [0]) == [4, 6]
+    assert spread(range(7), labels, 4, [0]) == [4, 6, 1, 5]
+    assert spread(range(7), labels, 4, [0], only_new=True) == [4, 6]
     assert len(spread(range(7), labels, 99)) == 7
 
 

@@ -20,7 +20,7 @@ from kdtoolkit.data.labels import (
     read_label_column,
 )
 from kdtoolkit.data.raw_labels import RawLabels, unknown_label
-from kdtoolkit.data.row_error import RowError, describe_error
+from kdtoolkit.data.row_error import RowError, describe_error, raised_by_user
 from kdtoolkit.data.seeding import seeded_generators
 
 if TYPE_CHECKING:
@@ -172,7 +172,9 @@ class TorchTable:
 
     def __init__(self, dataset: Any, split: str) -> None:
         self.dataset, self.split = dataset, split
-        if len(dataset) == 0:
+        with raised_by_user(f"split {split!r}", f"len() of {type(dataset).__name__}"):
+            length = len(dataset)
+        if length == 0:
             raise ValueError(f"split {split!r} holds no rows")
         self.class_names = find_class_names(dataset)
         self.is_cacheable = has_fixed_items(dataset)

@@ -220,6 +220,13 @@ def test_a_length_that_lies_is_said():
         load(DataLoader(Images(list(LEVELS), said=24), 4), transforms=None)
 
 
+@pytest.mark.parametrize("length", [-1, 2.5, None])
+def test_a_length_that_is_none_is_said(length):
+    source = type("Photos", (Images,), {"__len__": lambda self: length})(list(LEVELS))
+    with pytest.raises(ValueError, match="split 'train': len.. of Photos raised (Value|Type)Error"):
+        load(source)
+
+
 def test_a_stream_that_raises_names_the_row():
     def broken():
         yield from ((image, 0) for image in LEVELS[:10])

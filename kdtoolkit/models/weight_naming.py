@@ -76,7 +76,9 @@ def guess_architecture(
         return None
     family = re.split(r"\d", name)[0]
     relatives: list[str] = [other for other in timm.list_models() if other.startswith(family)]
-    nearest = difflib.get_close_matches(name, relatives, MOST_CANDIDATES, cutoff=0.0)
+    nearest: list[str] = difflib.get_close_matches(
+        str(name), relatives, MOST_CANDIDATES, cutoff=0.0
+    )
     shapes = _compared(state, head_keys)
     options = dict(getattr(model, "kd_model_args", {}))
     for candidate in nearest:

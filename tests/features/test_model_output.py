@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdtoolkit import distill
+from kdtoolkit.data import Data, load
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.model_output import take_logits
@@ -87,6 +88,26 @@ def test_they_teach_and_learn(kind):
     result = distill(Net(KINDS[kind]), Net(KINDS[kind]), "digits", method="at", **run)
     assert result.metrics["top1"] >= 0 and result.metrics["teacher_top1"] >= 0
     assert result.metrics["macs"] > 0
+
+
+@pytest.fixture(scope="module")
+def few() -> Data:
+    data = load("digits", train_limit=64, validation=10)
+    return Data(**{**vars(data), "test": None})
+
+
+STAGES = {"layers": [("one", "one"), ("two", "two")]}
+METHODS = {"srkd": STAGES, "sokd": {}, "dml": {}, "one": {}, "dkel": {}, "byot": {}, "bake": {}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_in_methods_that_run_parts_of_a_network(method, few):
+    teacher = Net(KINDS["dict"]) if method in ("srkd", "sokd") else None
+    run = dict(max_steps=1, batch_size=32, progress="off", num_workers=0, allow_weak_teacher=True)
+    result = distill(
+        teacher, Net(KINDS["dict"]), few, method=method, **run, **METHODS[method]
+    )  # fmt: skip
+    assert result.metrics["top1"] >= 0
 
 
 @pytest.mark.parametrize(

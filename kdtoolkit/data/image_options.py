@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from PIL import ImageColor
 
@@ -42,7 +42,7 @@ def _check_background(background: Background) -> tuple[int, int, int] | None:
         if isinstance(background, str):
             red, green, blue = ImageColor.getrgb(background)[:3]
             return red, green, blue
-        values: list[int] = list(background) if isinstance(background, Sequence) else []
+        values: list[Any] = list(background) if isinstance(background, Sequence) else []
         if len(values) != 3 or not all(type(v) is int and 0 <= v <= 255 for v in values):
             raise ValueError("not three whole numbers from 0 to 255")
     except (TypeError, ValueError) as e:

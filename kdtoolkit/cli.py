@@ -1,4 +1,4 @@
-"""The command `kdtoolkit`: train, plan, methods, run.
+"""The command `kdtoolkit`: train, plan, methods, run, reproduce.
 
 Options are defined in kdtoolkit/pipeline/config.py; their help texts are the docstrings there.
 torch is imported when a command needs it, so that `--help` answers at once.
@@ -33,6 +33,7 @@ commands:
   plan       print taps, shapes, adapters, losses and parameters; no weights are loaded
   methods    list the methods, or show one with its options: kdtoolkit methods NAME
   run        run a recipe: kdtoolkit run RECIPE [its options]; without a name it lists them
+  reproduce  run cells of papers' tables: kdtoolkit reproduce srkd:table1 --row srkd
 
 options:
   -h, --help     show this message; kdtoolkit COMMAND --help shows the options of a command
@@ -262,11 +263,18 @@ def _recipes() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.py"))}
 
 
+def _reproduce(words: Sequence[str]) -> None:
+    from kdtoolkit.reproduce.command import reproduce
+
+    reproduce(words)
+
+
 COMMANDS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "plan": _plan,
     "methods": _methods,
     "run": _run,
+    "reproduce": _reproduce,
 }
 
 if __name__ == "__main__":

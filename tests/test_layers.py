@@ -17,7 +17,7 @@ LAYERS = {
     2: ["features", "models", "data", "metrics"],
     3: ["core", "losses", "callbacks", "methods"],
     4: ["report", "trainer"],
-    5: ["pipeline", "kdtoolkit", "cli"],
+    5: ["pipeline", "kdtoolkit", "reproduce", "cli"],
 }
 ORDER = [name for names in LAYERS.values() for name in names]
 MOST_ROOT_MODULES = 4  # beside __init__.py

@@ -9,7 +9,7 @@ from torch import nn
 
 from kdtoolkit.core.loss import is_pair_of_taps
 from kdtoolkit.core.method import Method
-from kdtoolkit.core.registries import METHODS
+from kdtoolkit.core.registries import LOSSES, METHODS
 from kdtoolkit.core.strategy import NetworkMaker, StrategyInputs, StrategySpec
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
@@ -33,6 +33,21 @@ LayerPairs = str | Sequence[tuple[TapKey, TapKey]]
 def list_methods() -> list[str]:
     """Names that `distill(method=...)` takes, sorted."""
     return METHODS.names()
+
+
+def method_needs_teacher(name: str) -> bool:
+    """Whether a method learns from a frozen teacher.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        False for plain training, and for networks that teach each other.
+    """
+    spec = METHODS[name]
+    if isinstance(spec, StrategySpec):
+        return spec.needs_teacher
+    return any(LOSSES[loss].needs_teacher for loss in spec.losses)
 
 
 def create_method(

@@ -68,7 +68,9 @@ class OfflineDistillation(Method):
 
     def _select_taps(self) -> None:
         """Tap only what a loss reads: a feature that nothing reads is not kept in memory."""
-        self.taps.select(_distinct(s for _, loss in self._named_losses() for s, _ in loss.read_taps))
+        self.taps.select(
+            _distinct(s for _, loss in self._named_losses() for s, _ in loss.read_taps)
+        )
         for number, teacher in enumerate(self.teachers):
             losses = [
                 loss for name, loss in self._named_losses() if self.teacher_of[name] == number

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 # Only these are imported at once, as this import may happen inside `import timm`
 from kdtoolkit.models import densenet as densenet
+from kdtoolkit.models import googlenet as googlenet
 from kdtoolkit.models import mobilenetv2 as mobilenetv2
 from kdtoolkit.models import resnet as resnet
 from kdtoolkit.models import shufflenet as shufflenet
@@ -54,5 +55,6 @@ _RENAMED = {  # names of 0.1, which the next release drops
     "save": ("save_model", "kdtoolkit.models.saving"),
     "spec_of": ("describe_model", "kdtoolkit.models.describe"),
 }
-__all__ = sorted([*_PUBLIC, "densenet", "mobilenetv2", "resnet", "shufflenet", "vgg", "wrn"])
+_FAMILIES = ("densenet", "googlenet", "mobilenetv2", "resnet", "shufflenet", "vgg", "wrn")
+__all__ = sorted([*_PUBLIC, *_FAMILIES])
 __getattr__, __dir__ = lazy_attributes(__name__, _PUBLIC, _RENAMED)

@@ -328,6 +328,7 @@ def test_a_run_stops_and_goes_on_to_the_same_weights(kind, tmp_path):
             method=kind,
             epochs=2,
             output_dir=folder,
+            figures=False,
             **RUN,
             **options,
         )

@@ -1,0 +1,1 @@
+"""Tables of papers as cells: what is published, and the run that reproduces it."""

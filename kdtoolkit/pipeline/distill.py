@@ -339,7 +339,11 @@ def distill(
             rank_timeout=rank_timeout,
         ),
         output=OutputConfig(
-            output_dir=output_dir, resume=resume, overwrite=overwrite, keep=keep, baseline=baseline,
+            output_dir=output_dir,
+            resume=resume,
+            overwrite=overwrite,
+            keep=keep,
+            baseline=baseline,
             figures=figures,
         ),
     )

@@ -107,8 +107,8 @@ def _check_freeze(freeze: object) -> None:
         return
     if not (isinstance(freeze, (list, tuple)) and freeze and all(map(_is_text, freeze))):
         raise ValueError(
-            f"freeze={describe_value(freeze)}: stages from the image as a number from 1, a list of names "
-            "of modules, or 'backbone' (all but the classifier)"
+            f"freeze={describe_value(freeze)}: stages from the image as a number from 1, a "
+            "list of names of modules, or 'backbone' (all but the classifier)"
         )
 
 

@@ -38,6 +38,8 @@ def dcl(
     views: bool = False,
     label_smoothing: float = 0.0,
     spread: bool | str = "auto",
+    batches: str = "shared",
+    redraw: str = "auto",
 ) -> Method:
     """Build deep communication learning between networks of one architecture.
 
@@ -60,6 +62,11 @@ def dcl(
         label_smoothing: Of the cross-entropy, from 0 to below 1.
         spread: Whether networks are spread over processes: True, False or "auto", where the number
             of processes divides that of the networks.
+        batches: "shared": all networks see the same images in a step; "own": every network draws
+            images of its own, as many as the batch size.
+        redraw: "auto": peers are built as the student is, given weights included; "none", "head",
+            "head+stem": copies of the student, with nothing, the classifier, or that and the first
+            convolution re-initialised in every network.
 
     Returns:
         The method.
@@ -75,6 +82,9 @@ def dcl(
         start=start,
         until=until,
     )
-    method = build_peers(inputs, peers, views=views, label_smoothing=label_smoothing, spread=spread)
+    method = build_peers(
+        inputs, peers, views=views, label_smoothing=label_smoothing, spread=spread, batches=batches,
+        redraw=redraw,
+    )  # fmt: skip
     method.callbacks = (merger, Diversity())
     return method

@@ -40,7 +40,7 @@ class Config:
     student: str = "cifar_wrn16_4"
     method: str = "dcl"  # "dml", "one", ...; "none" trains one network alone
     protocol: str = "paper"  # or "released", as in the authors' code
-    peers: int = 2  # networks or branches, the student among them
+    peers: int | None = None  # networks or branches, the student among them; of dcl 2
     dataset: str = "cifar100"
     data: str = ""  # local copy of the data set; default the Hub
     rows: int = 0  # training images to use, drawn by class; 0 is all
@@ -80,8 +80,8 @@ def schedule(cfg: Config) -> dict[str, Any]:
 def main(cfg: Config) -> None:
     """Run the recipe."""
     options = options_for(
-        cfg.method, peers=cfg.peers, branches=cfg.peers, every=cfg.every, unit=cfg.unit,
-        beta=cfg.beta, rule=cfg.rule, statistics=cfg.statistics, until=cfg.until,
+        cfg.method, networks=cfg.peers, every=cfg.every, unit=cfg.unit, beta=cfg.beta,
+        rule=cfg.rule, statistics=cfg.statistics, until=cfg.until,
         batches=cfg.batches, views=cfg.views, redraw=cfg.redraw,
     )  # fmt: skip
     results = distill_seeds(

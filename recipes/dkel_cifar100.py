@@ -53,8 +53,8 @@ class Config:
 def main(cfg: Config) -> None:
     """Run the recipe."""
     options = options_for(
-        cfg.method, branches=cfg.branches, peers=cfg.branches, rate=cfg.rate,
-        init_steps=cfg.init_steps, protocol=cfg.protocol, parts=cfg.parts,
+        cfg.method, networks=cfg.branches, rate=cfg.rate, init_steps=cfg.init_steps,
+        protocol=cfg.protocol, parts=cfg.parts,
     )  # fmt: skip
     results = distill_seeds(
         cfg.seeds, None, cfg.student, cfg.dataset, data_path=cfg.data or None,

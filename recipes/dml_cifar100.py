@@ -29,7 +29,7 @@ class Config:
 
     student: str = "cifar_resnet32"
     method: str = "dml"  # "dcl", "one", ...; "none" trains one network alone
-    peers: int = 2  # networks or branches, the student among them
+    peers: int | None = None  # networks or branches, the student among them; of dml 2
     dataset: str = "cifar100"
     data: str = ""  # local copy of the data set; default the Hub
     rows: int = 0  # training images to use, drawn by class; 0 is all
@@ -52,8 +52,7 @@ class Config:
 def main(cfg: Config) -> None:
     """Run the recipe."""
     options = options_for(
-        cfg.method, peers=cfg.peers, branches=cfg.peers, temperature=cfg.temperature,
-        target=cfg.target,
+        cfg.method, networks=cfg.peers, temperature=cfg.temperature, target=cfg.target,
     )  # fmt: skip
     losses = {"ce": 1.0, "mutual": cfg.weight} if cfg.method == "dml" else None
     results = distill_seeds(

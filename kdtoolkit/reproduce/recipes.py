@@ -39,11 +39,12 @@ def protocol_settings(document: str, protocol: str, **given: Any) -> dict[str, A
     return dict(known[protocol]) | {k: v for k, v in given.items() if v is not None}
 
 
-def options_for(method: str, **given: Any) -> dict[str, Any]:
+def options_for(method: str, *, networks: int | None = None, **given: Any) -> dict[str, Any]:
     """Those of the given options that a method has; a line says which are left out.
 
     Args:
         method: Name of the method.
+        networks: Number of networks, which a method calls peers or branches; None is its own.
         **given: Options by name; None is the method's own default.
 
     Returns:
@@ -53,6 +54,8 @@ def options_for(method: str, **given: Any) -> dict[str, Any]:
         ValueError: If there is no such method.
     """
     known = method_options(method)
+    name_of_count = "branches" if "branches" in known else "peers"
+    given = {name_of_count: networks} | given
     given = {name: value for name, value in given.items() if value is not None}
     unknown = [name for name in given if name not in known]
     if unknown:

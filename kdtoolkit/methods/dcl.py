@@ -1,12 +1,14 @@
 """Deep communication learning, DCL (Zhang et al. 2022).
 
-Loss: sum of the networks' cross-entropies on the same images; every 10 batches the networks
-exchange parts of their weights, w_i <- 0.1 w_avg + 0.9 w_i, where w_avg is a mean in which small
-weights count more (see `DCLMerger`).
+Loss: sum of the networks' cross-entropies, on the same images as in the authors' code, or with
+batches="own" on a random batch for each network; every 10 batches the networks exchange parts of
+their weights, w_i <- 0.1 w_avg + 0.9 w_i, where w_avg is a mean in which small weights count more
+(see `DCLMerger`).
 
 Differs: the rule "paper" is as released; its eps shrinks small weights from K = 5 networks on,
-rule="eps-free" does not. The authors start most networks from ImageNet weights, here they differ in
-all their initial weights.
+rule="eps-free" does not. The authors start most networks from ImageNet weights with another first
+convolution and classifier in each, which is redraw="head+stem"; by default networks without given
+weights differ in all of them.
 """
 
 from __future__ import annotations

@@ -4,23 +4,23 @@ ResNet-32, 300 epochs, batch 128.
 
     accelerate launch recipes/dkel_cifar100.py
     accelerate launch recipes/dkel_cifar100.py --method pcl
+    accelerate launch recipes/dkel_cifar100.py --method none --seeds 3
     accelerate launch recipes/dkel_cifar100.py --data PATH --student cifar_resnet20 --epochs 12
 
 Paper (Shao & Chen 2023, Table 1, ResNet-32 on CIFAR-100, best peer and epoch on the test set):
 alone 71.28, PCL 74.14, DKEL 74.83. --protocol released is what its code does. Rows of Table 3, all
-with the same weight: --parts none, decoupled, decaying, both. Reached here with the full schedule:
-not yet run. Shorter runs: benchmarks/results/strategies.md.
+with the same weight: --parts none, decoupled, decaying, both. --method takes every strategy without
+a teacher, and none, the baseline; options that a method does not have are not passed. Reached here
+with the full schedule: not yet run. Shorter runs: benchmarks/results/strategies.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import tyro
-from accelerate import PartialState
 
-from kdtoolkit import distill
+from kdtoolkit.reproduce.recipes import distill_seeds, options_for, print_results
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Config:
     """Numbers of the recipe, with their units."""
 
     student: str = "cifar_resnet32"
-    method: str = "dkel"  # "pcl" is the same without a decoupled teacher and a decaying ensemble
-    branches: int = 3  # copies of the last stage and the classifier
+    method: str = "dkel"  # "pcl", "one", "dml", ...; "none" trains one network alone
+    branches: int = 3  # copies of the last stage and the classifier, or whole networks (peers)
     dataset: str = "cifar100"
     data: str = ""  # local copy of the data set; default the Hub
     rows: int = 0  # training images to use, drawn by class; 0 is all
@@ -45,30 +45,26 @@ class Config:
     validation: str = "none"  # the paper reports the test set
     precision: str = "no"  # "bf16", "fp16"
     seed: int = 0
+    seeds: int = 1  # runs, with seeds from `seed` on
     output: str = "runs/dkel_cifar100"
     resume: str = "auto"
 
 
 def main(cfg: Config) -> None:
     """Run the recipe."""
-    names = ("rate", "init_steps", "protocol", "parts")
-    own: dict[str, Any] = {name: getattr(cfg, name) for name in names}
-    result = distill(
-        None, cfg.student, cfg.dataset, data_path=cfg.data or None, train_limit=cfg.rows or None,
-        method=cfg.method, branches=cfg.branches, epochs=cfg.epochs, batch_size=cfg.batch_size,
-        optimizer="nesterov", lr=cfg.lr, weight_decay=cfg.weight_decay, scheduler="multistep",
+    options = options_for(
+        cfg.method, networks=cfg.branches, rate=cfg.rate, init_steps=cfg.init_steps,
+        protocol=cfg.protocol, parts=cfg.parts,
+    )  # fmt: skip
+    results = distill_seeds(
+        cfg.seeds, None, cfg.student, cfg.dataset, data_path=cfg.data or None,
+        train_limit=cfg.rows or None, method=cfg.method, **options, epochs=cfg.epochs,
+        batch_size=cfg.batch_size, optimizer="nesterov", lr=cfg.lr, weight_decay=cfg.weight_decay,
+        scheduler="multistep",
         milestones=cfg.milestones, validation=cfg.validation, mixed_precision=cfg.precision,
         seed=cfg.seed, output_dir=cfg.output, resume=cfg.resume, keep="all",
-        **(own if cfg.method == "dkel" else {}),
     )  # fmt: skip
-    if PartialState().is_main_process:
-        print(
-            {
-                k: v
-                for k, v in result.metrics.items()
-                if k in ("top1", "exported", "exported_reason", "networks")
-            }
-        )
+    print_results(results)
 
 
 if __name__ == "__main__":

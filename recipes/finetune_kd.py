@@ -3,7 +3,7 @@
 The networks are pre-trained on CIFAR-100.
 
     accelerate launch recipes/finetune_kd.py
-    accelerate launch recipes/finetune_kd.py --teacher PATH --seeds 0 1 2 --precision bf16
+    accelerate launch recipes/finetune_kd.py --teacher PATH --seeds 3 --precision bf16
 
 The arms have the same images, epochs and seed: the student from scratch, the pre-trained student
 fine-tuned alone, and the pre-trained student distilled from the pre-trained teacher, which gets a
@@ -50,7 +50,8 @@ class Config:
     allow_weak_teacher: bool = False  # go on with a teacher that is near chance
     layer_decay: float = 1.0  # factor of the rate from one layer to the next towards the image
     precision: str = "no"  # "bf16", "fp16"
-    seeds: tuple[int, ...] = (0,)
+    seed: int = 0
+    seeds: int = 1  # runs of every arm, with seeds from `seed` on
     output: str = "runs/finetune_kd"
     resume: str = "auto"
 
@@ -104,8 +105,9 @@ def main(cfg: Config) -> None:
         "alone": (None, student, {"method": "none", **weights}),
         "distilled": (teacher, student, taught | weights),
     }
+    seeds = range(cfg.seed, cfg.seed + cfg.seeds)
     found = {
-        arm: [tune(cfg, seed, arm, *nets, **own).metrics for seed in cfg.seeds]
+        arm: [tune(cfg, seed, arm, *nets, **own).metrics for seed in seeds]
         for arm, (*nets, own) in arms.items()
     }
     if PartialState().is_main_process:

@@ -15,9 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import tyro
-from accelerate import PartialState
 
-from kdtoolkit import distill
+from kdtoolkit.reproduce.recipes import distill_seeds, print_results
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Config:
     validation: str = "none"  # the last epoch is taken
     precision: str = "no"  # "bf16", "fp16"
     seed: int = 0
+    seeds: int = 1  # runs, with seeds from `seed` on
     output: str = "runs/sokd_cifar100"
     resume: str = "auto"
 
@@ -50,22 +50,15 @@ def main(cfg: Config) -> None:
         raise ValueError(
             "--teacher is missing: give weights, or train some with recipes/train_teacher.py"
         )
-    result = distill(
-        cfg.teacher, cfg.student, cfg.dataset, data_path=cfg.data or None,
+    results = distill_seeds(
+        cfg.seeds, cfg.teacher, cfg.student, cfg.dataset, data_path=cfg.data or None,
         train_limit=cfg.rows or None, method="sokd", temperature=cfg.temperature,
         teacher_mode=cfg.teacher_mode, start=cfg.start, epochs=cfg.epochs,
         batch_size=cfg.batch_size, lr=cfg.lr, weight_decay=cfg.weight_decay, scheduler="multistep",
         milestones=cfg.milestones, validation=cfg.validation, mixed_precision=cfg.precision,
         seed=cfg.seed, output_dir=cfg.output, resume=cfg.resume, keep="all",
     )  # fmt: skip
-    if PartialState().is_main_process:
-        print(
-            {
-                k: v
-                for k, v in result.metrics.items()
-                if k in ("top1", "exported", "exported_reason", "networks")
-            }
-        )
+    print_results(results)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import tyro
-from accelerate import PartialState
 
-from kdtoolkit import distill
+from kdtoolkit.reproduce.recipes import distill_seeds, print_results
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Config:
     validation: str = "none"  # the paper reports the test set at the end of training
     precision: str = "no"  # "bf16", "fp16"
     seed: int = 0
+    seeds: int = 1  # runs, with seeds from `seed` on
     output: str = "runs/srkd_cifar100"
     resume: str = "auto"
     baseline: str = ""  # folder of the student trained alone, shown in the report
@@ -58,8 +58,8 @@ def main(cfg: Config) -> None:
         raise ValueError(
             "--teacher is missing: give weights, or train some with recipes/train_teacher.py"
         )
-    result = distill(
-        cfg.teacher if cfg.method != "none" else None, cfg.student, cfg.dataset,
+    results = distill_seeds(
+        cfg.seeds, cfg.teacher if cfg.method != "none" else None, cfg.student, cfg.dataset,
         data_path=cfg.data or None, train_limit=cfg.rows or None, method=cfg.method,
         temperature=cfg.temperature, epochs=cfg.epochs, batch_size=cfg.batch_size, lr=cfg.lr,
         weight_decay=cfg.weight_decay, scheduler="multistep", milestones=cfg.milestones,
@@ -67,8 +67,8 @@ def main(cfg: Config) -> None:
         output_dir=cfg.output, resume=cfg.resume, baseline=cfg.baseline or None, **srkd,
         student_args={"shortcut": cfg.shortcut} if "resnet" in cfg.student else None,
     )  # fmt: skip
-    if PartialState().is_main_process:
-        print({k: v for k, v in result.metrics.items() if isinstance(v, (int, float, str))})
+    plain = {k for r in results for k, v in r.metrics.items() if isinstance(v, (int, float, str))}
+    print_results(results, [name for name in results[0].metrics if name in plain])
 
 
 if __name__ == "__main__":

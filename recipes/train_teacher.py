@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import tyro
 from accelerate import PartialState
 
-from kdtoolkit import distill
+from kdtoolkit.reproduce.recipes import distill_seeds, print_results
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,24 @@ class Config:
     validation: str = "none"  # or "auto": 10 % of the training rows choose the epoch
     precision: str = "no"  # "bf16", "fp16"
     seed: int = 0
+    seeds: int = 1  # runs, with seeds from `seed` on
     output: str = "runs/teacher"
     resume: str = "auto"
 
 
 def main(cfg: Config) -> None:
     """Run the recipe."""
-    result = distill(
-        None, cfg.model, cfg.dataset, data_path=cfg.data or None, method="none", epochs=cfg.epochs,
-        batch_size=cfg.batch_size, optimizer="nesterov", lr=cfg.lr, weight_decay=cfg.weight_decay,
-        scheduler="onecycle", validation=cfg.validation, mixed_precision=cfg.precision,
-        seed=cfg.seed, output_dir=cfg.output, resume=cfg.resume,
+    results = distill_seeds(
+        cfg.seeds, None, cfg.model, cfg.dataset, data_path=cfg.data or None, method="none",
+        epochs=cfg.epochs, batch_size=cfg.batch_size, optimizer="nesterov", lr=cfg.lr,
+        weight_decay=cfg.weight_decay, scheduler="onecycle", validation=cfg.validation,
+        mixed_precision=cfg.precision, seed=cfg.seed, output_dir=cfg.output, resume=cfg.resume,
         student_args={"shortcut": cfg.shortcut} if "resnet" in cfg.model else None,
         label=cfg.model,
     )  # fmt: skip
+    print_results(results, ["top1"])
     if PartialState().is_main_process:
-        print(f"top-1 {result.metrics['top1']:.2f} %; as a teacher: --teacher {cfg.output}/student")
+        print(f"as a teacher: --teacher {results[0].output_dir}/student")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdtoolkit.core.run_context import RunContext
+from kdtoolkit.data.seeding import derive_seed
 from kdtoolkit.utils.state import preserve_random_state
 
 NUM_BATCHES = 16
@@ -68,7 +69,11 @@ def recalibrate_batch_norms(run: RunContext) -> None:
     with preserve_random_state(), run.accelerator.autocast():
         run.seed_step(run.clock.epoch, SEED_STEP)
         split = dataclasses.replace(run.data.train, num_workers=0)
-        loader = split.loader(run.config.batch_size, shuffle=True, drop_last=True)
+        loader = split.loader(
+            run.config.batch_size, shuffle=True, drop_last=True,
+            sampling=run.method.batch_sampler if run.method.own_batches else None,
+            seed=derive_seed(run.config.seed, run.clock.epoch, SEED_STEP),
+        )  # fmt: skip
         for m, _, _ in before:
             m.reset_running_stats()
             m.momentum = None  # PyTorch's sign for a plain mean

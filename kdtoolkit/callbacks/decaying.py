@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kdtoolkit import functional
 from kdtoolkit.callbacks.ema import EMATeacher
-from kdtoolkit.core.callback import Callback, check_several_networks
+from kdtoolkit.core.callback import Callback, check_same_images, check_several_networks
 from kdtoolkit.core.plan import PlanRow
 from kdtoolkit.core.run_context import RunContext, RunPreview
 from kdtoolkit.schedules import (
@@ -94,8 +94,10 @@ class DecayingEnsemble(Callback):
         self.teacher: EMATeacher | None = None
 
     def check(self, run: RunPreview) -> None:
-        """Refuse a single network."""
+        """Refuse a single network, and other images for each."""
         check_several_networks(self, run.method)
+        if self.weight != 0:
+            check_same_images(self, run.method)
 
     def on_fit_start(self, run: RunContext) -> None:
         """Find the EMATeacher of the run."""

@@ -46,6 +46,9 @@ class Diversity(Callback):
     no temperature, no weight, no unit). With an EMATeacher, `ema/...` are the same between a
     network and the averages of the others; with one network its own.
 
+    Of networks with batches of their own (`Method.own_batches`) a row holds `weights` alone, as
+    logits of different images cannot be compared, and there is no warning.
+
     Networks have collapsed when, in two rows in a row, they disagree on less than 0.5 % of the
     images while they are wrong on more than 5 %, or, also towards the EMA of others, on less than
     5 % with a knowledge below 1 %.
@@ -88,6 +91,9 @@ class Diversity(Callback):
         """Measure the last batches of an epoch."""
         is_early = run.clock.step < last_step_of_epoch(run) - NUM_BATCHES
         if (run.clock.epoch + 1) % self.every or is_early:
+            return
+        if run.method.own_batches:  # logits of other images cannot be compared
+            self.count += 1
             return
         students = [step.logits[name].detach() for name in run.method.networks()]
         found = measure_batch(students, batch["y"]) if len(students) > 1 else {}
@@ -169,10 +175,9 @@ def _warn(epoch: int, row: Mapping[str, float]) -> None:
 
 
 def _row_of_peers(means: Mapping[str, float], nets: Sequence[nn.Module]) -> dict[str, float]:
-    if "kl" not in means:
-        return {}
-    weights = {"weights": weight_distance(nets)} if have_same_architecture(nets) else {}
-    return weights | _numbers(means, "")
+    several = len(nets) > 1 and have_same_architecture(nets)
+    weights = {"weights": weight_distance(nets)} if several else {}
+    return weights | _numbers(means, "") if "kl" in means else weights
 
 
 def _row_of_teachers(

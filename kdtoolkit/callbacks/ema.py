@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from kdtoolkit import functional
 from kdtoolkit.callbacks.ema_init import SEED_OFFSET, reinitialise, train_first_steps
-from kdtoolkit.core.callback import Callback
+from kdtoolkit.core.callback import Callback, check_same_images
 from kdtoolkit.core.method import Method
 from kdtoolkit.core.plan import PlanRow
 from kdtoolkit.core.run_context import ExportCandidates, RunContext, RunPreview
@@ -153,7 +153,7 @@ class EMATeacher(Callback):
 
     # ------------------------------------------------------------------------------------ the copy
     def check(self, run: RunPreview) -> None:
-        """Refuse a single network that is to learn from others, missing views, missing batches."""
+        """Refuse one network, or other images, to learn from others; missing views or batches."""
         method = run.method
         count = len(method.networks())
         if self.learn_from == "others" and count < 2 and self.weight != 0:
@@ -161,6 +161,8 @@ class EMATeacher(Callback):
                 "EMATeacher(learn_from='others') needs two networks or more, this run trains "
                 f"{count}: use learn_from='own', or Peers([...])"
             )
+        if self.learn_from != "own" and self.weight != 0:
+            check_same_images(self, method)
         rows = None if run.data is None else run.data.train.num_rows
         batches = None if rows is None else rows // run.config.batch_size
         if batches is not None and self.init_steps > batches:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdtoolkit import functional
-from kdtoolkit.core.callback import Callback, check_several_networks
+from kdtoolkit.core.callback import Callback, check_same_images, check_several_networks
 from kdtoolkit.core.plan import PlanRow
 from kdtoolkit.core.run_context import RunContext, RunPreview
 from kdtoolkit.schedules import check_loss_weight, describe_weight, weight_at
@@ -61,8 +61,10 @@ class KDCL(Callback):
         self._mixture_epoch = -1
 
     def check(self, run: RunPreview) -> None:
-        """Refuse a single network, missing labels, and "general" without a validation split."""
+        """Refuse one network, other images for each, missing labels or validation split."""
         check_several_networks(self, run.method)
+        if self.weight != 0:
+            check_same_images(self, run.method)
         if run.data is None:
             return
         if self.rule in RULES_WITH_LABELS and run.data.num_unlabelled:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from kdtoolkit import functional
-from kdtoolkit.core.callback import Callback, check_several_networks
+from kdtoolkit.core.callback import Callback, check_same_images, check_several_networks
 from kdtoolkit.core.plan import PlanRow
 from kdtoolkit.core.run_context import RunContext, RunPreview
 from kdtoolkit.schedules import check_loss_weight, describe_weight, weight_at
@@ -66,8 +66,10 @@ class MutualKL(Callback):
         self.target, self.detach, self.form = target, detach, form
 
     def check(self, run: RunPreview) -> None:
-        """Refuse a single network, and gradients into networks of other processes."""
+        """Refuse a single network, other images for each, and gradients into other processes."""
         check_several_networks(self, run.method)
+        if self.weight != 0:
+            check_same_images(self, run.method)
         if run.method.networks_per_process and not self.detach:
             raise ValueError(
                 "MutualKL(detach=False) sends gradients into the networks that teach, which other "

@@ -59,6 +59,25 @@ def check_several_networks(callback: Callback, method: Method) -> None:
         )
 
 
+def check_same_images(callback: Callback, method: Method) -> None:
+    """Check that the networks of a method see the same images in a step.
+
+    Args:
+        callback: The callback whose loss compares their logits, for the message.
+        method: The method of the run.
+
+    Raises:
+        ValueError: If every network has a batch of its own.
+    """
+    if method.own_batches:
+        raise ValueError(
+            f"{type(callback).__name__} compares the networks on the same images, and "
+            "batches='own' gives every network other ones: pass batches='shared', with views=True "
+            "for augmentations of their own, or leave this loss out (DCL joins networks by their "
+            "weights alone)"
+        )
+
+
 def check_states(callbacks: Sequence[Callback]) -> None:
     """Check that a checkpoint can hold what every callback saves.
 

@@ -43,6 +43,8 @@ class Method(nn.Module):
         no_compile_reason: Why its networks cannot be compiled; None where they can.
         networks_per_process: Whether every process trains networks of its own on the whole batch,
             and gradients are not averaged.
+        own_batches: Whether every network sees images of its own, so that their logits of a step
+            cannot be compared.
 
     Example:
         ```python
@@ -84,6 +86,7 @@ class Method(nn.Module):
     uses_unlabelled: bool = False
     no_compile_reason: str | None = None
     networks_per_process: bool = False
+    own_batches: bool = False
 
     def forward(self, batch: Batch, clock: Clock) -> Step:
         """One forward pass of everything that is trained.

@@ -24,7 +24,25 @@ class BatchOrder(Protocol):
 
 
 Sampling = Callable[[np.ndarray, int, int], BatchOrder]
-"""(labels (N,) int64 with -1 for a row without a label, batch_size, seed) -> batches."""
+"""(labels (N,) int64 with -1 for a row without a label, batch_size, seed) -> batches.
+
+One that draws several batches for a step has an attribute `batches_per_step`, their number; what it
+yields then has so many times `batch_size` rows.
+"""
+
+
+def rows_per_step(sampling: Sampling, batch_size: int) -> int:
+    """Number of rows that a sampling draws for one step.
+
+    Args:
+        sampling: The sampling.
+        batch_size: Rows in a batch.
+
+    Returns:
+        `batch_size`, times the number of batches that it draws for a step.
+    """
+    batches: int = getattr(sampling, "batches_per_step", 1)
+    return batch_size * batches
 
 
 class EpochBatches:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kdtoolkit.data.augment import BatchAugment
-from kdtoolkit.data.batch_order import RepeatBatchSampler, Sampling
+from kdtoolkit.data.batch_order import RepeatBatchSampler, Sampling, rows_per_step
 from kdtoolkit.data.stream import StreamDataset
 from kdtoolkit.data.transforms import EvalTransform
 from kdtoolkit.types import Batch
@@ -103,13 +103,13 @@ class Split:
         if self.user_loader is not None or row_labels is None:
             what = "a DataLoader of your own" if self.user_loader is not None else "a stream"
             raise ValueError(
-                f"split {self.name!r} is {what}, this method chooses the rows of a batch by their "
-                f"labels ({sampling}): "
-                "pass a map-style data set"
+                f"split {self.name!r} is {what}, this method chooses the rows of every "
+                f"batch ({sampling}): pass a map-style data set"
             )
         labels = row_labels()
         order = sampling(labels, batch_size, seed)
-        batches: Any = RepeatBatchSampler(order, len(labels), batch_size)
+        rows = rows_per_step(sampling, batch_size)
+        batches: Any = RepeatBatchSampler(order, len(labels), rows)
         return DataLoader(
             self.dataset,
             batch_sampler=batches,

@@ -18,7 +18,8 @@ class Preset:
 
     Attributes:
         hub_id: Its repository on the Hub; None for data that comes with a library.
-        augment: Augmentation of training batches.
+        augment: Augmentation of training batches; None where images differ in size, so that each is
+            cropped by itself.
         num_classes: Number of classes.
         size: (H, W) in pixels.
         eval_on_validation: Whether papers report accuracy on its validation split, as its test
@@ -26,7 +27,7 @@ class Preset:
     """
 
     hub_id: str | None
-    augment: BatchAugment
+    augment: BatchAugment | None
     num_classes: int
     size: tuple[int, int]
     eval_on_validation: bool = False
@@ -39,6 +40,7 @@ PRESETS = {
     "fashion-mnist": Preset(
         "zalando-datasets/fashion_mnist", BatchAugment(padding=4), 10, (28, 28)
     ),
+    "imagenet": Preset("ILSVRC/imagenet-1k", None, 1000, (224, 224), True),
     # no flip: a mirrored 2 is not a 2
     "digits": Preset(None, BatchAugment(padding=2, flip=0.0), 10, (16, 16)),
 }

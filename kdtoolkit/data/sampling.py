@@ -83,6 +83,54 @@ class Mixed:
 
 
 @dataclasses.dataclass(frozen=True)
+class OwnBatches:
+    """A batch of its own for each of several networks.
+
+    Every network runs through all rows in an order of its own, another one each epoch. What is
+    drawn for a step holds the batches of all networks: place i belongs to network i modulo
+    `networks`, so that equal parts for several processes hold equal shares of every network. Rows
+    that do not fill the last batch of a network are left out.
+
+    Attributes:
+        networks: Number of networks, from 1.
+
+    Raises:
+        ValueError: If `networks` is not a whole number from 1, or, when called, if the rows do not
+            fill a batch.
+    """
+
+    networks: int
+
+    def __post_init__(self) -> None:
+        check_whole_number("networks of OwnBatches", self.networks)
+
+    @property
+    def batches_per_step(self) -> int:
+        """Batches that are drawn for one step."""
+        return self.networks
+
+    def __call__(self, labels: np.ndarray, batch_size: int, seed: int) -> EpochBatches:
+        """Draw the batches.
+
+        Args:
+            labels: Class ids, (N,) int64; only their number is read.
+            batch_size: Rows in the batch of one network.
+            seed: Seed of the run.
+
+        Returns:
+            The batches of an epoch, `networks` times `batch_size` rows in each.
+        """
+        num_batches = _num_full_batches(len(labels), batch_size, "rows")
+
+        def draw(generator: np.random.Generator) -> Iterator[list[int]]:
+            orders = np.stack([generator.permutation(len(labels)) for _ in range(self.networks)], 1)
+            for rows in _chunks(orders.ravel().tolist(), batch_size * self.networks, num_batches):
+                yield list(rows)
+
+        return EpochBatches(num_batches, seed, draw)
+
+
+@dataclasses.dataclass(frozen=True)
 class SameClass:
     """Anchors, each followed by other rows of its class, as BAKE needs them (Ge et al. 2021).
 

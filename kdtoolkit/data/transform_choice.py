@@ -127,15 +127,18 @@ def _plan_own(
     terms = default_eval(size)
     for_eval = terms.build()
     if is_default:
-        text = (
-            f"RandomResizedCrop to {size[0]}x{size[1]} (scale 0.08 to 1, bilinear) and "
-            "horizontal flip (p = 0.5), per sample"
-        )
-        for_train = train_transform(size)
+        text, for_train = _describe_crop(size), train_transform(size)
         return TransformChoice(size, None, for_train, for_eval, False, text, str(terms), terms)
     augment = preset if option is None else _augment_of(option, size)
     text = f"{terms}, then {augment or 'none'}"
     return TransformChoice(size, augment, for_eval, for_eval, False, text, str(terms), terms)
+
+
+def _describe_crop(size: tuple[int, int]) -> str:
+    return (
+        f"RandomResizedCrop to {size[0]}x{size[1]} (scale 0.08 to 1, bilinear) and horizontal flip "
+        "(p = 0.5), per sample"
+    )
 
 
 def _plan_batched(
@@ -213,13 +216,13 @@ def _plan_user_transforms(
 
 
 def describe_unread(
-    option: TransformOption, preset: BatchAugment, size: tuple[int, int], resize: bool
+    option: TransformOption, preset: BatchAugment | None, size: tuple[int, int], resize: bool
 ) -> tuple[str, str]:
     """Describe what is done to the images of a known data set that is not read.
 
     Args:
         option: From `check_transforms`.
-        preset: The augmentation of the data set.
+        preset: The augmentation of the data set; None where its images differ in size.
         size: (H, W) in pixels.
         resize: Whether images are resized to it.
 
@@ -228,6 +231,10 @@ def describe_unread(
     """
     terms = EvalTransform(size, crop_mode="squash")
     evaluation = str(terms) if resize else f"none, {size[0]}x{size[1]} as decoded"
+    if preset is None and not isinstance(option, tuple):
+        cropped = default_eval(size)
+        augment = f"{cropped}, then {_augment_of(option, size) or 'none'}"
+        return _describe_crop(size) if option is None else augment, str(cropped)
     if not isinstance(option, tuple):
         return str(_choose_augment(option, preset, size) or "none"), evaluation
     for_train, for_eval = option

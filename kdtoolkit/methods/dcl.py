@@ -1,12 +1,14 @@
 """Deep communication learning, DCL (Zhang et al. 2022).
 
-Loss: sum of the networks' cross-entropies on the same images; every 10 batches the networks
-exchange parts of their weights, w_i <- 0.1 w_avg + 0.9 w_i, where w_avg is a mean in which small
-weights count more (see `DCLMerger`).
+Loss: sum of the networks' cross-entropies, on the same images as in the authors' code, or with
+batches="own" on a random batch for each network; every 10 batches the networks exchange parts of
+their weights, w_i <- 0.1 w_avg + 0.9 w_i, where w_avg is a mean in which small weights count more
+(see `DCLMerger`).
 
 Differs: the rule "paper" is as released; its eps shrinks small weights from K = 5 networks on,
-rule="eps-free" does not. The authors start most networks from ImageNet weights, here they differ in
-all their initial weights.
+rule="eps-free" does not. The authors start most networks from ImageNet weights with another first
+convolution and classifier in each, which is redraw="head+stem"; by default networks without given
+weights differ in all of them.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ def dcl(
     views: bool = False,
     label_smoothing: float = 0.0,
     spread: bool | str = "auto",
+    batches: str = "shared",
+    redraw: str = "auto",
 ) -> Method:
     """Build deep communication learning between networks of one architecture.
 
@@ -60,6 +64,11 @@ def dcl(
         label_smoothing: Of the cross-entropy, from 0 to below 1.
         spread: Whether networks are spread over processes: True, False or "auto", where the number
             of processes divides that of the networks.
+        batches: "shared": all networks see the same images in a step; "own": every network draws
+            images of its own, as many as the batch size.
+        redraw: "auto": peers are built as the student is, given weights included; "none", "head",
+            "head+stem": copies of the student, with nothing, the classifier, or that and the first
+            convolution re-initialised in every network.
 
     Returns:
         The method.
@@ -75,6 +84,9 @@ def dcl(
         start=start,
         until=until,
     )
-    method = build_peers(inputs, peers, views=views, label_smoothing=label_smoothing, spread=spread)
+    method = build_peers(
+        inputs, peers, views=views, label_smoothing=label_smoothing, spread=spread, batches=batches,
+        redraw=redraw,
+    )  # fmt: skip
     method.callbacks = (merger, Diversity())
     return method

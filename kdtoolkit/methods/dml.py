@@ -31,6 +31,8 @@ def dml(
     views: bool = False,
     label_smoothing: float = 0.0,
     spread: bool | str = "auto",
+    batches: str = "shared",
+    redraw: str = "auto",
 ) -> Method:
     """Build deep mutual learning between networks.
 
@@ -47,6 +49,11 @@ def dml(
         label_smoothing: Of the cross-entropy, from 0 to below 1.
         spread: Whether networks are spread over processes: True, False or "auto", where the number
             of processes divides that of the networks.
+        batches: "shared": all networks see the same images in a step; "own": every network draws
+            its own, which the loss "mutual" does not allow: only with losses={"ce": 1.0}.
+        redraw: "auto": peers are built as the student is, given weights included; "none", "head",
+            "head+stem": copies of the student, with nothing, the classifier, or that and the first
+            convolution re-initialised in every network.
 
     Returns:
         The method.
@@ -54,6 +61,9 @@ def dml(
     mutual = MutualKL(
         inputs.weights["mutual"], temperature=temperature, target=target, detach=detach, form=form
     )
-    method = build_peers(inputs, peers, views=views, label_smoothing=label_smoothing, spread=spread)
+    method = build_peers(
+        inputs, peers, views=views, label_smoothing=label_smoothing, spread=spread, batches=batches,
+        redraw=redraw,
+    )  # fmt: skip
     method.callbacks = (mutual,)
     return method

@@ -28,6 +28,7 @@ def kdcl(
     views: bool = True,
     label_smoothing: float = 0.0,
     spread: bool | str = "auto",
+    redraw: str = "auto",
 ) -> Method:
     """Build collaborative learning of networks from one common target.
 
@@ -42,11 +43,17 @@ def kdcl(
         label_smoothing: Of the cross-entropy, from 0 to below 1.
         spread: Whether networks are spread over processes: True, False or "auto", where the number
             of processes divides that of the networks.
+        redraw: "auto": peers are built as the student is, given weights included; "none", "head",
+            "head+stem": copies of the student, with nothing, the classifier, or that and the first
+            convolution re-initialised in every network.
 
     Returns:
         The method.
     """
     target = KDCL(inputs.weights["kdcl"], rule=rule, temperature=temperature)
-    method = build_peers(inputs, peers, views=views, label_smoothing=label_smoothing, spread=spread)
+    method = build_peers(
+        inputs, peers, views=views, label_smoothing=label_smoothing, spread=spread,
+        redraw=redraw,
+    )  # fmt: skip
     method.callbacks = (target,)
     return method

@@ -191,8 +191,9 @@ def check_different_weights(networks: Sequence[nn.Module]) -> None:
     if pair is not None:
         raise ValueError(
             f"networks {pair[0]} and {pair[1]} of Peers have equal initial weights, and would stay "
-            "equal on the same images: pass views=True, networks without loaded weights, or other "
-            "networks (peers=[...]; in your own code "
+            "equal on the same images: pass batches='own', views=True, redraw='head' (a number of "
+            "peers by distill()), networks without loaded weights, or other networks (peers=[...]; "
+            "in your own code "
             "kdtoolkit.models.reinit.reinitialised_copy(net, seed) re-initialises weights)"
         )
 

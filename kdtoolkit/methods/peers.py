@@ -12,6 +12,7 @@ from kdtoolkit import functional
 from kdtoolkit.core.method import Method, num_parameters
 from kdtoolkit.core.plan import MethodPlan, PlanRow
 from kdtoolkit.core.run_context import ExportCandidates
+from kdtoolkit.data.sampling import OwnBatches
 from kdtoolkit.features.feature_checks import check_logits
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.network_checks import (
@@ -28,6 +29,7 @@ from kdtoolkit.utils import distributed
 from kdtoolkit.utils.validation import check_choice, check_flag, check_number
 
 FIRST = "student"
+BATCHES = ("shared", "own")
 
 
 class Peers(Method):
@@ -49,12 +51,16 @@ class Peers(Method):
             batch, and exchanges logits after every forward pass: bit for bit what one process does,
             at the cost of one network each. False trains all on every process, each on its share of
             the batch. "auto" spreads where P divides the number of networks.
+        batches: "shared": all networks see the same images in a step. "own": every network draws
+            images of its own, as many as the batch size, and runs through the training rows in an
+            order of its own. Losses between networks need the same images.
         unlabelled: Whether rows without a label (-1) are taken: they count in the batch size that a
             cross-entropy is divided by, and add nothing to it.
 
     Raises:
         ValueError: Without a network, for networks that share parameters, or for equal networks
-            that see the same images and so would stay equal.
+            that see the same images and so would stay equal; for views and batches of their own at
+            once.
 
     Example:
         >>> networks = [timm.create_model("resnet18", num_classes=10) for _ in range(2)]
@@ -70,6 +76,7 @@ class Peers(Method):
         label_smoothing: float = 0.0,
         image: tuple[int, int] | None = None,
         spread: bool | str = "auto",
+        batches: str = "shared",
         unlabelled: bool = False,
     ) -> None:
         super().__init__()
@@ -80,15 +87,25 @@ class Peers(Method):
         check_separate_parameters(networks)
         check_flag("views", views)
         check_flag("unlabelled", unlabelled)
+        check_choice("batches", batches, BATCHES)
+        if views and batches == "own":
+            raise ValueError(
+                "views=True has no effect with batches='own', which gives every network other "
+                "images: leave one of them out"
+            )
         check_choice("spread", spread, (True, False, "auto"))
         check_loss_weight(weight)
-        if not views:
+        if not views and batches == "shared":
             check_different_weights(networks)
         check_number("label_smoothing", label_smoothing, minimum=0, below=1)
         self.peers = nn.ModuleDict({name_of(k): net for k, net in enumerate(networks)})
         self.weight, self.label_smoothing = weight, label_smoothing
         self.placement = NetworkPlacement(len(networks), spread)
         self.num_views = len(networks) if views else 1
+        self.own_batches = batches == "own"
+        if self.own_batches:
+            self.batch_sampler = OwnBatches(len(networks))
+        self.notes: list[str] = []
         self.uses_unlabelled = bool(unlabelled)
         self.preprocess = {
             name: Preprocess.from_model(net, image) for name, net in self.networks().items()
@@ -99,8 +116,20 @@ class Peers(Method):
         """Cross-entropy of every network."""
         logits = self.train_logits(batch)
         weight = weight_at(self.weight, clock, "ce")
-        losses = {loss_of(name): weight * self._ce(z, batch["y"]) for name, z in logits.items()}
+        losses = {
+            loss_of(name): weight * self._ce(z, self._labels(batch, k))
+            for k, (name, z) in enumerate(logits.items())
+        }
         return Step(losses, logits)
+
+    def _labels(self, batch: Batch, k: int) -> Tensor:
+        return batch["y"][k :: len(self.peers)] if self.own_batches else batch["y"]
+
+    def _images(self, batch: Batch, k: int) -> Tensor:
+        """What network k sees."""
+        if self.own_batches:
+            return batch["x"][k :: len(self.peers)]
+        return batch["x"] if self.num_views == 1 else batch["views"][:, k]
 
     def _ce(self, logits: Tensor, labels: Tensor) -> Tensor:
         if not self.uses_unlabelled:
@@ -108,10 +137,11 @@ class Peers(Method):
         return functional.ce_partly_labelled(logits, labels, label_smoothing=self.label_smoothing)
 
     def train_logits(self, batch: Batch) -> dict[str, Tensor]:
-        """Logits (B, C) of every network in training, each on its own view.
+        """Logits (B, C) of every network in training, each on its own view or batch.
 
         Args:
-            batch: Images, with views where every network has its own.
+            batch: Images, with views where every network has its own; with batches of their own
+                those of all networks, image i for network i modulo their number.
 
         Returns:
             Logits in the order of the networks, each computed from the same random state; those of
@@ -122,8 +152,7 @@ class Peers(Method):
         for k, name in enumerate(self.peers):
             if self.placement.is_local(k):
                 torch.manual_seed(seed)  # dropout as if the network were alone
-                x = batch["x"] if self.num_views == 1 else batch["views"][:, k]
-                logits[name] = self.logits(name, x)
+                logits[name] = self.logits(name, self._images(batch, k))
         return self.placement.gather_logits(logits, list(self.peers))
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
@@ -165,7 +194,14 @@ class Peers(Method):
             for name in self.peers
         ]
         counts = {name: num_parameters(net) for name, net in self.peers.items()}
-        return {"losses": rows, "parameters": counts, "notes": self._placement_notes()}
+        return {"losses": rows, "parameters": counts, "notes": self._plan_notes()}
+
+    def _plan_notes(self) -> list[str]:
+        own = (
+            f"every step reads {len(self.peers)} batches, one for each network, which draws its "
+            "own images"
+        )
+        return [*self.notes, *([own] if self.own_batches else []), *self._placement_notes()]
 
     def _placement_notes(self) -> list[str]:
         processes = distributed.world_size()

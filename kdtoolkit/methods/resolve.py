@@ -170,6 +170,22 @@ def find_strategy(method: MethodSelection) -> StrategySpec | None:
     return None
 
 
+def method_options(method: str) -> list[str]:
+    """Names of the options of a registered method.
+
+    Args:
+        method: Its name.
+
+    Returns:
+        The options of the strategy, or of all its losses.
+
+    Raises:
+        ValueError: For an unknown name, with the nearest ones.
+    """
+    strategy = find_strategy(method)
+    return list(strategy.options) if strategy else _options_of_losses(default_losses(method))
+
+
 def loss_name(loss: DistillationLoss) -> str:
     """The name under which a loss is registered; for others the class name in lower case.
 

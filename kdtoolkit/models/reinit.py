@@ -1,6 +1,8 @@
-"""A network of the same architecture with other initial weights."""
+"""Other initial weights for a network of the same architecture, or for some of its modules."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,22 @@ def reinitialised_copy(net: nn.Module, seed: int) -> nn.Module:
                 parameter.copy_(before[name])
         _restore_buffers_of_frozen_modules(new, net)
     return new
+
+
+def reinitialise_modules(net: nn.Module, names: Sequence[str], seed: int) -> None:
+    """Re-initialise some modules of a network, in place, as `reinitialised_copy` does all.
+
+    Args:
+        net: The network.
+        names: Names of the modules.
+        seed: The random numbers depend on this alone, and the global generator does not move.
+    """
+    fresh = reinitialised_copy(net, seed)
+    with torch.no_grad():
+        for name in names:
+            new = dict(fresh.get_submodule(name).named_parameters())
+            for key, parameter in net.get_submodule(name).named_parameters():
+                parameter.copy_(new[key])
 
 
 def _redraw_if_unchanged(parameter: nn.Parameter, before: Tensor) -> None:

@@ -86,9 +86,8 @@ def build_parts(
         The parts, with hooks; release them at the end.
     """
     networks = config.networks
-    with weights_restored_on_error(
-        networks.student if networks.student_weights is not None else None
-    ):
+    is_changed = networks.student_weights is not None or "redraw" in (config.loss.options or {})
+    with weights_restored_on_error(networks.student if is_changed else None):
         if isinstance(config.loss.method, Method):
             parts = _parts_of_method(config.loss.method, info)
         else:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from kdtoolkit.utils.registry import suggestion
+from kdtoolkit.utils.validation import check_choice
 
 TABLES = Path(__file__).parent / "tables"
 TEACHER = "teacher"  # value of the setting "network" in a row that trains the teacher itself
@@ -81,6 +82,25 @@ def read_tables() -> dict[str, Table]:
     """
     files = sorted(TABLES.glob("*.yaml"))
     return {table.key: table for file in files for table in _read_document(file)}
+
+
+def read_protocols(document: str) -> dict[str, dict[str, Any]]:
+    """Read the training schedules of a document.
+
+    Args:
+        document: Its short name, such as "dcl".
+
+    Returns:
+        Name of a protocol -> keywords of `distill()`.
+
+    Raises:
+        ValueError: If there is no such document.
+    """
+    known = [file.stem for file in sorted(TABLES.glob("*.yaml"))]
+    check_choice("document", document, known)
+    text = (TABLES / f"{document}.yaml").read_text(encoding="utf-8")
+    protocols: dict[str, dict[str, Any]] = yaml.safe_load(text)["protocols"]
+    return protocols
 
 
 def find_tables(target: str) -> list[Table]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -77,7 +77,7 @@ def describe_budget(table: Table, budget: Budget) -> str:
     )
 
 
-def mean_and_deviation(runs: Sequence[dict[str, Any]], metric: str) -> str:
+def mean_and_deviation(runs: Sequence[Mapping[str, Any]], metric: str) -> str:
     """Mean of a metric over runs, with its standard deviation from two on.
 
     Args:

@@ -23,10 +23,12 @@ from torchvision.transforms import v2
 from kdtoolkit import data as kd
 from kdtoolkit.data.augment import BatchAugment, crop_flip
 from kdtoolkit.data.cache import CachedDataset
+from kdtoolkit.data.options import check_transforms
 from kdtoolkit.data.presets import load_digits
 from kdtoolkit.data.rows import RowDataset
 from kdtoolkit.data.seeding import derive_seed, hash_bits, hash_uniform, mix_bits, seeded_generators
 from kdtoolkit.data.splits import draw_stratified
+from kdtoolkit.data.transform_choice import describe_unread
 
 SHARED = Path(os.environ.get("KDTOOLKIT_SHARED", Path(__file__).parents[2] / ".." / "shared"))
 CIFAR = SHARED / "data" / "cifar10"
@@ -634,6 +636,31 @@ def test_cifar10():
         mean, torch.tensor([0.4942, 0.4851, 0.4504], dtype=torch.float64), atol=1e-4
     )
     assert [round(x, 2) for x in mean.tolist()] == [0.49, 0.49, 0.45]
+
+
+def test_imagenet_crops_images_and_reports_its_validation_split(tmp_path):
+    def split(rows, labels):
+        images = [Image.new("RGB", (40 + 9 * k, 60), (k, 9, 9)) for k in range(rows)]
+        kinds = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=3))
+        return datasets.Dataset.from_dict({"image": images, "label": labels}, features=kinds)
+
+    made = {"train": split(6, [0, 1, 2] * 2), "validation": split(3, [0, 1, 2])}
+    made["test"] = split(2, [-1, -1])  # as on the Hub
+    datasets.DatasetDict(made).save_to_disk(tmp_path / "imagenet")
+    data = kd.load("imagenet", data_path=tmp_path / "imagenet", validation="none", num_workers=0)
+    assert (len(data.train), len(data.test)) == (6, 3) and data.image_size == (224, 224)
+    assert data.augment is None and "RandomResizedCrop" in data.details["augmentation"]
+    batch = next(iter(data.train.loader(6)))
+    assert batch["x"].shape == (6, 3, 224, 224)
+    preset = kd.PRESETS["imagenet"]
+    assert (preset.hub_id, preset.num_classes) == ("ILSVRC/imagenet-1k", 1000)
+    for option in (None, "none", "crop-flip"):
+        train, evaluation = describe_unread(check_transforms(option), None, (224, 224), False)
+        whole = kd.load(
+            "imagenet", data_path=tmp_path / "imagenet", transforms=option, validation="none"
+        )
+        assert whole.details["augmentation"] == train
+        assert whole.details["evaluation"] == evaluation
 
 
 # --- errors

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from kdtoolkit import data as kd
 from kdtoolkit import functional
 from kdtoolkit.data.presets import load_digits
-from kdtoolkit.data.sampling import Mixed, SameClass
+from kdtoolkit.data.sampling import Mixed, OwnBatches, SameClass
 from kdtoolkit.methods.peers import Peers
 from kdtoolkit.types import Clock
 
@@ -487,7 +487,7 @@ def test_prepared_loader_follows_the_epoch_and_resumes(small, sampling, workers)
     assert rows_of(fresh) == rows_of(loader) != orders[1]
 
 
-@pytest.mark.parametrize("sampling", [Mixed(0.25), SameClass(3)], ids=repr)
+@pytest.mark.parametrize("sampling", [Mixed(0.25), SameClass(3), OwnBatches(2)], ids=repr)
 def test_ranks_share_every_batch(small, sampling):
     data = loaders(small, sampling)[0]
     truth = data.train.loader(32, sampling=sampling, seed=2)
@@ -505,8 +505,37 @@ def test_ranks_share_every_batch(small, sampling):
     for batch in parts[0] + parts[1]:
         if isinstance(sampling, Mixed):
             assert int((batch["y"] >= 0).sum()) == 4
+        elif isinstance(sampling, OwnBatches):
+            assert len(batch["y"]) == 32  # half of two batches; image i is network i % 2's
         else:
             assert (batch["y"].view(4, 4) == batch["y"][::4, None]).all()
+
+
+@pytest.mark.parametrize("networks", [1, 2, 3])
+def test_own_batches_run_through_the_rows_in_an_order_for_each_network(networks):
+    labels = np.zeros(20, np.int64)
+    batches = OwnBatches(networks)(labels, 6, seed=5)
+    first = np.array(list(batches)).reshape(3, 6, networks)  # 2 of 20 rows do not fill a batch
+    orders = first.reshape(18, networks)
+    assert len(batches) == 3 and all(len(set(order)) == 18 for order in orders.T)
+    assert len({tuple(order) for order in orders.T}) == networks
+    again = OwnBatches(networks)(labels, 6, seed=5)
+    assert np.array_equal(np.array(list(again)).reshape(first.shape), first)
+    batches.set_epoch(1)
+    assert not np.array_equal(np.array(list(batches)).reshape(first.shape), first)
+
+
+def test_own_batches_of_a_loader(small):
+    data = kd.load(small, validation="none", seed=0)
+    read = list(data.train.loader(8, sampling=OwnBatches(2), seed=3))
+    assert len(read) == 300 // 8 and {len(batch["x"]) for batch in read} == {16}
+    counts = torch.cat([batch["index"] for batch in read]).bincount()
+    assert counts.max() == 2  # once for each network, and the second time with its own changes
+    assert sum(int(b["draw"].sum()) for b in read if "draw" in b) == int((counts == 2).sum())
+    with pytest.raises(ValueError, match="do not fill one batch"):
+        data.train.loader(400, sampling=OwnBatches(2))
+    with pytest.raises(ValueError, match="networks of OwnBatches"):
+        OwnBatches(0)
 
 
 # ------------------------------------------------------------------------------------------- cross-

@@ -10,8 +10,11 @@ import torch
 
 from kdtoolkit import distill, functional
 from kdtoolkit.callbacks.dcl import DCLMerger
+from kdtoolkit.callbacks.decaying import DecayingEnsemble
 from kdtoolkit.callbacks.diversity import Diversity
 from kdtoolkit.callbacks.diversity_measures import measure_batch, weight_distance
+from kdtoolkit.callbacks.ema import EMATeacher
+from kdtoolkit.callbacks.kdcl import KDCL
 from kdtoolkit.callbacks.mutual import MutualKL
 from kdtoolkit.core.callback import Callback
 from kdtoolkit.methods.peers import Peers
@@ -156,6 +159,85 @@ def test_dcl_logs_diversity(tmp_path):
     )
 
 
+class Rows(Callback):
+    """What each network saw in a step, and its loss from the formula."""
+
+    def __init__(self, count):
+        self.count, self.rows, self.worst = count, [], 0.0
+
+    def on_losses(self, run, step, batch):
+        self.rows.append([batch["index"][k :: self.count].tolist() for k in range(self.count)])
+        for k, (name, z) in enumerate(step.logits.items()):
+            labels = batch["y"][k :: self.count]
+            assert len(z) == len(labels) == run.config.batch_size // run.config.grad_accum
+            ours = step.losses["ce" if k == 0 else f"ce/{name}"]
+            self.worst = max(self.worst, abs(ours.item() - functional.ce(z, labels).item()))
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_accum": 2}], ids=str)
+def test_every_network_has_batches_of_its_own(options):
+    seen = Rows(3)
+    given = [nets(1)[0] for _ in range(3)]  # equal first weights
+    result, kept = train(
+        Peers(given, batches="own"), DCLMerger(2), Diversity(), seen, epochs=2, **options
+    )
+    assert seen.worst == 0.0
+    steps = len(seen.rows) // 2
+    for epoch in (seen.rows[:steps], seen.rows[steps:]):
+        orders = [tuple(row for step in epoch for row in step[k]) for k in range(3)]
+        assert all(sorted(order) == sorted(set(orders[0])) for order in orders)  # all 96 rows
+        assert len(orders[0]) == 96 and len(set(orders)) == 3
+    assert seen.rows[:steps] != seen.rows[steps:]
+    last = kept.weights[-1]
+    assert not torch.equal(last["student"]["fc.weight"], last["peer1"]["fc.weight"])
+    rows = [row for row in result.history if row["event"] == "diversity"]
+    assert len(rows) == 2 and all("disagreement" not in row and row["weights"] > 0 for row in rows)
+    assert any("3 batches, one for each network" in note for note in result.plan["notes"])
+
+
+def test_batches_of_its_own_are_those_of_a_network_trained_alone_on_them():
+    """Network 1 is trained again by hand, on the images that it saw."""
+
+    class Images(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_losses(self, run, step, batch):
+            self.seen.append((batch["x"][1::2].clone(), batch["y"][1::2].clone()))
+
+    images, given = Images(), nets(2)
+    own = copy.deepcopy(given[1]).train()
+    method = Peers(given, batches="own")
+    plain = {"momentum": 0.0, "weight_decay": 0.0}
+    _, kept = train(method, images, optimizer="sgd", scheduler="constant", **plain)
+    normalise = method.preprocess["peer1"]
+    optimizer = torch.optim.SGD(own.parameters(), lr=0.05, weight_decay=0.0)
+    for (x, y), row in zip(images.seen, kept.losses, strict=True):
+        loss = functional.ce(own(normalise(x)), y)
+        torch.testing.assert_close(loss.item(), row["ce/peer1"], rtol=1e-3, atol=1e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [MutualKL(), KDCL(rule="mean"), EMATeacher(), EMATeacher(learn_from="all"), DecayingEnsemble()],
+    ids=lambda c: type(c).__name__,
+)
+def test_losses_between_networks_need_the_same_images(callback):
+    given = copy.deepcopy(callback)
+    with pytest.raises(ValueError, match="on the same images.*pass batches='shared'"):
+        train(Peers(nets(2), batches="own"), given)
+
+
+def test_what_compares_no_networks_goes_with_own_batches():
+    own = EMATeacher(learn_from="own")
+    result, kept = train(Peers(nets(2), batches="own"), own, MutualKL(0.0))
+    assert {"ema", "ema/peer1"} <= set(result.networks)
+    assert len(kept.losses) == 3 and len({row["ce"] for row in kept.losses}) == 3
+
+
 def test_two_architectures_of_different_sizes():
     vit = timm.create_model(
         "vit_tiny_patch16_224",
@@ -184,6 +266,8 @@ def test_two_architectures_of_different_sizes():
     "make, message",
     [
         (lambda: Peers([]), "at least one network"),
+        (lambda: Peers(nets(2), batches="mine"), "batches is 'mine'; allowed: 'shared', 'own'"),
+        (lambda: Peers(nets(2), views=True, batches="own"), "views=True has no effect"),
         (lambda: Peers(nets(1) * 2), "network 1 of Peers has parameters in common"),
         (lambda: MutualKL(target="all"), "target is 'all'; allowed: 'pairwise', 'ensemble'"),
         (lambda: MutualKL(temperature=0), "temperature is 0; allowed: a finite number above 0"),

@@ -68,6 +68,13 @@ except Interrupted as error:
     os._exit(0)
 torch.save({n: net.state_dict() for n, net in result.networks.items()}, root / f"nets{rank}.pt")
 torch.save(watch.grads, root / f"grads{rank}.pt")
+again = [timm.create_model("cifar_resnet8", num_classes=10) for _ in range(2)]
+own = distill(
+    None, None, "digits", method=Peers(again, spread=spread, batches="own"), max_steps=12, lr=0.05,
+    callbacks=[DCLMerger(5), EMATeacher(0.3, decay=0.9, learn_from="own")], batch_size=32,
+    train_limit=256, validation="none", num_workers=0, progress="off", eval_test="end",
+)
+torch.save({n: net.state_dict() for n, net in own.networks.items()}, root / f"own{rank}.pt")
 keys = ("top1", "loss", "networks", "exported", "epoch")
 numbers = {k: v for k, v in result.metrics.items() if k in keys}
 (root / f"metrics{rank}.json").write_text(json.dumps(numbers))
@@ -95,8 +102,8 @@ def launch(root: Path, processes: int, how: str, stop: int = -1) -> str:
     return done.stdout
 
 
-def nets(root: Path, rank: int = 0) -> dict:
-    return torch.load(root / f"nets{rank}.pt", weights_only=True)
+def nets(root: Path, rank: int = 0, name: str = "nets") -> dict:
+    return torch.load(root / f"{name}{rank}.pt", weights_only=True)
 
 
 def same(one: dict, two: dict) -> None:
@@ -120,6 +127,8 @@ def test_spread_over_two_processes_is_one_process_bit_for_bit(one, tmp_path):
     launch(two, 2, "spread")
     same(nets(one), nets(two))
     same(nets(one), nets(two, 1))
+    for rank in (0, 1):  # and where every network has batches of its own
+        same(nets(one, name="own"), nets(two, rank, "own"))
     assert json.loads((one / "metrics0.json").read_text()) == json.loads(
         (two / "metrics1.json").read_text()
     )

@@ -119,9 +119,13 @@ def test_all_networks_are_evaluated_the_exported_one_is_named_and_all_are_saved(
     assert {p.name for p in saved.iterdir()} == others if others else not saved.exists()
 
 
-@every_strategy
-def test_resume_in_the_middle_of_an_epoch_gives_the_same_third_step(name, tmp_path):
-    same = {"epochs": 2, "validation": "none", "optimizer": "nesterov", "report_to": "none"}
+@pytest.mark.parametrize(
+    "name, own",
+    [*((name, {}) for name in NAMES), ("dcl", {"batches": "own", "redraw": "head", "every": 2})],
+    ids=str,
+)
+def test_resume_in_the_middle_of_an_epoch_gives_the_same_third_step(name, own, tmp_path):
+    same = own | {"epochs": 2, "validation": "none", "optimizer": "nesterov", "report_to": "none"}
     same["figures"] = False
     whole, first, second = Keep(), Keep(stop=2), Keep()
     wanted = train(name, whole, output_dir=tmp_path / "whole", **same)

@@ -270,7 +270,7 @@ def with_rampup(
     result = dict(weights)
     if epochs is None:
         return result
-    check_non_negative("rampup_epochs", epochs, "epochs; None is the papers' share of the run")
+    check_non_negative("rampup_epochs: length", epochs, "epochs of a ramp")
     for term in terms:
         weight = weights[term]
         if isinstance(weight, SigmoidRampUp):

@@ -85,7 +85,7 @@ def test_errors(call, words):
     (lambda: schedules.ExponentialDecay(rate=-1), "rate is -1; allowed"),
     (lambda: schedules.ExponentialDecay(cut=1), "cut is 1; allowed"),
     (lambda: schedules.RampUpAsCoded(0.0), "weight is 0.0; allowed: a finite number above 0"),
-    (lambda: with_rampup({"a": 0.0}, ["a"], "x"), "rampup_epochs is 'x'; allowed"),
+    (lambda: with_rampup({"a": 0.0}, ["a"], "x"), "rampup_epochs: length is 'x'"),
     (lambda: lr_factor("multistep", 10, milestones=[2.0]), "a milestone is 2.0; allowed"),
     (lambda: lr_factor("multistep", 10, gamma=-1), "gamma is -1; allowed"),
     (lambda: schedules.check_loss_weight(Linear), "weight is the class Linear; .*by calling"),

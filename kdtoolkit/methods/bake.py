@@ -77,7 +77,10 @@ class BAKE(Method):
             "omega", omega, minimum=0, below=1, meaning="share of the neighbours in a target"
         )
         check_whole_number(
-            "partners", partners, minimum=0, meaning="further images of the class of each image"
+            "partners of SameClass",
+            partners,
+            minimum=0,
+            meaning="further images of the class of each image",
         )
         self.weights = merge_weights("BAKE", TERMS, weights)
         self.batch_sampler = SameClass(partners) if partners != 0 else None

@@ -103,12 +103,12 @@ def _check_networks(networks: NetworksConfig) -> None:
 def _check_freeze(freeze: object) -> None:
     if freeze is None or (isinstance(freeze, str) and freeze.strip()):
         return
-    if isinstance(freeze, int):
-        check_whole_number("freeze", freeze, meaning="stages from the image")
-    elif not (isinstance(freeze, (list, tuple)) and freeze and all(map(_is_text, freeze))):
+    if type(freeze) is int and freeze > 0:
+        return
+    if not (isinstance(freeze, (list, tuple)) and freeze and all(map(_is_text, freeze))):
         raise ValueError(
-            f"freeze={describe_value(freeze)}: a number of stages from the image, a list of names "
-            "of modules, or 'backbone' (all but the classifier)"
+            f"freeze={describe_value(freeze)}: stages from the image as a number from 1, a "
+            "list of names of modules, or 'backbone' (all but the classifier)"
         )
 
 

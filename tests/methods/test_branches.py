@@ -353,7 +353,7 @@ def test_products_and_callbacks():
         strategy("okddip").export_candidates()[0] == ["student"]
         and len(strategy("okddip").networks()) == 4
     )
-    (teacher,) = strategy("pcl").callbacks
+    teacher, _ = strategy("pcl").callbacks
     assert (teacher.decay, teacher.learn_from, teacher.weight) == (
         None,
         "others",

@@ -413,7 +413,7 @@ def test_plain_numbers_are_written(tmp_path):
     ("--temperature inf", "temperature is inf; allowed: a finite number above 0"),
     ("--milestones 2.0", "a milestone is 2.0; allowed: a finite number from 0 up to 1"),
     ("--log-every 0", "log_every is 0; allowed: a whole number from 1"),
-    ("--freeze 0", "freeze is 0; allowed: a whole number from 1"),
+    ("--freeze 0", "freeze=0: stages from the image as a number from 1"),
     ("--grad-clip none --lr nan", "lr is nan; allowed"),
 ])  # fmt: skip
 def test_values_of_the_shell_are_refused_in_the_same_words(flags, words, capsys):

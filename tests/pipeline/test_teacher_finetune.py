@@ -539,7 +539,7 @@ def test_the_schedule_scales_every_rate_and_a_resumed_run_goes_on(digits, tmp_pa
     for step, seen in enumerate(rates.seen):
         assert seen == pytest.approx([0.1 * (1 - step / 4) * 0.5**depth for depth in (2, 1, 0)])
     first = next(row for row in whole.history if row["event"] == "train")
-    assert first["lr"] == pytest.approx(0.075)
+    assert first["lr"] == pytest.approx(0.1)  # of the step that was made, the first
     with pytest.raises(Interrupted):
         call(None, "cifar_resnet8", digits, callbacks=[Stop()], output_dir=tmp_path, **options)
     resumed = call(None, "cifar_resnet8", digits, output_dir=tmp_path, resume=True, **options)

@@ -11,7 +11,7 @@ classifier's input.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -23,8 +23,10 @@ from kdtoolkit.core.strategy import StrategyInputs
 from kdtoolkit.data.sampling import SameClass
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.feature_checks import check_logits
+from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.network_checks import check_inputs, check_tapped
+from kdtoolkit.methods.teacher_losses import LossBuilder, TeacherLosses
 from kdtoolkit.methods.terms import describe_weights, merge_weights, weights_at
 from kdtoolkit.models.embedding import EmbeddingHook
 from kdtoolkit.types import Batch, Clock, LossWeight, Step
@@ -87,6 +89,20 @@ class BAKE(Method):
         self.student, self.taps = student.model, student.select([])
         student.check_training_forward()
         self.embedding = EmbeddingHook.from_taps(student)
+        self.teacher_losses = TeacherLosses()
+
+    def add_teacher_losses(self, teachers: Sequence[Frozen], build: LossBuilder) -> None:
+        """Let the network learn from frozen teachers, too.
+
+        Args:
+            teachers: The frozen teachers.
+            build: Builds the losses between the network and the teachers.
+        """
+        self.teachers = tuple(teachers)
+        self.teacher_losses = TeacherLosses({"student": self.taps}, teachers, build)
+        self.teacher_losses.select_teacher_taps()
+        self.taps.select(self.teacher_losses.student_taps("student"))
+        self.taps.check_training_forward()
 
     def forward(self, batch: Batch, clock: Clock) -> Step:
         """Cross-entropy, and the KL divergence from the targets of the batch."""
@@ -97,6 +113,7 @@ class BAKE(Method):
             losses["ce"] = weights["ce"] * functional.ce(out.logits, batch["y"])
         if weights["bake"]:
             losses["bake"] = weights["bake"] * self._kd(out.logits, vectors)
+        losses |= self.teacher_losses({"student": out}, {"student": batch}, clock)
         return Step(losses, {"student": out.logits})
 
     def _kd(self, logits: Tensor, vectors: Tensor) -> Tensor:
@@ -107,7 +124,7 @@ class BAKE(Method):
 
     def loss_weights(self) -> Mapping[str, LossWeight]:
         """The weights of its losses."""
-        return self.weights
+        return {**self.weights, **self.teacher_losses.weights}
 
     def networks(self) -> dict[str, nn.Module]:
         """The network, "student"."""
@@ -121,6 +138,7 @@ class BAKE(Method):
         """Remove all hooks."""
         self.embedding.remove()
         self.taps.remove_hooks()
+        self.teacher_losses.release()
 
     def plan(self) -> MethodPlan:
         """Rows of losses, parameters, and what the sampling means for the length of an epoch."""
@@ -130,9 +148,10 @@ class BAKE(Method):
         ]
         group = 1 + self.partners
         note = f"batches of groups of {group}: an epoch has {group} times the steps"
+        counts = {"student": num_parameters(self.student)}
         return {
-            "losses": rows,
-            "parameters": {"student": num_parameters(self.student)},
+            "losses": rows + self.teacher_losses.plan_rows(),
+            "parameters": counts | self.teacher_losses.parameter_counts(),
             "notes": [note] if self.partners else [],
         }
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
+
+from kdtoolkit.types import TapKey
 
 
 class BranchOutputs(NamedTuple):
@@ -16,11 +19,13 @@ class BranchOutputs(NamedTuple):
             `reads_embeddings = True`.
         shared: The trunk's feature at the cut, in the network's own layout; None where every branch
             saw its own view.
+        feats: Features of every branch at its taps, by tap, those in front of the cut included.
     """
 
     logits: list[Tensor]
     embeddings: list[Tensor]
     shared: Tensor | None
+    feats: Sequence[Mapping[TapKey, Tensor]] = ()
 
 
 class BranchJoin(nn.Module):

@@ -15,6 +15,7 @@ from kdtoolkit.core.plan import MethodPlan, PlanRow
 from kdtoolkit.core.run_context import ExportCandidates
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.feature_checks import check_logits
+from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.branch_join import BranchJoin, BranchOutputs
 from kdtoolkit.methods.network_checks import (
@@ -23,6 +24,7 @@ from kdtoolkit.methods.network_checks import (
     check_same_architecture,
     list_networks,
 )
+from kdtoolkit.methods.teacher_losses import LossBuilder, TeacherLosses
 from kdtoolkit.methods.terms import describe_feature, describe_weights, merge_weights, weights_at
 from kdtoolkit.models.embedding import EmbeddingHook
 from kdtoolkit.models.network_cut import (
@@ -126,6 +128,7 @@ class Branches(Method):
         self._embeddings = (
             [EmbeddingHook.from_taps(t) for t in self._all_taps()] if reads_embeddings else []
         )
+        self.teacher_losses = TeacherLosses()
         self._is_released = False
 
     def _share_trunk(
@@ -149,9 +152,28 @@ class Branches(Method):
             p.numel() for p in tail_parameters(networks[0], parts).values()
         )
 
+    def add_teacher_losses(self, teachers: Sequence[Frozen], build: LossBuilder) -> None:
+        """Let every branch, as the complete network that it is, learn from frozen teachers, too.
+
+        A feature of the trunk is compared once for each branch, through an adapter of its own.
+
+        Args:
+            teachers: The frozen teachers.
+            build: Builds the losses between one branch and the teachers.
+        """
+        self.teachers = tuple(teachers)
+        taps = dict(zip(self.networks(), self._all_taps(), strict=True))
+        self.teacher_losses = TeacherLosses(taps, teachers, build)
+        self.teacher_losses.select_teacher_taps()
+        for name, tapped in taps.items():
+            tapped.select(
+                list(dict.fromkeys([*tapped.keys, *self.teacher_losses.student_taps(name)]))
+            )
+        self.taps.check_training_forward()
+
     # -------------------------------------------------------------------------------- training
     def forward(self, batch: Batch, clock: Clock) -> Step:
-        """Cross-entropy of every branch, and the losses of the join."""
+        """Cross-entropy of every branch, the losses of the join, and those of teachers."""
         outputs, labels = self._run_branches(batch), batch["y"]
         weights = weights_at(self.weights, clock)
         logits = self._by_name(outputs)
@@ -159,7 +181,24 @@ class Branches(Method):
         for name, z in logits.items():
             ce = functional.ce(z, labels, label_smoothing=self.label_smoothing)
             losses[loss_of(name)] = weights["ce"] * ce
-        return Step(losses | self._join_losses(outputs, labels, weights), logits)
+        losses |= self._join_losses(outputs, labels, weights)
+        return Step(losses | self._teacher_terms(outputs, batch, clock), logits)
+
+    def _teacher_terms(
+        self, outputs: BranchOutputs, batch: Batch, clock: Clock
+    ) -> dict[str, Tensor]:
+        outs = {
+            name: Out(logits, feats)
+            for name, logits, feats in zip(
+                self.networks(), outputs.logits, outputs.feats, strict=True
+            )
+        }
+        batches = {
+            name: batch if self.num_views == 1 else batch | {"x": batch["views"][:, k]}
+            for k, name in enumerate(outs)
+        }
+        terms: dict[str, Tensor] = self.teacher_losses(outs, batches, clock)
+        return terms
 
     def _join_losses(
         self, outputs: BranchOutputs, labels: Tensor, weights: Mapping[str, float]
@@ -192,12 +231,13 @@ class Branches(Method):
         first, embedding = self._run(0, self.taps, x)
         features = [first.feats[key] for key in self._boundary]
         self._scale_gradient(features)
-        logits, embeddings = [first.logits], [embedding]
+        logits, embeddings, feats = [first.logits], [embedding], [first.feats]
         for k, tail in enumerate(self._tails(), 1):
             out, embedding = self._run(k, tail.run, x, features)
             logits.append(out.logits)
             embeddings.append(embedding)
-        return BranchOutputs(logits, _without_none(embeddings), first.feats[self.cut])
+            feats.append({**first.feats, **out.feats})
+        return BranchOutputs(logits, _without_none(embeddings), first.feats[self.cut], feats)
 
     def _run_on_own_views(self, views: Sequence[Tensor]) -> BranchOutputs:
         """Every branch runs as the complete network that it is."""
@@ -207,12 +247,14 @@ class Branches(Method):
         ]
         logits: list[Tensor] = []
         embeddings: list[Tensor | None] = []
+        feats: list[Mapping[TapKey, Tensor]] = []
         for k, (network, x) in enumerate(zip(complete, views, strict=True)):
             out, embedding = self._run(k, network, x)
             self._scale_gradient([out.feats[key] for key in self._boundary])
             logits.append(out.logits)
             embeddings.append(embedding)
-        return BranchOutputs(logits, _without_none(embeddings), None)
+            feats.append(out.feats)
+        return BranchOutputs(logits, _without_none(embeddings), None, feats)
 
     def _run(self, k: int, call: Callable[..., Out], *args: Any) -> tuple[Out, Tensor | None]:
         """Output of branch k, and its embedding where the join reads these."""
@@ -234,7 +276,7 @@ class Branches(Method):
     # ------------------------------------------------------------------------------ evaluation
     def loss_weights(self) -> Mapping[str, LossWeight]:
         """The weights of its losses."""
-        return self.weights
+        return {**self.weights, **self.teacher_losses.weights}
 
     def networks(self) -> dict[str, nn.Module]:
         """Every branch as a complete network."""
@@ -278,6 +320,7 @@ class Branches(Method):
             taps.remove_hooks()
         for embedding in self._embeddings:
             embedding.remove()
+        self.teacher_losses.release()
         super().release()
 
     def plan(self) -> MethodPlan:
@@ -301,6 +344,8 @@ class Branches(Method):
         counts |= dict.fromkeys((f"tail of {name}" for name in self.networks()), behind_cut)
         if self.join is not None:
             counts[join_name] = num_parameters(self.join)
+        rows += self.teacher_losses.plan_rows()
+        counts |= self.teacher_losses.parameter_counts()
         place = describe_feature(self.taps.boundary_of(self.cut))
         notes = [f"the branches leave the trunk behind {place}"]
         return {"losses": rows, "parameters": counts, "notes": notes}

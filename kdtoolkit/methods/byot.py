@@ -27,9 +27,11 @@ from kdtoolkit.core.strategy import StrategyInputs
 from kdtoolkit.features.adapters import Adapter
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.feature_checks import check_logits
+from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.layout_conversion import as_map
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.network_checks import check_inputs, check_tapped
+from kdtoolkit.methods.teacher_losses import LossBuilder, TeacherLosses
 from kdtoolkit.methods.terms import describe_weights, merge_weights, weights_at
 from kdtoolkit.models.head import num_outputs
 from kdtoolkit.types import Batch, Clock, LossWeight, Out, Shape, Step
@@ -116,6 +118,7 @@ class BYOT(Method):
         self.exits = nn.ModuleDict(self._make_exits())
         student.select([*self.exit_stages, self.last_stage])
         student.check_training_forward()
+        self.teacher_losses = TeacherLosses()
 
     def _make_exits(self) -> dict[str, Exit]:
         classes = num_outputs(self.taps)
@@ -127,6 +130,19 @@ class BYOT(Method):
             for s in self.exit_stages
         }
 
+    def add_teacher_losses(self, teachers: Sequence[Frozen], build: LossBuilder) -> None:
+        """Let the network learn from frozen teachers, too.
+
+        Args:
+            teachers: The frozen teachers.
+            build: Builds the losses between the network and the teachers.
+        """
+        self.teachers = tuple(teachers)
+        self.teacher_losses = TeacherLosses({"student": self.taps}, teachers, build)
+        self.teacher_losses.select_teacher_taps()
+        self.taps.select([*self.taps.keys, *self.teacher_losses.student_taps("student")])
+        self.taps.check_training_forward()
+
     def forward(self, batch: Batch, clock: Clock) -> Step:
         """The four terms; one of weight 0 still reads the exits' parameters, as DDP requires."""
         out, labels = self.taps(self.preprocess(batch["x"])), batch["y"]
@@ -136,6 +152,7 @@ class BYOT(Method):
         for term, weight in weights.items():
             is_on = term in losses
             weighted[term] = weight * losses[term] if is_on else zero_loss(self.exits, out.logits)
+        weighted |= self.teacher_losses({"student": out}, {"student": batch}, clock)
         return Step(weighted, {"student": out.logits})
 
     def _losses(self, out: Out, labels: Tensor, weights: Mapping[str, float]) -> dict[str, Tensor]:
@@ -163,7 +180,7 @@ class BYOT(Method):
 
     def loss_weights(self) -> Mapping[str, LossWeight]:
         """The weights of its losses."""
-        return self.weights
+        return {**self.weights, **self.teacher_losses.weights}
 
     def networks(self) -> dict[str, nn.Module]:
         """The bare network, "student"."""
@@ -186,10 +203,13 @@ class BYOT(Method):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the network; the exits are not."""
         self.taps.compile()
+        for teacher in self.teachers:
+            teacher.compile()
 
     def release(self) -> None:
-        """Remove all hooks."""
+        """Remove all hooks, and give the teachers back as they were."""
         self.taps.remove_hooks()
+        self.teacher_losses.release()
 
     def plan(self) -> MethodPlan:
         """Rows of losses for the network and every exit, deepest first; parameters."""
@@ -201,7 +221,8 @@ class BYOT(Method):
             "student": num_parameters(self.student),
             "exits": num_parameters(self.exits),
         }
-        return {"losses": rows, "parameters": counts}
+        rows += self.teacher_losses.plan_rows()
+        return {"losses": rows, "parameters": counts | self.teacher_losses.parameter_counts()}
 
     def _exit_rows(
         self, stage: int, weights: Mapping[str, float | str], compared: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from kdtoolkit.core.loss import is_pair_of_taps
@@ -15,13 +16,14 @@ from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.features.stage_matching import pair_stages
-from kdtoolkit.methods.build_losses import build_losses
+from kdtoolkit.methods.build_losses import BuiltLosses, build_losses
 from kdtoolkit.methods.offline import OfflineDistillation
 from kdtoolkit.methods.resolve import (
     MethodSelection,
     ResolvedLosses,
     resolve_losses,
 )
+from kdtoolkit.methods.teacher_losses import LossBuilder, TakesTeacherLosses
 from kdtoolkit.models.module_checks import check_readable_features
 from kdtoolkit.models.reinit import reinitialised_copy
 from kdtoolkit.types import LossWeight, TapKey
@@ -92,16 +94,14 @@ def create_method(
     """
     resolved = _resolved(method, losses, options)
     if resolved.strategy is not None:
-        _check_strategy_call(resolved.strategy, teachers, layers)
-        return _build_strategy(
+        _check_strategy_call(resolved, resolved.strategy, teachers, layers)
+        made = _build_strategy(
             resolved, resolved.strategy, student, teachers, preprocess, image, make_network
         )
+        _add_teacher_losses(made, resolved, resolved.strategy, teachers, layers)
+        return made
     _check_loss_call(resolved, teachers, layers)
-
-    def layer_pairs(teacher: Frozen) -> list[tuple[TapKey, TapKey]]:
-        return resolve_layer_pairs(student, teacher, layers)
-
-    built = build_losses(resolved, student, teachers, layer_pairs)
+    built = _loss_builder(resolved, layers)(student, teachers)
     return OfflineDistillation(
         student,
         teachers,
@@ -128,10 +128,50 @@ def _resolved(
     return method
 
 
-def _check_strategy_call(
-    strategy: StrategySpec, teachers: Sequence[Frozen], layers: LayerPairs
+def _loss_builder(resolved: ResolvedLosses, layers: LayerPairs) -> LossBuilder:
+    """Builds the registered losses between a student and its teachers."""
+
+    def build(student: Taps, teachers: Sequence[Frozen]) -> BuiltLosses:
+        def layer_pairs(teacher: Frozen) -> list[tuple[TapKey, TapKey]]:
+            return resolve_layer_pairs(student, teacher, layers)
+
+        return build_losses(resolved, student, teachers, layer_pairs)
+
+    return build
+
+
+def _add_teacher_losses(
+    method: Method,
+    resolved: ResolvedLosses,
+    strategy: StrategySpec,
+    teachers: Sequence[Frozen],
+    layers: LayerPairs,
 ) -> None:
-    if layers != "auto":
+    """Add the losses that stand beside a strategy; its first weights are those without them."""
+    beside = resolved.beside_strategy()
+    if not beside.weights:
+        return
+    if not isinstance(method, TakesTeacherLosses):
+        raise ValueError(
+            f"{strategy.title} takes no losses beside its own terms, "
+            f"{', '.join(beside.weights)} given: leave them out, or give its method, a "
+            f"{type(method).__name__}, the function add_teacher_losses(teachers, build)"
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            method.add_teacher_losses(teachers, _loss_builder(beside, layers))
+    except BaseException:
+        method.release()
+        raise
+
+
+def _check_strategy_call(
+    resolved: ResolvedLosses,
+    strategy: StrategySpec,
+    teachers: Sequence[Frozen],
+    layers: LayerPairs,
+) -> None:
+    if layers != "auto" and not resolved.reads_features():
         raise ValueError(
             f"layers={layers!r} has no effect: this method pairs no features of a student and a "
             "teacher"
@@ -172,7 +212,7 @@ def _build_strategy(
         preprocess or Preprocess.from_model(student.model, image),
         make_network or _copies_of(student.model),
     )
-    return strategy.build(inputs, **resolved.options)
+    return strategy.build(inputs, **resolved.strategy_options())
 
 
 def _copies_of(network: nn.Module) -> NetworkMaker:

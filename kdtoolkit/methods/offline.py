@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from kdtoolkit.core.loss import DistillationLoss, zero_loss
 from kdtoolkit.core.method import Method, num_parameters
-from kdtoolkit.core.plan import ComparedTaps, MethodPlan, PlanRow, describe_tap
+from kdtoolkit.core.plan import MethodPlan, PlanRow
 from kdtoolkit.core.registries import METHODS
 from kdtoolkit.core.strategy import MethodSpec
 from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.feature_checks import check_logits
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.preprocess import Preprocess
+from kdtoolkit.methods.loss_rows import loss_rows
 from kdtoolkit.methods.terms import weights_at
 from kdtoolkit.schedules import describe_weight
 from kdtoolkit.types import Batch, Clock, LossWeight, Out, Step, TapKey
@@ -130,11 +131,7 @@ class OfflineDistillation(Method):
         for name, loss in self._named_losses():
             reads_teacher = loss.needs_teacher and self.teachers
             teacher = self.teachers[self.teacher_of[name]] if reads_teacher else None
-            start = PlanRow(loss=name, weight=describe_weight(self.weights[name]))
-            compared = loss.plan_rows()
-            rows += [start | _feature_columns(row, self.taps, teacher) for row in compared]
-            if not compared:
-                rows.append(start | _logits_columns(teacher))
+            rows += loss_rows(name, loss, describe_weight(self.weights[name]), self.taps, teacher)
         counts = {"student": num_parameters(self.student)}
         for number, teacher in enumerate(self.teachers):
             name = "teacher" if len(self.teachers) == 1 else f"teacher/{number}"
@@ -145,31 +142,3 @@ class OfflineDistillation(Method):
 
 def _distinct(keys: Iterable[TapKey]) -> list[TapKey]:
     return list(dict.fromkeys(keys))
-
-
-def _logits_columns(teacher: Frozen | None) -> PlanRow:
-    return {"student": "logits", "teacher": "labels" if teacher is None else "logits"}
-
-
-def _feature_columns(compared: ComparedTaps, student: Taps, teacher: Frozen | None) -> PlanRow:
-    """Taps, shapes and adapters of one pair of features."""
-    columns = describe_tap("student", student, compared["student"])
-    if teacher is not None:
-        columns |= describe_tap("teacher", teacher, compared["teacher"])
-    adapter = compared.get("adapter")
-    entry = list(
-        compared.get("entry") or ()
-    )  # in front of a reset stage, one for each input tensor
-    names = [] if adapter is None else [_adapter_name(adapter)]
-    if entry:
-        times = f" x {len(entry)}" if len(entry) > 1 else ""
-        names.append(f"entry {_adapter_name(entry[0])}{times}")
-    if names:
-        modules = entry if adapter is None else [adapter, *entry]
-        columns["adapter"] = " + ".join(names)
-        columns["adapter_parameters"] = sum(map(num_parameters, modules))
-    return columns
-
-
-def _adapter_name(adapter: nn.Module) -> str:
-    return "identity" if getattr(adapter, "is_identity", False) else type(adapter).__name__

@@ -13,7 +13,9 @@ from kdtoolkit.core.method import Method, num_parameters
 from kdtoolkit.core.plan import MethodPlan, PlanRow
 from kdtoolkit.core.run_context import ExportCandidates
 from kdtoolkit.data.sampling import OwnBatches
+from kdtoolkit.features.extractor import Taps
 from kdtoolkit.features.feature_checks import check_logits
+from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.network_checks import (
     check_different_weights,
@@ -23,8 +25,9 @@ from kdtoolkit.methods.network_checks import (
     parameter_shapes,
 )
 from kdtoolkit.methods.network_placement import NetworkPlacement
+from kdtoolkit.methods.teacher_losses import LossBuilder, TeacherLosses, term_of
 from kdtoolkit.schedules import check_loss_weight, describe_weight, weight_at
-from kdtoolkit.types import Batch, Clock, LossWeight, Step
+from kdtoolkit.types import Batch, Clock, LossWeight, Out, Step
 from kdtoolkit.utils import distributed
 from kdtoolkit.utils.validation import check_choice, check_flag, check_number
 
@@ -101,6 +104,8 @@ class Peers(Method):
         self.peers = nn.ModuleDict({name_of(k): net for k, net in enumerate(networks)})
         self.weight, self.label_smoothing = weight, label_smoothing
         self.placement = NetworkPlacement(len(networks), spread)
+        self.teacher_losses = TeacherLosses()
+        self.image = image
         self.num_views = len(networks) if views else 1
         self.own_batches = batches == "own"
         if self.own_batches:
@@ -111,25 +116,50 @@ class Peers(Method):
             name: Preprocess.from_model(net, image) for name, net in self.networks().items()
         }
 
+    def add_teacher_losses(self, teachers: Sequence[Frozen], build: LossBuilder) -> None:
+        """Let every network learn from frozen teachers, too, on the images that it sees itself.
+
+        Args:
+            teachers: The frozen teachers.
+            build: Builds the losses between one network and the teachers.
+        """
+        taps = {
+            name: Taps(net, None, self.preprocess[name].size or self.image)
+            for name, net in self.networks().items()
+        }
+        self.teachers = tuple(teachers)
+        self.teacher_losses = TeacherLosses(taps, teachers, build)
+        self.teacher_losses.select_teacher_taps()
+        for name, tapped in taps.items():
+            tapped.select(self.teacher_losses.student_taps(name))
+            tapped.check_training_forward()
+
     # -------------------------------------------------------------------------------- training
     def forward(self, batch: Batch, clock: Clock) -> Step:
-        """Cross-entropy of every network."""
-        logits = self.train_logits(batch)
+        """Cross-entropy of every network, and what it learns from teachers."""
+        batches = {name: self._batch_of(k, batch) for k, name in enumerate(self.peers)}
+        outs = self._run_networks(batches)
+        logits = self._gather({name: out.logits for name, out in outs.items()})
         weight = weight_at(self.weight, clock, "ce")
         losses = {
-            loss_of(name): weight * self._ce(z, self._labels(batch, k))
-            for k, (name, z) in enumerate(logits.items())
+            loss_of(name): weight * self._ce(z, batches[name]["y"]) for name, z in logits.items()
         }
-        return Step(losses, logits)
+        return Step(losses | self._teacher_terms(outs, batches, clock), logits)
 
-    def _labels(self, batch: Batch, k: int) -> Tensor:
-        return batch["y"][k :: len(self.peers)] if self.own_batches else batch["y"]
-
-    def _images(self, batch: Batch, k: int) -> Tensor:
-        """What network k sees."""
-        if self.own_batches:
-            return batch["x"][k :: len(self.peers)]
-        return batch["x"] if self.num_views == 1 else batch["views"][:, k]
+    def _teacher_terms(
+        self, outs: Mapping[str, Out], batches: Mapping[str, Batch], clock: Clock
+    ) -> dict[str, Tensor]:
+        """The terms of all networks; those of other processes' networks without gradient."""
+        keys = list(self.teacher_losses.weights)
+        terms: dict[str, Tensor] = self.teacher_losses(outs, batches, clock)
+        if not keys or not self.placement.is_spread:
+            return terms
+        own = {n: torch.stack([terms[term_of(k, n)].float() for k in keys]) for n in outs}
+        return {
+            term_of(key, name): value
+            for name, values in self._gather(own).items()
+            for key, value in zip(keys, values, strict=True)
+        }
 
     def _ce(self, logits: Tensor, labels: Tensor) -> Tensor:
         if not self.uses_unlabelled:
@@ -147,28 +177,67 @@ class Peers(Method):
             Logits in the order of the networks, each computed from the same random state; those of
             other processes' networks without gradient.
         """
+        batches = {name: self._batch_of(k, batch) for k, name in enumerate(self.peers)}
+        outs = self._run_networks(batches)
+        return self._gather({name: out.logits for name, out in outs.items()})
+
+    def _run_networks(self, batches: Mapping[str, Batch]) -> dict[str, Out]:
+        """What every network of this process gives for its images."""
         seed = torch.initial_seed()
-        logits: dict[str, Tensor] = {}
+        outs: dict[str, Out] = {}
         for k, name in enumerate(self.peers):
             if self.placement.is_local(k):
                 torch.manual_seed(seed)  # dropout as if the network were alone
-                logits[name] = self.logits(name, self._images(batch, k))
-        return self.placement.gather_logits(logits, list(self.peers))
+                outs[name] = self._run(name, batches[name]["x"])
+        return outs
+
+    def _run(self, name: str, x: Tensor) -> Out:
+        taps = self.teacher_losses.taps.get(name)
+        return Out(self.logits(name, x), {}) if taps is None else taps(self.preprocess[name](x))
+
+    def _batch_of(self, k: int, batch: Batch) -> Batch:
+        """What network k sees: its own rows, its own view, or the whole batch."""
+        if self.own_batches:
+            found = batch.copy()
+            for name in ("x", "y", "index"):
+                if name in batch:
+                    found[name] = batch[name][k :: len(self.peers)]  # type: ignore[literal-required]
+            return found
+        return batch if self.num_views == 1 else batch | {"x": batch["views"][:, k]}
+
+    def _gather(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.placement.gather_logits(local, list(self.peers))
 
     def clip_groups(self) -> list[list[nn.Parameter]]:
         """One group for each network of this process."""
-        networks = enumerate(self.peers.values())
-        return [list(net.parameters()) for k, net in networks if self.placement.is_local(k)]
+        names = [name for k, name in enumerate(self.peers) if self.placement.is_local(k)]
+        return [[p for part in self._parts_of(name) for p in part.parameters()] for name in names]
+
+    def _parts_of(self, name: str) -> list[nn.Module]:
+        """A network, and the losses with its adapters."""
+        losses = [self.teacher_losses[name]] if name in self.teacher_losses else []
+        return [self.peers[name], *losses]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile every network."""
-        for net in self.peers.values():
-            net.compile()
+        for name, net in self.peers.items():
+            taps = self.teacher_losses.taps.get(name)
+            if taps is None:
+                net.compile()
+            else:
+                taps.compile()
+        for teacher in self.teachers:
+            teacher.compile()
+
+    def release(self) -> None:
+        """Remove all hooks, and give the teachers back as they were."""
+        self.teacher_losses.release()
+        super().release()
 
     # ------------------------------------------------------------------------------ evaluation
     def loss_weights(self) -> Mapping[str, LossWeight]:
         """The weights of its losses."""
-        return {"ce": self.weight}
+        return {"ce": self.weight, **self.teacher_losses.weights}
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks by name: "student", "peer1", ..."""
@@ -194,6 +263,8 @@ class Peers(Method):
             for name in self.peers
         ]
         counts = {name: num_parameters(net) for name, net in self.peers.items()}
+        rows += self.teacher_losses.plan_rows()
+        counts |= self.teacher_losses.parameter_counts()
         return {"losses": rows, "parameters": counts, "notes": self._plan_notes()}
 
     def _plan_notes(self) -> list[str]:
@@ -239,7 +310,7 @@ class Peers(Method):
         return {
             name: parameter
             for name, parameter in self.named_parameters()
-            if name.split(".")[1] in local  # "peers.<network>.<parameter>"
+            if name.split(".")[1] in local  # "peers.<network>...", "teacher_losses.<network>..."
         }
 
     def sync(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -250,11 +321,13 @@ class Peers(Method):
         """
         if not self.networks_per_process:
             return
-        for k, net in enumerate(self.peers.values()):
-            source = self.placement.process_of(k)
-            distributed.broadcast_parameters(source, [*net.parameters(), *net.buffers()])
+        for k, name in enumerate(self.peers):
+            source, parts = self.placement.process_of(k), self._parts_of(name)
+            parameters = [p for part in parts for p in part.parameters()]
+            buffers = [b for part in parts for b in part.buffers()]
+            distributed.broadcast_parameters(source, [*parameters, *buffers])
             if optimizer is not None:
-                distributed.broadcast_optimizer_state(source, optimizer, list(net.parameters()))
+                distributed.broadcast_optimizer_state(source, optimizer, parameters)
 
 
 def name_of(k: int) -> str:

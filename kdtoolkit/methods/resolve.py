@@ -10,7 +10,7 @@ from typing import Any
 from kdtoolkit import losses as _losses  # noqa: F401  (registers every loss)
 from kdtoolkit.core.loss import DistillationLoss
 from kdtoolkit.core.registries import LOSSES, METHODS
-from kdtoolkit.core.strategy import StrategySpec
+from kdtoolkit.core.strategy import MethodSpec, StrategySpec
 from kdtoolkit.schedules import check_loss_weight
 from kdtoolkit.types import LossWeight
 from kdtoolkit.utils.registry import keyword_options, suggestion
@@ -27,8 +27,8 @@ class ResolvedLosses:
     """The losses of a run with their weights and options, all checked.
 
     Attributes:
-        weights: Name of a loss (of a strategy: of one of its terms) and its weight, a number or a
-            schedule. The total is their weighted sum.
+        weights: Name of a loss (of a strategy: of one of its terms, or of a loss beside it) and its
+            weight, a number or a schedule. The total is their weighted sum.
         options: Options by name; each is taken by at least one of the losses, or by the strategy.
         strategy: The strategy, or None for losses between one student and its teachers.
         loss_objects: Losses that were given as objects, by name.
@@ -55,18 +55,28 @@ class ResolvedLosses:
         return {name: value for name, value in self.options.items() if name in allowed}
 
     def names_to_build(self) -> list[str]:
-        """Names of the registered losses; those that were given as objects are built already."""
-        return [name for name in self.weights if name not in self.loss_objects]
+        """Names of the registered losses; objects and a strategy's own terms are built already."""
+        built = [*self.loss_objects, *(self.strategy.losses if self.strategy else ())]
+        return [name for name in self.weights if name not in built]
+
+    def beside_strategy(self) -> ResolvedLosses:
+        """The registered losses beside the strategy, as those of one student and its teachers."""
+        weights = {name: self.weights[name] for name in self.names_to_build()}
+        return ResolvedLosses(weights, self.options, None, {})
+
+    def strategy_options(self) -> dict[str, Any]:
+        """The options that the strategy takes, of those that were given."""
+        allowed = {} if self.strategy is None else self.strategy.options
+        return {name: value for name, value in self.options.items() if name in allowed}
 
     def losses_with_teacher(self) -> list[str]:
-        """Names of the losses that read a teacher; empty for a strategy, which says so itself."""
-        if self.strategy is not None:
-            return []
-        return [name for name in self.weights if self._loss(name).needs_teacher]
+        """Names of the losses that read a teacher, without the terms of a strategy."""
+        names = [*self.names_to_build(), *self.loss_objects]
+        return [name for name in self.weights if name in names and self._loss(name).needs_teacher]
 
     def reads_features(self) -> bool:
         """Whether a registered loss compares features, so that `layers` has an effect."""
-        return self.strategy is None and any(LOSSES[n].needs_taps for n in self.names_to_build())
+        return any(LOSSES[n].needs_taps for n in self.names_to_build())
 
     def _loss(self, name: str) -> DistillationLoss | type[DistillationLoss]:
         return self.loss_objects[name] if name in self.loss_objects else LOSSES[name]
@@ -92,8 +102,8 @@ def resolve_losses(
 
     Raises:
         ValueError: For an unknown method, loss or option (with the nearest names), for a weight
-            that is no number from 0 and no schedule, if all weights are 0, or if a strategy stands
-            beside other names.
+            that is no number from 0 and no schedule, if all weights are 0, or for two strategies,
+            or loss objects beside one.
     """
     strategy = find_strategy(method)
     loss_objects = _loss_objects(method)
@@ -107,7 +117,7 @@ def resolve_losses(
         weights.setdefault(name, 1.0)
     for name, weight in weights.items():
         if name not in loss_objects:
-            _check_loss_name(name, strategy)
+            check_loss_name(name, strategy)
         _check_weight(name, weight)
         weights[name] = plain_scalar(weight)  # type: ignore[assignment]
     if all(not callable(weight) and weight == 0 for weight in weights.values()):
@@ -125,23 +135,29 @@ def default_losses(method: MethodSelection) -> dict[str, LossWeight]:
 
     Returns:
         Weights by loss; of several names all their losses, one that two names share with the weight
-        of the first. A loss that is already built has weight 1, beside a cross-entropy of weight 1.
+        of the first. A strategy's own terms keep its weights. A loss that is already built has
+        weight 1, beside a cross-entropy of weight 1.
 
     Raises:
-        ValueError: For an unknown name, with the nearest ones, or an empty list.
+        ValueError: For an unknown name, with the nearest ones, an empty list, or a name that adds
+            no loss to a strategy.
     """
     parts = _parts(method)
     if not parts:
         raise ValueError(f"method=[] names nothing; known: {', '.join(METHODS.names())}")
-    find_strategy(method)
+    strategy = find_strategy(method)
     weights: dict[str, LossWeight] = {}
     for part in parts:
         if isinstance(part, DistillationLoss):
             weights.setdefault("ce", 1.0)
             weights[loss_name(part)] = 1.0
-        else:
-            weights = {**METHODS[part].losses, **weights}
-    return weights
+            continue
+        spec = METHODS[part]
+        if strategy not in (None, spec):
+            _check_adds_a_loss(part, spec, strategy)
+        weights = {**spec.losses, **weights}
+    own = {} if strategy is None else strategy.losses
+    return {**own, **weights, **own}
 
 
 def find_strategy(method: MethodSelection) -> StrategySpec | None:
@@ -154,20 +170,39 @@ def find_strategy(method: MethodSelection) -> StrategySpec | None:
         The strategy, or None where no name stands for one.
 
     Raises:
-        ValueError: If a strategy stands beside other names.
+        ValueError: For two strategies, or a loss object beside one.
     """
     parts = _parts(method)
-    for part in parts:
-        spec = METHODS[part] if isinstance(part, str) and part in METHODS else None
-        if not isinstance(spec, StrategySpec):
-            continue
-        if len(parts) > 1:
-            raise ValueError(
-                f"method={parts!r}: {part!r} is a strategy, which builds its own networks and "
-                "cannot be combined with other names; pass what else joins them as callbacks=[...]"
-            )
-        return spec
-    return None
+    names = [part for part in parts if isinstance(part, str) and part in METHODS]
+    found = {name: spec for name in names if isinstance(spec := METHODS[name], StrategySpec)}
+    if not found:
+        return None
+    if len(found) > 1:
+        raise ValueError(
+            f"method={parts!r}: {' and '.join(map(repr, found))} are strategies, which build their "
+            "own networks: name one of them, beside any registered losses; pass what else joins "
+            "its networks as callbacks=[...]"
+        )
+    name, spec = found.popitem()
+    objects = [loss_name(part) for part in parts if isinstance(part, DistillationLoss)]
+    if objects:
+        raise ValueError(
+            f"method holds {objects[0]!r} as an object: {name!r} is a strategy, which builds its "
+            "own networks, and an object has the taps and adapters of one student; give its "
+            "registered name"
+        )
+    return spec
+
+
+def _check_adds_a_loss(part: str, spec: MethodSpec, strategy: StrategySpec | None) -> None:
+    """ValueError for a name whose losses are all terms of the strategy beside it."""
+    terms = [] if strategy is None else list(strategy.losses)
+    if any(loss not in terms for loss in spec.losses):
+        return
+    raise ValueError(
+        f"method names {part!r} beside a strategy whose own terms are {', '.join(terms)}: it adds "
+        "no loss to them. Leave it out, and change their weights with losses={...}"
+    )
 
 
 def method_options(method: str) -> list[str]:
@@ -240,13 +275,24 @@ def _loss_objects(method: MethodSelection) -> dict[str, DistillationLoss]:
     return dict(zip(names, given, strict=True))
 
 
-def _check_loss_name(name: str, strategy: StrategySpec | None) -> None:
+def check_loss_name(name: str, strategy: StrategySpec | None) -> None:
+    """Check that a loss is registered, or a term of the strategy.
+
+    Args:
+        name: Name of the loss.
+        strategy: The strategy, or None.
+
+    Raises:
+        ValueError: If it is neither, with the nearest names.
+    """
     if strategy is None:
         LOSSES[name]
-    elif name not in strategy.losses:
-        hint = suggestion(str(name), strategy.losses) or "."
+    elif name not in strategy.losses and name not in LOSSES:
+        registered = [loss for loss in LOSSES.names() if loss not in strategy.losses]
+        hint = suggestion(str(name), [*strategy.losses, *registered]) or "."
         raise ValueError(
-            f"unknown loss {name!r}{hint} This method has: {', '.join(strategy.losses)}"
+            f"unknown loss {name!r}{hint} This method has: {', '.join(strategy.losses)}; beside "
+            f"them it takes {', '.join(registered)}"
         )
 
 
@@ -266,7 +312,10 @@ def _check_options(
     strategy: StrategySpec | None,
     argument_names: Sequence[str],
 ) -> None:
-    allowed = list(strategy.options) if strategy is not None else _options_of_losses(losses)
+    allowed = _options_of_losses(losses)
+    if strategy is not None:
+        beside = _options_of_losses(name for name in losses if name not in strategy.losses)
+        allowed = list(dict.fromkeys([*strategy.options, *beside]))
     unknown = [name for name in options if name not in allowed]
     if not unknown:
         return

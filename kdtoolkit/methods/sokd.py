@@ -15,8 +15,8 @@ teacher itself stays as it is).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from kdtoolkit.features.feature_checks import check_logits
 from kdtoolkit.features.frozen import Frozen
 from kdtoolkit.features.preprocess import Preprocess
 from kdtoolkit.methods.network_checks import check_inputs, check_tapped
+from kdtoolkit.methods.teacher_losses import LossBuilder, TeacherLosses
 from kdtoolkit.methods.terms import describe_feature, describe_weights, merge_weights, weights_at
 from kdtoolkit.methods.train_mode_teacher import TrainModeTeacher
 from kdtoolkit.models.head import num_outputs
@@ -122,6 +123,34 @@ class SOKD(Method):
         student.select(read)
         teacher.select(self._boundary)
         student.check_training_forward()
+        self.teacher_losses = TeacherLosses()
+
+    def add_teacher_losses(self, teachers: Sequence[Frozen], build: LossBuilder) -> None:
+        """Let the student learn from the branch by further losses, on features or logits.
+
+        In front of the cut the branch's features are those of the frozen teacher. Targets are
+        detached.
+
+        Args:
+            teachers: Its teacher.
+            build: Builds the losses between the student and the branch.
+
+        Raises:
+            ValueError: For a loss that runs its teacher's stages on the student's features.
+        """
+        branch = cast("Frozen", BranchAsTeacher(self.branch.taps))
+        self.teacher_losses = TeacherLosses({"student": self.taps}, [branch], build)
+        read = self.teacher_losses.teacher_taps(0)
+        cut = branch.boundary_of(self.branch.stage).returned_at
+        front = [key for key in read if branch.boundary_of(key).returned_at <= cut]
+        trunk = self.teachers[0] if self.drift is None else self.drift.taps
+        for taps, keys in (
+            (trunk, [*self._boundary, *front]),
+            (self.branch.taps, [*self.branch.taps.keys, *(k for k in read if k not in front)]),
+            (self.taps, [*self.taps.keys, *self.teacher_losses.student_taps("student")]),
+        ):
+            taps.select(list(dict.fromkeys(keys)))
+        self.taps.check_training_forward()
 
     def forward(self, batch: Batch, clock: Clock) -> Step:
         """The terms of student and branch, and "feature" where its weight is not 0."""
@@ -138,10 +167,15 @@ class SOKD(Method):
             temperature=self.temperature,
         )
         if self.adapter is not None:
-            (feature,) = student.feats.values()
-            target = branch.feats[self.branch.taps.keys[-1]].detach()
+            feature = student.feats[self.taps.resolve_key(-1)]
+            target = branch.feats[self.branch.taps.resolve_key(-1)].detach()
             losses["feature"] = functional.fitnet(self.adapter(feature), target)
         weighted = {name: weights[name] * loss for name, loss in losses.items()}
+        feats = {k: f.detach() for k, f in {**teacher.feats, **branch.feats}.items()}
+        target_out = Out(branch.logits.detach(), feats)
+        weighted |= self.teacher_losses(
+            {"student": student}, {"student": batch}, clock, lambda number, x: target_out
+        )
         return Step(weighted, {"student": student.logits, "branch": branch.logits})
 
     def _prepare(self, x: Tensor) -> Tensor:
@@ -158,7 +192,7 @@ class SOKD(Method):
     # ------------------------------------------------------------------------------ evaluation
     def loss_weights(self) -> Mapping[str, LossWeight]:
         """The weights of its losses."""
-        return self.weights
+        return {**self.weights, **self.teacher_losses.weights}
 
     def networks(self) -> dict[str, nn.Module]:
         """The student, and the teacher with the branch in place of its last stage."""
@@ -217,6 +251,9 @@ class SOKD(Method):
             "branch": num_parameters(self.branch),
             "teacher": num_parameters(teacher.model),
         }
+        rows += self.teacher_losses.plan_rows(teacher_name="branch")
+        if len(self.teacher_losses):
+            counts["adapters"] = num_parameters(self.teacher_losses)
         end = teacher.boundary_of(self.branch.stage)
         note = f"the branch leaves the teacher behind {describe_feature(end)}"
         return {"losses": rows, "parameters": counts, "notes": [note]}
@@ -229,6 +266,26 @@ class SOKD(Method):
         row["adapter"] = "identity" if adapter.is_identity else "Adapter"
         row["adapter_parameters"] = num_parameters(adapter)
         return row
+
+
+class BranchAsTeacher(Taps):
+    """The structure of SOKD's branch, as a complete network, for losses between it and the student.
+
+    Args:
+        taps: Taps of the branch.
+    """
+
+    def __init__(self, taps: Taps) -> None:
+        super().__init__(taps.model, None, taps.size)
+        self._trace, self._stages = taps.trace, taps.stages
+
+    def check_replaceable(self, key: TapKey) -> None:
+        """Refuse every tap: the branch is trained, and would learn from this loss."""
+        raise ValueError(
+            "SOKD's branch is a trained network, whose stages a loss cannot run on the student's "
+            "features: choose a loss that only compares features, such as at, sp or fitnet, or "
+            "srkd with reset=()"
+        )
 
 
 @register_strategy(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdtoolkit.callbacks.progress import ProgressLog
 from kdtoolkit.core.callback import Callback
+from kdtoolkit.core.loss import DistillationLoss
 from kdtoolkit.core.method import Method
 from kdtoolkit.core.registries import LOSSES
 from kdtoolkit.core.strategy import StrategySpec
@@ -25,11 +26,17 @@ from kdtoolkit.data.options import (
 )
 from kdtoolkit.data.splits import check_validation
 from kdtoolkit.methods.factory import check_layers
-from kdtoolkit.methods.resolve import ResolvedLosses, find_strategy, resolve_losses
+from kdtoolkit.methods.resolve import (
+    ResolvedLosses,
+    check_loss_name,
+    default_losses,
+    find_strategy,
+    resolve_losses,
+)
 from kdtoolkit.pipeline.config import FIELD_NAMES, DistillConfig
 from kdtoolkit.pipeline.networks import as_list
 from kdtoolkit.pipeline.teachers import check_head_names
-from kdtoolkit.utils.registry import keyword_defaults
+from kdtoolkit.utils.registry import keyword_defaults, keyword_options
 from kdtoolkit.utils.validation import check_flag, describe_value
 
 if TYPE_CHECKING:
@@ -65,7 +72,7 @@ def resolve_method(config: DistillConfig) -> ResolvedLosses | None:
     check_layers(config.loss.layers)
     strategy, options = find_strategy(method), dict(config.loss.options or {})
     if strategy is not None:
-        _check_strategy(strategy, config)
+        _check_strategy(strategy, _losses_beside(strategy, config), config)
     if config.loss.temperature is not None:
         options["temperature"] = config.loss.temperature
     resolved = resolve_losses(method, config.loss.losses, options, argument_names=FIELD_NAMES)
@@ -99,17 +106,39 @@ def _check_no_teacher_options(config: DistillConfig, method: object) -> None:
             )
 
 
-def _check_strategy(strategy: StrategySpec, config: DistillConfig) -> None:
+def _losses_beside(strategy: StrategySpec, config: DistillConfig) -> list[type[DistillationLoss]]:
+    """The registered losses beside a strategy."""
+    method, losses = config.loss.method, config.loss.losses
+    assert not isinstance(method, Method)
+    names = losses if isinstance(losses, Mapping) else default_losses(method)
+    for name in names:
+        check_loss_name(name, strategy)
+    return [LOSSES[name] for name in names if name not in strategy.losses]
+
+
+def _check_strategy(
+    strategy: StrategySpec, beside: Sequence[type[DistillationLoss]], config: DistillConfig
+) -> None:
     method, networks = config.loss.method, config.networks
+    wanting = [loss.registered for loss in beside if loss.needs_teacher]
     if strategy.needs_teacher and networks.teacher is None:
         raise ValueError(f"method {method!r} needs a teacher and teacher=None: pass a model")
-    if not strategy.needs_teacher and networks.teacher is not None:
+    if wanting and networks.teacher is None:
         raise ValueError(
-            f"method {method!r} uses no teacher, its networks teach each other: pass teacher=None"
+            f"method {method!r} needs a teacher for {', '.join(map(repr, wanting))} and "
+            "teacher=None: pass a model, or leave these losses out"
+        )
+    if not (strategy.needs_teacher or wanting) and networks.teacher is not None:
+        raise ValueError(
+            f"method {method!r} uses no teacher, its networks teach each other: pass teacher=None, "
+            "or name a loss of a teacher beside it, such as method=['kd', 'dml']"
         )
     if networks.teacher is None:
         _check_no_teacher_options(config, method)
-    if config.loss.temperature is not None and "temperature" not in strategy.options:
+    options = list(strategy.options)
+    for loss in beside:
+        options += keyword_options(loss.__init__)
+    if config.loss.temperature is not None and "temperature" not in options:
         raise ValueError(f"temperature has no effect: method {method!r} has none")
     for name, value in (
         ("freeze", networks.freeze),
@@ -135,13 +164,13 @@ def resolve_temperature(config: DistillConfig, resolved: ResolvedLosses | None) 
     """
     if config.loss.temperature is not None or resolved is None:
         return config.loss.temperature
-    if resolved.strategy is not None:
-        return resolved.strategy.options.get("temperature")
+    strategy_options = {} if resolved.strategy is None else resolved.strategy.options
     defaults = {
         options["temperature"]
         for name in resolved.names_to_build()
         if "temperature" in (options := keyword_defaults(LOSSES[name].__init__))
     }
+    defaults |= {value for name, value in strategy_options.items() if name == "temperature"}
     return defaults.pop() if len(defaults) == 1 else None
 
 

@@ -128,8 +128,9 @@ class LossConfig:
     """What is learned from the teacher, the labels and the other networks.
 
     Attributes:
-        method: A name that `kdtoolkit methods` lists, several names, `DistillationLoss` objects, or
-            a `Method` (its networks are student and teacher then); "none" is plain training.
+        method: A name that `kdtoolkit methods` lists, several names (losses, or losses beside one
+            strategy), `DistillationLoss` objects, or a `Method` (its networks are student and
+            teacher then); "none" is plain training.
         layers: Pairs of taps (student, teacher), taps being stage numbers from 1 or module names;
             "auto" pairs stages.
         losses: The whole sum, as loss=weight; a weight may be a schedule (`kdtoolkit.schedules`).

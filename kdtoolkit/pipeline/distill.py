@@ -192,8 +192,9 @@ def distill(
         columns: Columns (image, label) of a Hugging Face data set or parquet files, None for one
             that is to be found. Default: the image by its type, the label by its name (label,
             class, target, ...), else by its type; text becomes classes.
-        method: A name that `kdtoolkit methods` lists, several names, `DistillationLoss` objects, or
-            a `Method` (its networks are student and teacher then); "none" is plain training.
+        method: A name that `kdtoolkit methods` lists, several names (losses, or losses beside one
+            strategy), `DistillationLoss` objects, or a `Method` (its networks are student and
+            teacher then); "none" is plain training.
         layers: Pairs of taps (student, teacher), taps being stage numbers from 1 or module names;
             "auto" pairs stages.
         losses: The whole sum, as loss=weight; a weight may be a schedule (`kdtoolkit.schedules`).

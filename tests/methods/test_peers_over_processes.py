@@ -28,8 +28,11 @@ import torch
 import kdtoolkit
 from kdtoolkit import Callback, distill
 from kdtoolkit.callbacks import DCLMerger, DecayingEnsemble, EMATeacher, MutualKL
-from kdtoolkit.utils.signals import Interrupted
+from kdtoolkit.features.frozen import Frozen
+from kdtoolkit.losses import FitNet, KD
 from kdtoolkit.methods import Peers
+from kdtoolkit.methods.build_losses import BuiltLosses
+from kdtoolkit.utils.signals import Interrupted
 
 torch.set_num_threads(1)
 root, stop, spread = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "spread"
@@ -38,6 +41,18 @@ nets = []
 for seed in range(2):
     torch.manual_seed(seed)
     nets.append(timm.create_model("cifar_resnet8", num_classes=10, drop_rate=0.1))
+teacher = timm.create_model("cifar_wrn16_1", num_classes=10)
+
+
+def with_adapters(student, teachers):
+    losses = {
+        "kd": KD(student, teachers[0]), "fitnet": FitNet(student, teachers[0], [(2, 2)], hint=1),
+    }
+    return BuiltLosses(losses, {"kd": 0.5, "fitnet": 2.0}, {"kd": 0, "fitnet": 0})
+
+
+peers = Peers(nets, spread=spread, image=(16, 16))
+peers.add_teacher_losses([Frozen(teacher, None, 16, image=(16, 16))], with_adapters)
 
 
 class Watch(Callback):
@@ -58,10 +73,10 @@ ema, decaying = EMATeacher(0.3, decay=0.9), DecayingEnsemble(0.3, rate=0.1)
 strategies = [MutualKL(0.5), DCLMerger(3), ema, decaying]
 try:
     result = distill(
-        None, None, "digits", method=Peers(nets, spread=spread), callbacks=[*strategies, watch],
+        None, None, "digits", method=peers, callbacks=[*strategies, watch],
         epochs=2, lr=0.05, batch_size=32, train_limit=256, validation=64, num_workers=0,
         output_dir=root / "run", resume="auto", grad_clip=1.0, progress="off", keep="all",
-        figures=False,
+        figures=False, allow_weak_teacher=True,
     )
 except Interrupted as error:
     print("interrupted", error, flush=True)
@@ -189,23 +204,24 @@ class Watch(Callback):
 
 
 kept = {}
-for name in list_methods():
-    if not isinstance(METHODS[name], StrategySpec):
-        continue
+strategies = [name for name in list_methods() if isinstance(METHODS[name], StrategySpec)]
+beside = (["kd", "fitnet", "dml"], ["fitnet", "one"], ["sokd", "fitnet"])
+for method in (*strategies, *beside):
+    name = method if isinstance(method, str) else next(m for m in method if m in strategies)
     watch = Watch()
     torch.manual_seed(5)
     teacher = None
-    if METHODS[name].needs_teacher:
+    if METHODS[name].needs_teacher or name != method:
         teacher = timm.create_model("cifar_resnet14", num_classes=10)
     own = {"spread": False} if "spread" in METHODS[name].options else {}
     result = distill(
-        teacher, "cifar_resnet8", "digits", method=name, max_steps=2, batch_size=32, train_limit=64,
-        validation="none", num_workers=0, progress="off", callbacks=[watch], eval_test="end",
-        allow_weak_teacher=True, **own,
+        teacher, "cifar_resnet8", "digits", method=method, max_steps=2, batch_size=32,
+        train_limit=64, validation="none", num_workers=0, progress="off", callbacks=[watch],
+        eval_test="end", allow_weak_teacher=True, **own,
     )
     states = {n: net.state_dict() for n, net in result.networks.items()}
     top1 = result.metrics.get("networks", result.metrics["top1"])
-    kept[name] = {"grads": watch.grads, "nets": states, "top1": top1}
+    kept[str(method)] = {"grads": watch.grads, "nets": states, "top1": top1}
 torch.save(kept, root / f"every{rank}.pt")
 '''
 
@@ -223,7 +239,8 @@ def test_every_strategy_has_equal_gradients_and_networks_on_two_ranks(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = (torch.load(tmp_path / f"every{r}.pt", weights_only=True) for r in (0, 1))
-    assert set(first) == {n for n in list_methods() if isinstance(METHODS[n], StrategySpec)}
+    strategies = {n for n in list_methods() if isinstance(METHODS[n], StrategySpec)}
+    assert strategies < set(first) and len(first) == len(strategies) + 3
     for name, mine in first.items():
         its = second[name]
         assert len(mine["grads"]) == 2 and mine["top1"] == its["top1"], name

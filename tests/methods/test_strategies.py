@@ -201,9 +201,9 @@ def test_what_is_refused(given, message):
         train(epochs=1, **given)
 
 
-def test_a_strategy_stands_alone_and_says_whether_it_wants_a_teacher():
-    with pytest.raises(ValueError, match="'dml' is a strategy, which builds its own networks"):
-        distill(None, "cifar_resnet8", "digits", method=["dml", "kd"])
+def test_a_strategy_stands_beside_no_other_and_says_whether_it_wants_a_teacher():
+    with pytest.raises(ValueError, match="'dml' and 'kdcl' are strategies, which build their own"):
+        distill(None, "cifar_resnet8", "digits", method=["dml", "kdcl"])
     with pytest.raises(ValueError, match="uses no teacher, its networks teach each other"):
         distill(teacher(), "cifar_resnet8", "digits", method="dml")
     with pytest.raises(ValueError, match="method 'sokd' needs a teacher"):

@@ -671,7 +671,10 @@ def not_weights(tmp: Path) -> dict[str, tuple[object, list[str]]]:
     }
     return {
         "nowhere": (tmp / "no.pth", ["there is no file or folder"]),
-        "text": (tmp / "text.pth", ["text.pth cannot be read", "a .safetensors file, or a .pth, .pt"]),
+        "text": (
+            tmp / "text.pth",
+            ["text.pth cannot be read", "a .safetensors file, or a .pth, .pt"],
+        ),
         "empty": (tmp / "empty.pth", ["no tensors are in it, but epoch"]),
         "code": (tmp / "code.pth", ["cannot be read", "tensors alone"]),
         "module": (Own(), ["is a Own", "state_dict()"]),

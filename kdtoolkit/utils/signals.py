@@ -167,7 +167,8 @@ class WorkerStart:
     """`worker_init_fn` of a DataLoader whose workers outlive a stop signal that is sent to all.
 
     Batch schedulers and terminals signal every process of a job. Workers leave the first signal to
-    the main process, which saves and ends them; a second SIGTERM ends a worker.
+    the main process, which saves and ends them; a second SIGTERM ends a worker, and so does the
+    first where the main process sends it (where the system says who sent it: Linux, BSD).
 
     Args:
         own: The `worker_init_fn` that is called besides.
@@ -183,9 +184,22 @@ class WorkerStart:
         """
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _expect_second)
+        if hasattr(signal, "sigwaitinfo"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            threading.Thread(target=_wait_for_end, args=(os.getppid(),), daemon=True).start()
+        else:
+            signal.signal(signal.SIGTERM, _expect_second)
         if self.own is not None:
             self.own(worker)
+
+
+def _wait_for_end(parent: int) -> None:
+    """End this process at a SIGTERM of its parent, or at the second one."""
+    senders: list[int] = []
+    while parent not in senders and len(senders) < 2:
+        senders.append(signal.sigwaitinfo({signal.SIGTERM}).si_pid)
+    os._exit(EXIT_CODE_BASE + signal.SIGTERM)
 
 
 def _expect_second(number: int, frame: FrameType | None) -> None:

@@ -12,6 +12,7 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -119,9 +120,8 @@ def signal_all():
     """What a batch scheduler does: SIGTERM to this process and to its workers."""
     workers = multiprocessing.active_children()
     assert len(workers) == 2
-    for process in workers:
-        os.kill(process.pid, TERM)
-    os.kill(os.getpid(), TERM)
+    processes = [str(process.pid) for process in workers]
+    subprocess.run(["kill", "-TERM", *processes, str(os.getpid())], check=True)
     time.sleep(0.2)
     assert all(process.is_alive() for process in workers)
 

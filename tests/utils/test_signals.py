@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from accelerate import Accelerator
@@ -96,13 +99,43 @@ def test_a_forked_process_leaves_signals_to_its_parent(number, code):
     assert os.waitstatus_to_exitcode(status) == code
 
 
-def test_workers_outlive_the_first_sigterm():
-    called = []
+def work(ready, called):
     WorkerStart(called.append)(3)
-    assert called == [3]
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.raise_signal(number)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # the second ends it
+    ready.send(called)
+    while True:
+        time.sleep(60)
+
+
+@pytest.fixture
+def worker():
+    here, there = multiprocessing.Pipe()
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=work, args=(there, []), daemon=True)
+    process.start()
+    assert here.poll(60) and here.recv() == [3]
+    yield process
+    process.kill()
+    process.join()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_workers_outlive_the_first_sigterm_of_others(worker):
+    kill = ["kill", "-TERM", str(worker.pid)]  # as a batch scheduler sends it
+    subprocess.run(kill, check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    subprocess.run(kill, check=True)
+    worker.join(60)
+    assert worker.exitcode == 143
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_worker_ends_when_its_main_process_ends_it(worker):
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 143
 
 
 def test_a_message_is_completed_once():

@@ -144,6 +144,8 @@ def _check_hub_name(name: str) -> None:
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
         raise FileNotFoundError(f"no such file or folder: {name}. Expected {ALLOWED}.")
     lower = name.lower()
+    if any(lower.startswith(f"{preset}-") for preset in PRESETS):
+        return  # a name of its own on the Hub, such as "imagenet-1k"
     if "/" in name or not difflib.get_close_matches(lower, PRESETS, 1, MISSPELT_SIMILARITY):
         return
     close = difflib.get_close_matches(lower, PRESETS, 2, MISSPELT_SIMILARITY - 0.1)

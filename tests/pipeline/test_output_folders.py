@@ -498,7 +498,8 @@ for more in ({}, {"resume": "auto", "lr": 0.01}, {"overwrite": True, "callbacks"
     try:
         distill(None, "cifar_resnet8", "digits", **options, **more)
     except Exception as error:
-        print("rank", rank, type(error).__name__, flush=True)
+        # one write, so that lines of two processes do not mix
+        print(f"rank {rank} {type(error).__name__}\\n", end="", flush=True)
 """
 
 

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-from kdtoolkit.data.image_folder import Folder, open_image_folder, scan_folder, unwrap
+from kdtoolkit.data.folder_tree import Folder, scan_folder, unwrap
+from kdtoolkit.data.image_folder import OpenedSplits, open_image_folder
 from kdtoolkit.data.split_names import split_of
 
 SAVED_FILES = ("dataset_dict.json", "state.json")  # of a data set that save_to_disk wrote
 METADATA_SUFFIXES = (".csv", ".jsonl")  # metadata.csv: labels of images, as HF reads them
 
 
-@dataclasses.dataclass
-class OpenedPath:
-    """The data of a path.
-
-    Attributes:
-        splits: HF data sets by the source's name of the split.
-        notes: Sentences about what was left out or decided.
-    """
-
-    splits: dict[str, Any]
-    notes: list[str] = dataclasses.field(default_factory=list)
-
-
-def open_path(path: Path) -> OpenedPath:
+def open_path(path: Path) -> OpenedSplits:
     """Open a parquet file, or a folder of parquet files, of a saved data set or of images.
 
     A folder that holds nothing but one folder is a wrapper, which is gone through.
@@ -46,20 +33,19 @@ def open_path(path: Path) -> OpenedPath:
     if path.is_file():
         if path.suffix.lower() != ".parquet":
             raise _unknown_data(path)
-        return OpenedPath(_open_parquet(path, [path]))
+        return OpenedSplits(_open_parquet(path, [path]))
     tree = scan_folder(path)
     saved = _find_saved(tree)
     if saved is not None:
-        return OpenedPath(_open_saved(saved))
+        return OpenedSplits(_open_saved(saved))
     files = _parquet_files(tree)
     if files:
-        return OpenedPath(_open_parquet(path, files))
+        return OpenedSplits(_open_parquet(path, files))
     if not tree.num_images:
         raise _unknown_data(path)
     if any(_is_metadata(name) for name in tree.all_others()):
-        return OpenedPath(_open_with_metadata(unwrap(tree).path))
-    found = open_image_folder(tree)
-    return OpenedPath(found.splits, found.notes)
+        return OpenedSplits(_open_with_metadata(unwrap(tree).path))
+    return open_image_folder(tree)
 
 
 def _unknown_data(path: Path) -> ValueError:

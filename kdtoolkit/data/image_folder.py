@@ -8,72 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdtoolkit.data.folder_tree import Folder, unwrap
 from kdtoolkit.data.label_values import sorted_names
 from kdtoolkit.data.split_names import FULL_NAMES, SPLIT_NAMES, split_of
 
 if TYPE_CHECKING:
     import datasets
 
-IMAGE_SUFFIXES = {
-    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".bmp", ".dib", ".gif", ".tif",
-    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga",
-}  # fmt: skip
-IGNORED_FOLDERS = ("__macosx", "@eadir", "__pycache__", "$recycle.bin")
-IGNORED_FILES = ("thumbs.db", "desktop.ini", "icon\r")
 MAX_NAMES = 5  # that a note lists
 LAYOUT = "expected train/CLASS/x.png, or CLASS/x.png"
 
 
 @dataclasses.dataclass
-class Folder:
-    """A folder, without what is hidden.
+class OpenedSplits:
+    """The splits of a path.
 
     Attributes:
-        path: Where it is.
-        images: Names of the images in it, sorted.
-        others: Names of the other files in it.
-        folders: Its subfolders by name, sorted.
-    """
-
-    path: Path
-    images: list[str]
-    others: list[str]
-    folders: dict[str, Folder]
-
-    @functools.cached_property
-    def num_images(self) -> int:
-        """Images in it and under it."""
-        return len(self.images) + sum(folder.num_images for folder in self.folders.values())
-
-    @functools.cached_property
-    def filled(self) -> dict[str, Folder]:
-        """Subfolders that hold images, themselves or under them."""
-        return {name: folder for name, folder in self.folders.items() if folder.num_images}
-
-    def all_images(self) -> list[str]:
-        """Return the paths of all images in it and under it."""
-        own = [str(self.path / name) for name in self.images]
-        return own + [path for folder in self.folders.values() for path in folder.all_images()]
-
-    def all_others(self) -> list[str]:
-        """Return the names of all files in it and under it that are no images."""
-        under = (folder.all_others() for folder in self.folders.values())
-        return self.others + [name for names in under for name in names]
-
-
-@dataclasses.dataclass
-class OpenedFolder:
-    """The splits of a folder.
-
-    Attributes:
-        splits: HF data sets by the folder's name of the split.
+        splits: HF data sets by the source's name of the split.
         notes: Sentences about what was left out or decided.
     """
 
@@ -81,49 +37,7 @@ class OpenedFolder:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-def scan_folder(path: Path, seen: frozenset[str] = frozenset()) -> Folder:
-    """Read the tree of a folder.
-
-    Args:
-        path: The folder.
-        seen: Real paths of the folders above it; links back to them are left out.
-
-    Returns:
-        The tree, without hidden files and what archive programs leave behind.
-    """
-    seen |= {os.path.realpath(path)}
-    found = Folder(path, [], [], {})
-    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-        name, lower = entry.name, entry.name.lower()
-        if name.startswith(".") or lower in IGNORED_FILES:
-            continue
-        if not entry.is_dir():
-            is_image = os.path.splitext(lower)[1] in IMAGE_SUFFIXES
-            (found.images if is_image else found.others).append(name)
-        elif lower not in IGNORED_FOLDERS and os.path.realpath(entry.path) not in seen:
-            found.folders[name] = scan_folder(Path(entry.path), seen)
-    return found
-
-
-def unwrap(folder: Folder, known: Sequence[str] = ()) -> Folder:
-    """Go down through folders that hold one folder of folders, as archives make them.
-
-    Args:
-        folder: Where to begin.
-        known: Names of classes: a folder of such a name is not gone through.
-
-    Returns:
-        The folder that holds splits or classes.
-    """
-    while not folder.images and len(folder.filled) == 1:
-        name, only = next(iter(folder.filled.items()))
-        if not only.filled or name in known or split_of(name) is not None:
-            break
-        folder = only
-    return folder
-
-
-def open_image_folder(root: Folder) -> OpenedFolder:
+def open_image_folder(root: Folder) -> OpenedSplits:
     """Open train/CLASS/x.png, or CLASS/x.png as one split.
 
     Args:
@@ -179,7 +93,7 @@ def _find_splits(root: Folder) -> tuple[dict[str, Folder], list[str]]:
     return named, notes
 
 
-def _open_splits(root: Folder, named: dict[str, Folder], notes: list[str]) -> OpenedFolder:
+def _open_splits(root: Folder, named: dict[str, Folder], notes: list[str]) -> OpenedSplits:
     """Open the folders of splits, all with the classes of the training split."""
     labelled = {name: folder for name, folder in named.items() if folder.filled}
     trains = [name for name in labelled if split_of(name) == "train"] or list(labelled)
@@ -209,7 +123,7 @@ def _open_splits(root: Folder, named: dict[str, Folder], notes: list[str]) -> Op
             notes += _describe_files(holders[name], f"split {name!r}: ")
         elif split_of(name) == "train":
             notes.append(f"folder {name!r} ({_count(folder)}) is left out beside {first!r}")
-    return OpenedFolder(opened, notes)
+    return OpenedSplits(opened, notes)
 
 
 def _preference(name: str) -> int:
@@ -247,7 +161,7 @@ def _check_classes(
     )
 
 
-def _open_classes(root: Folder) -> OpenedFolder:
+def _open_classes(root: Folder) -> OpenedSplits:
     """Open CLASS/x.png as one split."""
     if not root.filled:
         raise ValueError(
@@ -272,7 +186,7 @@ def _open_classes(root: Folder) -> OpenedFolder:
     names = sorted_names(list(classes))
     holder = Folder(root.path, root.images, root.others, {**root.folders, **classes})
     data = _make_dataset(holder, names)
-    return OpenedFolder({"train": data}, notes + _describe_files(holder, "", names))
+    return OpenedSplits({"train": data}, notes + _describe_files(holder, "", names))
 
 
 def _make_dataset(folder: Folder, names: Sequence[str]) -> datasets.Dataset:

@@ -27,6 +27,24 @@ class RowError(ValueError):
 
 
 @contextmanager
+def without_traceback() -> Iterator[None]:
+    """Context in which an error of ours reads the same from a worker process.
+
+    Yields:
+        Nothing; the block runs.
+
+    Raises:
+        RowError: In place of any ValueError, with its text.
+    """
+    try:
+        yield
+    except RowError:
+        raise
+    except ValueError as error:
+        raise RowError(str(error)) from error
+
+
+@contextmanager
 def raised_by_user(where: str, what: str) -> Iterator[None]:
     """Name the row where the user's code raises.
 

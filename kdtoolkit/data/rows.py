@@ -13,7 +13,7 @@ from kdtoolkit.data.batch_order import split_repeats
 from kdtoolkit.data.image_reader import ImageOptions
 from kdtoolkit.data.images import to_tensor
 from kdtoolkit.data.labels import check_labels
-from kdtoolkit.data.row_error import RowError, raised_by_user
+from kdtoolkit.data.row_error import raised_by_user, without_traceback
 from kdtoolkit.data.seeding import derive_seed, seeded_generators
 from kdtoolkit.data.tables import Table
 from kdtoolkit.data.transforms import ImageTransform
@@ -81,12 +81,8 @@ class RowDataset(Dataset[dict[str, Tensor]]):
         return {name: value[0] for name, value in self.__getitems__([position]).items()}
 
     def __getitems__(self, positions: Sequence[int]) -> dict[str, Tensor]:
-        try:
+        with without_traceback():
             return self._read_batch(positions)
-        except RowError:
-            raise
-        except ValueError as e:  # a worker's error is to be read without its traceback
-            raise RowError(str(e)) from e
 
     def _read_batch(self, positions: Sequence[int]) -> dict[str, Tensor]:
         at, draw = split_repeats(positions, len(self))

@@ -111,18 +111,6 @@ def crop_share(side: int, resized: int) -> float:
     return next(share for share in shares if math.floor(side / share) == resized)
 
 
-def eval_transform(size: tuple[int, int]) -> ImageTransform:
-    """Make a resize and centre crop: the transform of `default_eval`.
-
-    Args:
-        size: (H, W) of the output in pixels.
-
-    Returns:
-        A transform to (C, H, W) uint8.
-    """
-    return default_eval(size).build()
-
-
 def resize_transform(size: tuple[int, int]) -> ImageTransform:
     """Make a bilinear resize of the whole image.
 

@@ -15,7 +15,7 @@ from kdtoolkit.data.image_reader import ImageReader
 from kdtoolkit.data.items import Item, split_item
 from kdtoolkit.data.label_values import ONE_CLASS, plain_label
 from kdtoolkit.data.labels import check_labels
-from kdtoolkit.data.row_error import RowError, enumerate_items, raised_by_user
+from kdtoolkit.data.row_error import enumerate_items, raised_by_user, without_traceback
 from kdtoolkit.data.tables import item_error
 from kdtoolkit.utils.signals import WorkerStart
 
@@ -118,12 +118,8 @@ class CollateToBatch:
         Raises:
             RowError: If the user's batch has another form.
         """
-        try:
+        with without_traceback():
             return self._make_batch(fetched)
-        except RowError:
-            raise
-        except ValueError as e:  # a worker's error is to be read without its traceback
-            raise RowError(str(e)) from e
 
     def _make_batch(self, fetched: Any) -> dict[str, Tensor]:
         if self.is_stream:

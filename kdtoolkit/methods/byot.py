@@ -138,10 +138,7 @@ class BYOT(Method):
             build: Builds the losses between the network and the teachers.
         """
         self.teachers = tuple(teachers)
-        self.teacher_losses = TeacherLosses({"student": self.taps}, teachers, build)
-        self.teacher_losses.select_teacher_taps()
-        self.taps.select([*self.taps.keys, *self.teacher_losses.student_taps("student")])
-        self.taps.check_training_forward()
+        self.teacher_losses = TeacherLosses.of_student(self.taps, teachers, build)
 
     def forward(self, batch: Batch, clock: Clock) -> Step:
         """The four terms; one of weight 0 still reads the exits' parameters, as DDP requires."""

@@ -72,6 +72,26 @@ class TeacherLosses(nn.ModuleDict):
             self[name] = nn.ModuleDict(dict(built.losses))
             self.weights, self.teacher_of = built.weights, built.teacher_of
 
+    @classmethod
+    def of_student(
+        cls, taps: Taps, teachers: Sequence[Frozen], build: LossBuilder
+    ) -> TeacherLosses:
+        """The losses of a method with one network; the taps that they read are added to its own.
+
+        Args:
+            taps: The tapped network.
+            teachers: What it learns from.
+            build: Builds the losses between the network and the teachers.
+
+        Returns:
+            The losses; networks and teachers are tapped.
+        """
+        losses = cls({FIRST: taps}, teachers, build)
+        losses.select_teacher_taps()
+        taps.select([*taps.keys, *losses.student_taps(FIRST)])
+        taps.check_training_forward()
+        return losses
+
     def losses_of(self, name: str) -> dict[str, DistillationLoss]:
         """The losses of one network.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kdtoolkit.utils.validation import (
@@ -187,22 +187,3 @@ def _check_path(name: str, value: object, meaning: str) -> None:
     text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise ValueError(f"{name} is {describe_value(value)}; allowed: a path ({meaning}) or None")
-
-
-def check_sequence(name: str, value: object, example: str) -> Sequence[Any]:
-    """Check that a value is a list or tuple.
-
-    Args:
-        name: Name of the option, as the user writes it.
-        value: What was given.
-        example: A value that is allowed, for the message.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{name} is {describe_value(value)}; allowed: a list, such as {example}")
-    return value

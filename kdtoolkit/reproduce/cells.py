@@ -10,10 +10,16 @@ from typing import Any
 
 import yaml
 
+from kdtoolkit.methods.factory import list_methods, method_needs_teacher
 from kdtoolkit.utils.registry import suggestion
 from kdtoolkit.utils.validation import check_choice
 
 TABLES = Path(__file__).parent / "tables"
+# settings of a cell that its teacher is trained with
+PROTOCOL_SETTINGS = (
+    "train_data", "epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay",
+    "scheduler", "milestones", "gamma", "validation",
+)  # fmt: skip
 TEACHER = "teacher"  # value of the setting "network" in a row that trains the teacher itself
 
 
@@ -27,6 +33,7 @@ class Cell:
         settings: Keywords of `distill()`.
         published: The document's values by metric, as it prints them; empty where it has none.
         missing: Why the cell cannot be run; "" where it can.
+        is_teacher: Whether it trains the teacher of its column, which other cells learn from.
     """
 
     row: str
@@ -34,6 +41,7 @@ class Cell:
     settings: Mapping[str, Any]
     published: Mapping[str, str]
     missing: str = ""
+    is_teacher: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +88,7 @@ def read_tables() -> dict[str, Table]:
     Returns:
         Key, such as "srkd:table1" -> table.
     """
-    files = sorted(TABLES.glob("*.yaml"))
-    return {table.key: table for file in files for table in _read_document(file)}
+    return {t.key: t for file in sorted(TABLES.glob("*.yaml")) for t in _make_tables(file)}
 
 
 def read_protocols(document: str) -> dict[str, dict[str, Any]]:
@@ -98,8 +105,7 @@ def read_protocols(document: str) -> dict[str, dict[str, Any]]:
     """
     known = [file.stem for file in sorted(TABLES.glob("*.yaml"))]
     check_choice("document", document, known)
-    text = (TABLES / f"{document}.yaml").read_text(encoding="utf-8")
-    protocols: dict[str, dict[str, Any]] = yaml.safe_load(text)["protocols"]
+    protocols: dict[str, dict[str, Any]] = _read_document(TABLES / f"{document}.yaml")["protocols"]
     return protocols
 
 
@@ -149,8 +155,14 @@ def choose_cells(table: Table, row: str | None, column: str | None) -> list[Cell
 
 
 @functools.cache
-def _read_document(file: Path) -> tuple[Table, ...]:
-    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+def _read_document(file: Path) -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return document
+
+
+@functools.cache
+def _make_tables(file: Path) -> tuple[Table, ...]:
+    document = _read_document(file)
     protocols = document["protocols"]
     return tuple(
         _make_table(file.stem, name, raw, protocols[raw["protocol"]])
@@ -166,11 +178,13 @@ def _make_table(document: str, name: str, raw: dict[str, Any], protocol: dict[st
         own, published = content.get("settings", {}), content.get("published")
         values = published or [None] * len(raw["columns"])
         for (column, networks), value in zip(raw["columns"].items(), values, strict=True):
-            settings, missing = _settings(shared | networks | own)
+            given = shared | networks | own
+            is_teacher = given.pop("network", None) == TEACHER
+            settings, missing = _teacher_settings(given) if is_teacher else _settings(given)
             cells.append(
                 Cell(
                     row, column, settings, _by_metric(metrics, value),
-                    content.get("missing") or missing,
+                    content.get("missing") or missing, is_teacher,
                 )
             )  # fmt: skip
     return Table(
@@ -179,14 +193,29 @@ def _make_table(document: str, name: str, raw: dict[str, Any], protocol: dict[st
     )  # fmt: skip
 
 
+def teacher_cell(cell: Cell) -> Cell:
+    """The cell that trains the teacher of another cell, by the same protocol.
+
+    Args:
+        cell: A cell that learns from a teacher.
+
+    Returns:
+        The cell, which may stand in no table.
+    """
+    settings, _ = _teacher_settings(cell.settings)
+    return Cell(TEACHER, cell.column, settings, {}, is_teacher=True)
+
+
+def _teacher_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Keywords of `distill()` that train the teacher alone."""
+    alone = {"student": given["teacher"], "teacher": None, "method": "none"}
+    return {name: given[name] for name in PROTOCOL_SETTINGS if name in given} | alone, ""
+
+
 def _settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Keywords of `distill()`, and why they cannot be run."""
-    from kdtoolkit.methods.factory import list_methods, method_needs_teacher
-
     settings = dict(given)
     options = settings.pop("options", {})
-    if settings.pop("network", None) == TEACHER:
-        settings |= {"student": settings["teacher"], "method": "none"}
     method = settings.get("method")
     if method is not None and method not in list_methods():
         return settings | options, f"the method {method!r} is not there yet"

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from kdtoolkit.pipeline.distill import distill
-from kdtoolkit.reproduce.cells import Cell, Table
+from kdtoolkit.reproduce.cells import Cell, Table, teacher_cell
 from kdtoolkit.utils.io import write_json
 
 logger = logging.getLogger(__name__)
-LOSS_SETTINGS = ("teacher", "method", "losses", "options")
+SAME_NUMBERS = ("num_workers",)  # settings that change no result
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,18 @@ class Budget:
     @property
     def name(self) -> str:
         """Name of the folder of runs with this budget: "full", "epochs12-rows5000"."""
-        parts = {"epochs": self.epochs, "rows": self.rows} | dict(self.settings or {})
+        changed = {k: v for k, v in (self.settings or {}).items() if k not in SAME_NUMBERS}
+        parts = {"epochs": self.epochs, "rows": self.rows} | changed
         given = [f"{key}{value}" for key, value in parts.items() if value is not None]
         return _file_name("-".join(given)) or "full"
+
+    @property
+    def teacher_name(self) -> str:
+        """What runs that learn from given weights have behind that name: "-teacher-1f3a9c04"."""
+        if self.teacher is None:
+            return ""
+        path = os.path.abspath(self.teacher) if os.path.exists(self.teacher) else self.teacher
+        return f"-teacher-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
 
 
 def plan_cells(
@@ -109,61 +122,51 @@ def read_results(table: Table, cell: Cell, budget: Budget) -> list[dict[str, Any
 
 
 def _run_cell(table: Table, cell: Cell, budget: Budget, seed: int) -> None:
+    """Train a cell in the folder beside its result file, and write that at the end."""
     file = _result_file(table, cell, budget, seed)
     if file.exists():
         return
     keywords = _keywords(cell, budget, seed)
-    if keywords.get("teacher") is not None:
-        keywords["teacher"] = budget.teacher or _trained_teacher(table, cell, budget)
+    if keywords["teacher"] is not None:
+        keywords["teacher"] = budget.teacher or _train_teacher(table, cell, budget)
     logger.info("%s  row %s  column %s  seed %d", table.key, cell.row, cell.column, seed)
-    _train(keywords, file)
-
-
-def _train(keywords: Mapping[str, Any], file: Path) -> None:
-    """Train in the folder beside a result file, and write that at the end."""
     folder = file.with_suffix("")
     result = distill(**keywords, output_dir=folder, resume="auto", label=folder.parent.name)
     plain = {k: v for k, v in result.metrics.items() if isinstance(v, (int, float, str))}
-    write_json(file, plain)
+    processes = PartialState()
+    if processes.is_main_process:
+        write_json(file, plain)
+    processes.wait_for_everyone()  # all find it, or none
 
 
-def _trained_teacher(table: Table, cell: Cell, budget: Budget) -> str:
-    """Folder of the teacher of a cell, which is trained first where it is not there yet."""
-    settings = {k: v for k, v in cell.settings.items() if k not in LOSS_SETTINGS}
-    alone = {"student": cell.settings["teacher"], "teacher": None, "method": "none"}
-    settings = {name: settings[name] for name in settings if name in _PROTOCOL_SETTINGS} | alone
-    names = (settings["train_data"], settings["student"])
-    folder = budget.output / table.document / "teachers" / table.protocol / "_".join(names)
-    file = folder / budget.name / "seed0.json"
-    if not file.exists():
-        logger.info("%s  the teacher %s is trained first", table.key, settings["student"])
-        teacher = Cell("teacher", cell.column, settings, {})
-        _train(_keywords(teacher, budget, 0), file)
-    return str(file.with_suffix("") / "student")
-
-
-# settings of a cell that its teacher is trained with
-_PROTOCOL_SETTINGS = (
-    "train_data", "epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay",
-    "scheduler", "milestones", "gamma", "validation",
-)  # fmt: skip
+def _train_teacher(table: Table, cell: Cell, budget: Budget) -> str:
+    """Folder of the teacher of a cell, which is trained where it is not there yet."""
+    teacher = teacher_cell(cell)
+    _run_cell(table, teacher, budget, 0)
+    return str(_result_file(table, teacher, budget, 0).with_suffix("") / "student")
 
 
 def _keywords(cell: Cell, budget: Budget, seed: int) -> dict[str, Any]:
-    keywords = dict(cell.settings) | {"seed": seed, "figures": False}
+    keywords = {"teacher": None} | dict(cell.settings) | {"seed": seed, "figures": False}
     if budget.epochs is not None:
         keywords["epochs"] = budget.epochs
     if budget.rows is not None:
         keywords["train_limit"] = budget.rows
     if budget.data is not None:
         keywords["data_path"] = budget.data / keywords["train_data"]
-    keywords.setdefault("teacher", None)
     return keywords | dict(budget.settings or {})
 
 
 def _result_file(table: Table, cell: Cell, budget: Budget, seed: int) -> Path:
-    place = Path(table.document, table.name, _file_name(cell.row), _file_name(cell.column))
-    return budget.output / place / budget.name / f"seed{seed}.json"
+    """File of the metrics of a run; teachers are shared by the tables of a document."""
+    if cell.is_teacher:
+        names = (cell.settings["train_data"], cell.settings["student"])
+        place = Path("teachers", table.protocol, _file_name("_".join(names)))
+        given = ""
+    else:
+        place = Path(table.name, _file_name(cell.row), _file_name(cell.column))
+        given = budget.teacher_name if cell.settings.get("teacher") is not None else ""
+    return budget.output / table.document / place / f"{budget.name}{given}" / f"seed{seed}.json"
 
 
 def _file_name(text: str) -> str:

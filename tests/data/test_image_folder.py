@@ -13,7 +13,8 @@ from PIL import Image
 
 from kdtoolkit import data as kd
 from kdtoolkit.data.files import open_path
-from kdtoolkit.data.image_folder import open_image_folder, scan_folder
+from kdtoolkit.data.folder_tree import scan_folder
+from kdtoolkit.data.image_folder import open_image_folder
 from kdtoolkit.data.split_names import name_splits
 
 

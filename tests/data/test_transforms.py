@@ -14,7 +14,6 @@ from kdtoolkit.data.timm_terms import in_timm_terms
 from kdtoolkit.data.transforms import (
     EvalTransform,
     default_eval,
-    eval_transform,
     resize_transform,
 )
 
@@ -106,7 +105,7 @@ def test_the_evaluation_is_a_resize_to_256_224ths_and_a_crop(side):
     shorter = round(side * 256 / 224)
     image = picture(side, (side + 90, side + 31))
     wanted = v2.Compose([v2.Resize(shorter), v2.CenterCrop(side), v2.PILToTensor()])(image)
-    assert torch.equal(eval_transform((side, side))(image), wanted)
+    assert torch.equal(default_eval((side, side)).build()(image), wanted)
     assert f"shorter side to {shorter} px" in str(default_eval((side, side)))
 
 

@@ -1,5 +1,6 @@
 """Tables of papers: every cell is a run that can be planned; a run is not repeated."""
 
+import dataclasses
 import json
 import re
 
@@ -9,7 +10,7 @@ from kdtoolkit import cli
 from kdtoolkit.methods.factory import list_methods
 from kdtoolkit.pipeline.distill import distill
 from kdtoolkit.reproduce.cells import choose_cells, find_tables, read_tables
-from kdtoolkit.reproduce.run import Budget, run_cells
+from kdtoolkit.reproduce.run import Budget, read_results, run_cells
 from kdtoolkit.reproduce.show import mean_and_deviation
 
 TABLES = read_tables()
@@ -90,12 +91,23 @@ def test_cells_are_trained_once_with_their_teacher(tmp_path, capsys, digits_tabl
     budget = Budget(epochs=1, rows=96, seeds=2, output=tmp_path)
     run_cells({digits_table: digits_table.cells}, budget)
     results = sorted(tmp_path.rglob("seed*.json"))
-    assert len(results) == 1 + 2 * 2  # the teacher, and two seeds of two cells
+    assert len(results) == 2 + 2 * 2  # two seeds of the teacher and of two cells that learn
     teacher = next(p for p in results if "teachers" in p.parts)
     assert (teacher.with_suffix("") / "student/model.safetensors").exists()
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     run_cells({digits_table: digits_table.cells}, budget)
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    (kd,) = choose_cells(digits_table, "kd", None)
+    assert len(read_results(digits_table, kd, budget)) == 2
+    same = dataclasses.replace(budget, settings={"num_workers": 0})  # changes no number
+    assert len(read_results(digits_table, kd, same)) == 2
+    # numbers of another teacher, precision or budget are not these
+    others = {"teacher": str(teacher)}, {"settings": {"mixed_precision": "bf16"}}, {"rows": 64}
+    for other in others:
+        assert not read_results(digits_table, kd, dataclasses.replace(budget, **other))
+    (alone,) = choose_cells(digits_table, "alone", None)  # it has no teacher
+    given = dataclasses.replace(budget, teacher=str(teacher))
+    assert len(read_results(digits_table, alone, given)) == 2
 
 
 @pytest.fixture
@@ -117,6 +129,7 @@ tables:
     columns:
       pair: {teacher: cifar_resnet14, student: cifar_resnet8}
     rows:
+      teacher: {settings: {network: teacher}}
       alone: {settings: {method: none}, published: [50.0]}
       kd: {settings: {method: kd}}
       future: {settings: {method: nowhere}}
@@ -133,8 +146,8 @@ def test_command_lists_plans_and_shows(capsys, tmp_path, digits_table):
     assert "own:table1" in capsys.readouterr().out
     assert cli.main(["reproduce", "own:table1", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in lines[:2]] == ["planned", "planned"]
-    assert "the method 'nowhere' is not there yet" in lines[2]
+    assert [line.split()[-1] for line in lines[:3]] == ["planned"] * 3
+    assert "the method 'nowhere' is not there yet" in lines[3]
     folder = str(tmp_path / "runs")
     assert cli.main(["reproduce", "own:table1", "--show", "--output", folder]) == 0
     shown = capsys.readouterr().out

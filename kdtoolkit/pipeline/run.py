@@ -15,43 +15,37 @@ from accelerate import Accelerator
 
 from kdtoolkit.callbacks.checkpoints import Checkpoints
 from kdtoolkit.callbacks.keep_frozen import KeepFrozen
-from kdtoolkit.callbacks.progress import ProgressLog
 from kdtoolkit.callbacks.teacher_check import TeacherCheck
-from kdtoolkit.callbacks.trackers import Trackers, resolve_trackers
+from kdtoolkit.callbacks.trackers import Trackers
 from kdtoolkit.core.callback import Callback, ordered_callbacks
 from kdtoolkit.core.config import TrainerConfig
 from kdtoolkit.core.run_context import RunPreview
 from kdtoolkit.data.sampler_state import describe_inexact
-from kdtoolkit.methods.resolve import ResolvedLosses
 from kdtoolkit.pipeline import checks, export
-from kdtoolkit.pipeline.accelerator import check_precision, make_accelerator
 from kdtoolkit.pipeline.batch_checks import check_smallest_batch
 from kdtoolkit.pipeline.build import RunParts, build_parts
 from kdtoolkit.pipeline.config import DistillConfig
-from kdtoolkit.pipeline.config_file import check_no_marks, config_to_plain
+from kdtoolkit.pipeline.config_file import config_to_plain
 from kdtoolkit.pipeline.data_info import DataInfo, read_data
 from kdtoolkit.pipeline.describe import checkpoint_metadata, describe_data, describe_training
 from kdtoolkit.pipeline.finished_run import ReplaceEarlierRun, read_finished_run
 from kdtoolkit.pipeline.plan import Plan, make_plan
+from kdtoolkit.pipeline.request import Request, check_request
 from kdtoolkit.pipeline.result import DistillResult
 from kdtoolkit.pipeline.run_phase import RunPhase
 from kdtoolkit.pipeline.teacher_finetune import (
     SHARED_FIELDS,
     describe_finetuning,
     finetune_teachers,
-    finetuning_fields,
 )
 from kdtoolkit.pipeline.teachers import TRAINED_HEADS, check_head_names
 from kdtoolkit.trainer.best_epoch import monitored_split
 from kdtoolkit.trainer.environment import describe_environment
 from kdtoolkit.trainer.loss_checks import check_schedules
-from kdtoolkit.trainer.optim import check_optimizer
 from kdtoolkit.trainer.run_length import make_loader_and_schedule
 from kdtoolkit.trainer.trainer import Trainer
-from kdtoolkit.utils import checkpoint, distributed
+from kdtoolkit.utils import checkpoint
 from kdtoolkit.utils.io import write_json, write_yaml
-from kdtoolkit.utils.logging import configure_logging
-from kdtoolkit.utils.output_dir import Claim, claim_output_dir
 from kdtoolkit.utils.output_folder import OutputFolder, explain_write_errors, open_output_folder
 from kdtoolkit.utils.rank_monitor import watch_ranks
 from kdtoolkit.utils.signals import explain_interruption, follow_launcher, interrupt_on_stop_signals
@@ -95,7 +89,7 @@ def run_distillation(
         stack.enter_context(preserve_accelerate_state(accelerator))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        request = _check_request(config, callbacks, accelerator, dry_run)
+        request = check_request(config, callbacks, accelerator, dry_run)
         if request.accelerator is not None:
             seconds, device = config.loop.rank_timeout, request.accelerator.device
             stack.enter_context(watch_ranks(seconds, device))
@@ -112,34 +106,11 @@ def run_distillation(
             run.parts.release()
 
 
-@dataclass(frozen=True)
-class _Request:
-    """A configuration that has been checked as far as that needs no data.
-
-    `accelerator` is None in a dry run; `resolved` holds what defaults became.
-    """
-
-    config: DistillConfig
-    losses: ResolvedLosses | None
-    resolved: dict[str, Any]
-    callbacks: tuple[Callback, ...]
-    progress: ProgressLog
-    trackers: list[str]
-    claim: Claim
-    accelerator: Accelerator | None
-    dry_run: bool
-
-    @property
-    def folder(self) -> Path | None:
-        """Folder of the run; None where nothing is written."""
-        return self.claim.folder
-
-
 @dataclass
 class _Prepared:
     """A run that is ready to train."""
 
-    request: _Request
+    request: Request
     info: DataInfo
     parts: RunParts
     trainer_config: TrainerConfig
@@ -152,52 +123,7 @@ class _Prepared:
         return self.request.accelerator
 
 
-def _check_request(
-    config: DistillConfig,
-    given_callbacks: Sequence[Callback] | None,
-    accelerator: Accelerator | None,
-    dry_run: bool,
-) -> _Request:
-    callbacks = checks.list_callbacks(given_callbacks)
-    check_no_marks(config)
-    checks.check_data_options(config)
-    check_precision(config.loop.mixed_precision, accelerator)
-    losses = checks.resolve_method(config)
-    resolved = _resolved_fields(config, losses)
-    check_optimizer(config.trainer.optimizer)
-    finetuning_fields(config)
-    output = config.output
-    folder = Path(output.output_dir) if output.output_dir is not None else None
-    trackers = [] if dry_run else resolve_trackers(config.loop.report_to, folder is not None)
-    progress = checks.make_progress_log(config)
-    if progress.mode != "off":
-        configure_logging()
-    checks.check_baseline(config)
-    accelerator = None if dry_run else make_accelerator(config, accelerator, trackers, folder)
-    claim = Claim(folder)
-    if not dry_run:
-        claim = distributed.from_main(
-            lambda: claim_output_dir(folder, output.resume, output.overwrite)
-        )
-    return _Request(
-        config, losses, resolved, callbacks, progress, trackers, claim, accelerator, dry_run,
-    )  # fmt: skip
-
-
-def _resolved_fields(config: DistillConfig, losses: ResolvedLosses | None) -> dict[str, Any]:
-    """Field -> what its default became."""
-    numbers = ("epochs", "max_steps", "lr", "weight_decay", "batch_size")
-    resolved: dict[str, Any] = {name: getattr(config.trainer, name) for name in numbers}
-    resolved["temperature"] = checks.resolve_temperature(config, losses)
-    resolved["losses"] = {} if losses is None else dict(losses.weights)
-    strategy = None if losses is None else losses.strategy
-    defaults = {} if strategy is None else dict(strategy.options)
-    options = defaults | dict(config.loss.options or {})
-    options.pop("temperature", None)
-    return resolved | {"options": options}
-
-
-def _prepare(request: _Request, info: DataInfo) -> _Prepared:
+def _prepare(request: Request, info: DataInfo) -> _Prepared:
     config = request.config
     parts = build_parts(config, request.losses, info, dry_run=request.dry_run)
     try:
@@ -221,7 +147,7 @@ def _prepare(request: _Request, info: DataInfo) -> _Prepared:
     return _Prepared(request, info, parts, trainer_config, plan, ordered)
 
 
-def _ranks(request: _Request, parts: RunParts) -> int:
+def _ranks(request: Request, parts: RunParts) -> int:
     """Processes that share a batch."""
     if request.accelerator is None or parts.method.networks_per_process:
         return 1
